@@ -1,0 +1,74 @@
+"""Every option of a run and its default; other configs edit this one's result.
+
+`--config=configs/default.py:grpo` runs any row of `dppo_jax.algorithms`. The
+model and the task are the embedded ones: a Qwen3 of 1.2 M parameters that
+samples integer arithmetic right about half of the time.
+"""
+
+import ml_collections
+
+from dppo_jax import algorithms
+from dppo_jax import optim
+from dppo_jax import tasks
+
+
+def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
+  """The config of one row of the table of algorithms."""
+  config = ml_collections.ConfigDict()
+
+  # What is trained, on what.
+  config.model = {
+      'name': 'embedded',  # Or a Hugging Face folder or hub name.
+      'dtype': 'float32',  # Of parameters and computation.
+      'remat': False,  # Recompute activations: less memory, more time.
+  }
+  config.task = tasks.config('arithmetic')
+  config.scoring = {
+      'num_workers': 0,  # Verifier processes; 0 scores in the main one.
+      'timeout_s': 10.0,  # Of one verification in a worker; then reward 0.
+  }
+  config.seed = 0
+
+  # How: divergence, loss, advantage and normalizer come from the table.
+  config.update(algorithms.config(algorithm))
+  config.optimizer = optim.config('adamw', learning_rate=3e-4)
+
+  # A step: roll out num_prompts * group_size completions, then learn from them
+  # in num_epochs * num_minibatches optimizer updates.
+  config.total_steps = 60
+  config.num_prompts = 32
+  config.group_size = 8
+  config.max_prompt_length = 8  # Tokens; longer prompts are refused.
+  config.max_completion_length = 24  # Tokens; longer ones are truncated.
+  config.sampling = {
+      'temperature': 1.0,
+      'top_p': 1.0,  # Training takes no other value, see main.check.
+      'top_k': 0,
+      'dtype': 'float32',  # Of the sampler; the learner has model.dtype.
+  }
+  config.learner = {
+      'num_epochs': 1,
+      'num_minibatches': 4,
+      'num_microbatches': 1,  # Parts of a mini-batch, gradients added up.
+      'chunk_size': 0,  # Tokens whose logits exist at a time; 0 for all.
+  }
+  config.max_nonfinite_updates = 8  # In a row; then the run stops.
+
+  # Held-out evaluation.
+  config.eval = {
+      'every': 20,  # Steps; also before the first and after the last.
+      'num_prompts': 128,
+      'num_samples': 8,  # k of avg@k, the largest k of pass@k.
+      'temperature': 1.0,
+      'top_p': 1.0,
+      'top_k': 0,
+  }
+
+  # Where it runs and what it writes.
+  config.mesh = {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1}
+  config.checkpoint_every = 20  # Steps; also after the last.
+  config.keep_checkpoints = 3
+  config.tensorboard = True
+  config.wandb = False
+  config.lock()
+  return config

@@ -1,0 +1,8 @@
+"""DPPO with Top-K total variation on the embedded arithmetic task."""
+
+from configs import default
+
+
+def get_config():
+  """Run with: python -m dppo_jax.main --config=configs/tv_topk.py"""
+  return default.get_config('dppo_topk_tv')

@@ -1,0 +1,147 @@
+"""Says what is wrong with a config before anything compiles.
+
+Every message names the field, its value and the way out. Names and options of
+divergences, losses and so on are checked by building them, which is cheap.
+"""
+
+from typing import Any
+
+_POSITIVE = (
+    'total_steps',
+    'num_prompts',
+    'group_size',
+    'max_prompt_length',
+    'max_completion_length',
+    'learner.num_epochs',
+    'learner.num_minibatches',
+    'learner.num_microbatches',
+    'max_nonfinite_updates',
+    'eval.every',
+    'eval.num_prompts',
+    'eval.num_samples',
+    'checkpoint_every',
+    'keep_checkpoints',
+)
+_DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+def check(config: Any, *, num_batch_shards: int) -> None:
+  """Raises a ValueError for the first thing that cannot work.
+
+  Args:
+    config: of a run.
+    num_batch_shards: devices over which a batch is split.
+  """
+  for name in _POSITIVE:
+    value = _get(config, name)
+    if value < 1:
+      raise ValueError(f'config.{name}={value} must be at least 1.')
+  for name in ('model.dtype', 'sampling.dtype'):
+    if _get(config, name) not in _DTYPES:
+      raise ValueError(
+          f'config.{name}={_get(config, name)!r} is not one of {_DTYPES}.'
+      )
+  _check_sampling(config.sampling)
+  _check_eval_sampling(config.eval)
+  _check_sizes(config, num_batch_shards)
+
+
+def check_model(config: Any, *, vocab_size: int, max_positions: int) -> None:
+  """Raises a ValueError for what the model cannot do, from its sizes."""
+  k = config.divergence.get('k', 0)
+  if k > vocab_size:
+    raise ValueError(
+        f'config.divergence.k={k} is larger than the vocabulary of '
+        f'{vocab_size} tokens; use at most {vocab_size}.'
+    )
+  length = config.max_prompt_length + config.max_completion_length
+  if length > max_positions:
+    raise ValueError(
+        f'config.max_prompt_length={config.max_prompt_length} and '
+        f'max_completion_length={config.max_completion_length} make {length} '
+        f'tokens, but the model has {max_positions} positions.'
+    )
+  for section in ('sampling', 'eval'):
+    if config[section].top_k > vocab_size:
+      raise ValueError(
+          f'config.{section}.top_k={config[section].top_k} is larger than the '
+          f'vocabulary of {vocab_size} tokens; use 0 for no limit.'
+      )
+
+
+def _get(config, name):
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
+def _check_sampling(sampling):
+  """The learner must be able to name the probability of what was sampled."""
+  if not sampling.temperature > 0:
+    raise ValueError(
+        f'config.sampling.temperature={sampling.temperature} must be positive: '
+        'a greedy policy gives its token probability 1 whatever the weights, '
+        'so there is no log-prob to learn from.'
+    )
+  for name, neutral in (('top_p', 1.0), ('top_k', 0)):
+    if sampling[name] != neutral:
+      raise ValueError(
+          f'config.sampling.{name}={sampling[name]} must be {neutral} in '
+          'training: truncation renormalises over a set that changes with the '
+          'policy, so the importance ratio would be biased by its mass. Use '
+          f'temperature to sharpen; config.eval.{name} is free.'
+      )
+
+
+def _check_eval_sampling(settings):
+  if settings.temperature < 0:
+    raise ValueError(
+        f'config.eval.temperature={settings.temperature} must be 0 (greedy) or '
+        'more.'
+    )
+  if not 0 < settings.top_p <= 1:
+    raise ValueError(
+        f'config.eval.top_p={settings.top_p} must be above 0 and at most 1.'
+    )
+  if settings.top_k < 0:
+    raise ValueError(
+        f'config.eval.top_k={settings.top_k} must be 0 (no limit) or more.'
+    )
+
+
+def _check_sizes(config, num_batch_shards):
+  batch = config.num_prompts * config.group_size
+  updates = config.learner.num_minibatches
+  parts = updates * config.learner.num_microbatches
+  sizes = (
+      f'config.num_prompts={config.num_prompts} times '
+      f'group_size={config.group_size} makes {batch} completions'
+  )
+  if batch % updates:
+    raise ValueError(
+        f'{sizes}, not divisible by learner.num_minibatches={updates}; '
+        f'{_nearest(batch, updates)}.'
+    )
+  if batch % parts:
+    raise ValueError(
+        f'{sizes}, not divisible by learner.num_minibatches={updates} times '
+        f'num_microbatches={config.learner.num_microbatches}, {parts}; '
+        f'{_nearest(batch, parts)}.'
+    )
+  for name, rows in (
+      ('num_prompts', config.num_prompts),
+      ('eval.num_prompts', config.eval.num_prompts),
+      ('num_prompts * group_size of a micro-batch', batch // parts),
+  ):
+    if rows % num_batch_shards:
+      raise ValueError(
+          f'config.{name}={rows} is not divisible by the {num_batch_shards} '
+          f'devices of mesh axes data and fsdp; {_nearest(rows, num_batch_shards)}.'
+      )
+
+
+def _nearest(size: int, divisor: int) -> str:
+  """'try 96 or 104': the multiples of `divisor` around `size`."""
+  below = size // divisor * divisor
+  above = below + divisor
+  return f'try {below} or {above}' if below else f'try {above}'

@@ -1,0 +1,174 @@
+"""What happened to the trust region, as scalars, computed in the step.
+
+The learner hands over every token as each update saw it; everything here is a
+masked statistic of that. U updates, b sequences of a mini-batch, T tokens.
+`pi` is the target policy's probability of the sampled token, `mu` the behaviour
+policy's.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax import divergences
+from dppo_jax.masking import masked_max
+from dppo_jax.masking import masked_mean
+from dppo_jax.masking import masked_min
+from dppo_jax.masking import masked_quantile
+from dppo_jax.masking import where_valid
+
+
+class TokenStats(NamedTuple):
+  """Tokens as the updates saw them. All [U, b, T]."""
+
+  targets: jax.Array  # int32
+  token_mask: jax.Array  # bool
+  logprobs: jax.Array  # float32
+  behaviour_logprobs: jax.Array  # float32
+  divergence: jax.Array  # float32
+  trust_region: jax.Array  # bool
+  advantages: jax.Array  # float32
+  entropy: jax.Array  # float32, nats
+  surrogate: jax.Array  # float32, ratio * advantage of kept tokens
+  capped: jax.Array  # float32, 1 where the ratio was truncated
+
+
+def token_metrics(
+    stats: TokenStats, *, threshold: float | tuple[float, float]
+) -> dict[str, jax.Array]:
+  """Scalars of the trust region, the mismatch and the ratio.
+
+  Shares are of all sampled tokens unless the name says `positive` or
+  `negative`: then of those with an advantage of that sign. A token without
+  advantage is in no such share. `on_policy/` looks at the first update after a
+  rollout only, where both policies have the same parameters: what is left there
+  is the training-inference mismatch.
+  """
+  mask = stats.token_mask
+  logprobs = where_valid(stats.logprobs, mask)
+  behaviour = where_valid(stats.behaviour_logprobs, mask)
+  log_ratio = logprobs - behaviour
+  gap = jnp.exp(logprobs) - jnp.exp(behaviour)  # pi - mu
+  masked = mask & ~stats.trust_region
+  metrics = _mask_metrics(stats, masked, log_ratio, gap, threshold)
+  metrics |= _divergence_metrics(stats, masked, logprobs, behaviour)
+  metrics |= _ratio_metrics(log_ratio, mask)
+  return metrics | {
+      'mismatch/prob_gap_mean': masked_mean(jnp.abs(gap), mask),
+      'mismatch/prob_gap_max': masked_max(gap, mask),
+      'mismatch/prob_gap_min': masked_min(gap, mask),
+      'on_policy/log_ratio_max': masked_max(jnp.abs(log_ratio[0]), mask[0]),
+      'on_policy/divergence_max': masked_max(stats.divergence[0], mask[0]),
+      'on_policy/prob_gap_mean': masked_mean(jnp.abs(gap[0]), mask[0]),
+      'entropy/mean': masked_mean(stats.entropy, mask),
+      'loss/surrogate': masked_mean(stats.surrogate, mask),
+      'loss/capped': masked_mean(stats.capped, mask),
+  }
+
+
+def _mask_metrics(stats, masked, log_ratio, gap, threshold):
+  low, high = threshold if isinstance(threshold, tuple) else (threshold,) * 2
+  mask, advantages = stats.token_mask, stats.advantages
+  positive = mask & (advantages > 0)
+  negative = mask & (advantages < 0)
+  limit = jnp.where(advantages > 0, high, low)
+  outside = mask & (stats.divergence > limit)
+  coming_back = outside & (advantages * log_ratio < 0)
+  # What Sec. 5.3 of arXiv:2602.04879 blames for instability.
+  bad = negative & (gap <= -0.5)
+  return {
+      'mask/fraction': masked_mean(masked, mask),
+      'mask/of_nonzero': masked_mean(masked, positive | negative),
+      'mask/positive': masked_mean(masked, positive),
+      'mask/negative': masked_mean(masked, negative),
+      'mask/outside': masked_mean(outside, mask),
+      'mask/coming_back': masked_mean(coming_back, mask),
+      'mask/bad_updates': masked_mean(bad, mask),
+      'mask/bad_updates_kept': masked_mean(bad & ~masked, mask),
+      'mask/zero_gradient': masked_mean(masked | (advantages == 0), mask),
+  }
+
+
+def _divergence_metrics(stats, masked, logprobs, behaviour):
+  mask, divergence = stats.token_mask, stats.divergence
+  pair = {'behaviour': behaviour, 'target': logprobs}
+  binary_tv = divergences.binary_total_variation(**pair)
+  binary_kl = divergences.binary_kullback_leibler(**pair)
+  return {
+      'divergence/mean': masked_mean(divergence, mask),
+      'divergence/max': masked_max(divergence, mask),
+      'divergence/q50': masked_quantile(divergence, mask, q=0.5),
+      'divergence/q90': masked_quantile(divergence, mask, q=0.9),
+      'divergence/q99': masked_quantile(divergence, mask, q=0.99),
+      'divergence/mean_masked': masked_mean(divergence, masked),
+      'divergence/mean_kept': masked_mean(divergence, mask & ~masked),
+      'binary_tv/mean': masked_mean(binary_tv, mask),
+      'binary_tv/max': masked_max(binary_tv, mask),
+      'binary_kl/mean': masked_mean(binary_kl, mask),
+      'binary_kl/max': masked_max(binary_kl, mask),
+  }
+
+
+def _ratio_metrics(log_ratio, mask):
+  ratio = jnp.exp(log_ratio)
+  mean = masked_mean(ratio, mask)
+  second_moment = masked_mean(jnp.square(ratio - 1), mask)
+  return {
+      'ratio/mean': mean,
+      'ratio/max': masked_max(ratio, mask),
+      'ratio/log_abs_max': masked_max(jnp.abs(log_ratio), mask),
+      # E(r - 1)^2 and Var(r) differ where the sample mean of r is not 1.
+      'ratio/second_moment': second_moment,
+      'ratio/variance': second_moment - jnp.square(mean - 1),
+      # One-sample estimate of kl(behaviour || target) that is never negative.
+      'ratio/k3': masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+  }
+
+
+def masked_token_counts(stats: TokenStats, *, vocab_size: int) -> jax.Array:
+  """How often each token was masked. [2, V] int32: A > 0, then A < 0.
+
+  The paper's Appendix D lists the most frequent ones as text.
+  """
+  masked = stats.token_mask & ~stats.trust_region
+
+  def count(chosen):
+    zeros = jnp.zeros(vocab_size, jnp.int32)
+    return zeros.at[stats.targets.ravel()].add(chosen.ravel())
+
+  return jnp.stack([
+      count(masked & (stats.advantages > 0)),
+      count(masked & (stats.advantages < 0)),
+  ])
+
+
+def rollout_metrics(
+    *,
+    rewards: jax.Array,
+    token_mask: jax.Array,
+    truncated: jax.Array,
+    group_size: int,
+) -> dict[str, jax.Array]:
+  """Scalars of the rollout that was learned from.
+
+  Args:
+    rewards: [B].
+    token_mask: [B, T].
+    truncated: [B].
+    group_size: G.
+  """
+  groups = rewards.reshape(-1, group_size)
+  spread = jnp.max(groups, axis=-1) - jnp.min(groups, axis=-1)
+  lengths = jnp.sum(token_mask, axis=-1).astype(jnp.float32)
+  return {
+      'reward/mean': jnp.mean(rewards),
+      'reward/std': jnp.std(rewards),
+      # Groups without spread teach nothing.
+      'reward/groups_without_spread': jnp.mean(spread == 0),
+      'completion/length_mean': jnp.mean(lengths),
+      'completion/length_min': jnp.min(lengths),
+      'completion/length_max': jnp.max(lengths),
+      'completion/truncated': jnp.mean(truncated),
+      'tokens/sampled': jnp.sum(token_mask),
+  }

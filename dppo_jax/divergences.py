@@ -1,0 +1,380 @@
+"""Divergences between behaviour and target policy, measured token by token.
+
+A divergence is `(record, measure, threshold)`: what the behaviour policy must
+remember at a position, how the target policy is compared with it, and how much
+is allowed. PPO's clip is one of them, |ratio - 1|: a one-sample estimate of the
+total variation (Eq. 11 of arXiv:2602.04879). DPPO (the same paper) measures the
+divergence itself, on a coarser partition of the vocabulary that costs next to
+nothing: {sampled token, rest} (binary, Eq. 13 and 14) or {top K, sampled token,
+rest} (Eq. 15 and 16). Every coarsening is a lower bound of the full divergence.
+
+Throughout, `...` is any batch shape and V the vocabulary. Logits are those of
+the distribution that is really sampled, that is after temperature. Everything
+is computed in float32, whatever the dtype of the logits. No gradient flows
+through a divergence: it selects tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax import registry
+from dppo_jax.types import Divergence
+
+register = registry.Registry('divergence')
+build = register.build
+names = register.names
+config = register.config
+
+# A float32 log-prob closer to 0 than this does not tell 1 - p from 0; one below
+# the floor does not tell p from 0. Both keep a KL finite at p = 0 and p = 1.
+_LOG_ALMOST_ONE = -(2.0**-24)
+_LOG_ALMOST_ZERO = -87.0
+
+
+def trust_region(
+    *,
+    divergence: jax.Array,
+    log_ratio: jax.Array,
+    advantages: jax.Array,
+    threshold: float | tuple[float, float],
+) -> jax.Array:
+  """Keeps a token unless it is outside the trust region and moving further out.
+
+  The mask of Eq. 12 of arXiv:2602.04879, all inequalities strict. A token whose
+  advantage is 0 is always kept: it pushes nowhere.
+
+  Args:
+    divergence: [...] D(behaviour || target), in the divergence's own unit.
+    log_ratio: [...] logprobs - behaviour_logprobs, in nats. The direction is
+      decided here and not on probabilities, which round to ties.
+    advantages: [...]; only the sign is used.
+    threshold: largest divergence at which a token may still push outwards; a
+      pair is (low, high), for negative and for positive advantages.
+
+  Returns:
+    [...] bool. Tokens that pull the policy back are always kept.
+  """
+  low, high = threshold if isinstance(threshold, tuple) else (threshold,) * 2
+  moving_out = jnp.where(
+      advantages > 0,
+      (log_ratio > 0) & (divergence > high),
+      (advantages < 0) & (log_ratio < 0) & (divergence > low),
+  )
+  return ~moving_out
+
+
+def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Log-probs of `tokens`. [..., V], [...] int -> [...] float32."""
+  logits = logits.astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def binary_total_variation(
+    *, behaviour: jax.Array, target: jax.Array
+) -> jax.Array:
+  """|mu(a) - pi(a)| from log-probs of the sampled token. [...] -> [...]."""
+  return jnp.abs(jnp.exp(behaviour) - jnp.exp(target))
+
+
+def binary_kullback_leibler(
+    *, behaviour: jax.Array, target: jax.Array
+) -> jax.Array:
+  """kl(behaviour || target) of Bernoullis from log-probs. [...] -> [...]."""
+  return kl_of_buckets(
+      behaviour=_with_rest(behaviour[..., None]),
+      target=_with_rest(target[..., None]),
+  )
+
+
+def tv_of_buckets(*, behaviour: jax.Array, target: jax.Array) -> jax.Array:
+  """Total variation of two partitions. [..., buckets] log-masses -> [...]."""
+  gap = jnp.abs(jnp.exp(behaviour) - jnp.exp(target))
+  return 0.5 * jnp.sum(gap, axis=-1)
+
+
+def kl_of_buckets(*, behaviour: jax.Array, target: jax.Array) -> jax.Array:
+  """kl(behaviour || target) of two partitions, in nats, never negative.
+
+  Args:
+    behaviour: [..., buckets] log-masses; -inf is a bucket without mass.
+    target: [..., buckets] log-masses.
+
+  Returns:
+    [...] float32, finite even where the target has no mass.
+  """
+  behaviour = jnp.maximum(behaviour, _LOG_ALMOST_ZERO)
+  target = jnp.maximum(target, _LOG_ALMOST_ZERO)
+  terms = jnp.exp(behaviour) * (behaviour - target)
+  # Rounding can leave -1e-8 where the two are equal.
+  return jnp.maximum(jnp.sum(terms, axis=-1), 0.0)
+
+
+def _with_rest(log_masses: jax.Array) -> jax.Array:
+  """Appends log(1 - sum of masses). [..., K] -> [..., K + 1]."""
+  total = jax.nn.logsumexp(log_masses, axis=-1, keepdims=True)
+  return jnp.concatenate([log_masses, _log1mexp(total)], axis=-1)
+
+
+def _log1mexp(log_p: jax.Array) -> jax.Array:
+  """log(1 - exp(log_p)) for log_p <= 0, accurate at both ends."""
+  log_p = jnp.minimum(log_p, _LOG_ALMOST_ONE)
+  near_one = log_p > -jnp.log(2.0)
+  # Double where: neither branch may see the other's argument.
+  from_small = jnp.log(-jnp.expm1(jnp.where(near_one, log_p, -1.0)))
+  from_large = jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, log_p)))
+  return jnp.where(near_one, from_small, from_large)
+
+
+def _thresholds(
+    threshold: float, low: float | None, high: float | None
+) -> float | tuple[float, float]:
+  """One threshold, or (low, high) where either is given on its own."""
+  given = {'threshold': threshold, 'threshold_low': low, 'threshold_high': high}
+  for name, value in given.items():
+    if value is not None and not value > 0:
+      raise ValueError(
+          f'{name}={value} is not positive: no token could ever leave the '
+          'behaviour policy. Use a value above 0, or divergence none.'
+      )
+  low = threshold if low is None else low
+  high = threshold if high is None else high
+  return low if low == high else (low, high)
+
+
+@register
+def none() -> Divergence:
+  """No trust region: every token may push. PG-IS and CISPO."""
+
+  def record(logits, tokens):
+    del logits, tokens
+    return ()
+
+  def measure(logits, tokens, recorded):
+    del logits, recorded
+    return jnp.zeros(tokens.shape, jnp.float32)
+
+  return Divergence(record, measure, float('inf'))
+
+
+@register
+def ratio_gap(
+    *,
+    threshold: float = 0.2,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+) -> Divergence:
+  """|pi(a) / mu(a) - 1|: the clip of PPO and GRPO, seen as a divergence.
+
+  Its trust region has exactly the gradient of PPO's clipped objective (Eq. 10
+  and 11 of arXiv:2602.04879). GRPO uses 0.2; clip-higher raises
+  `threshold_high` to 0.28 (0.27 in that paper's scaling runs).
+  """
+
+  def measure(logits, tokens, recorded):
+    target = token_logprobs(logits, tokens)
+    # -inf under both policies is no change; -inf minus -inf would be NaN.
+    floor = jnp.finfo(jnp.float32).min
+    log_ratio = jnp.maximum(target, floor) - jnp.maximum(recorded, floor)
+    return jnp.abs(jnp.expm1(log_ratio))
+
+  limits = _thresholds(threshold, threshold_low, threshold_high)
+  return Divergence(token_logprobs, measure, limits)
+
+
+@register
+def binary_tv(
+    *,
+    threshold: float = 0.15,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+) -> Divergence:
+  """Total variation between Bernoulli(mu(a)) and Bernoulli(pi(a)), in [0, 1].
+
+  |mu(a) - pi(a)| at the sampled token a: a lower bound of the full TV.
+  Eq. 13 of arXiv:2602.04879, whose stability runs use threshold 0.15 (App. C.1)
+  and whose scaling runs use 0.2 (App. E); the smaller one is the default here.
+  """
+
+  def measure(logits, tokens, recorded):
+    return binary_total_variation(
+        behaviour=recorded, target=token_logprobs(logits, tokens)
+    )
+
+  limits = _thresholds(threshold, threshold_low, threshold_high)
+  return Divergence(token_logprobs, measure, limits)
+
+
+@register
+def binary_kl(
+    *,
+    threshold: float = 0.05,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+) -> Divergence:
+  """kl(Bernoulli(mu(a)) || Bernoulli(pi(a))) at the sampled token a, in nats.
+
+  Eq. 14 of arXiv:2602.04879, which uses 0.05 throughout (App. C.1 and E). The
+  probability of "not a" comes from expm1, so nothing is added to it.
+  """
+
+  def measure(logits, tokens, recorded):
+    return binary_kullback_leibler(
+        behaviour=recorded, target=token_logprobs(logits, tokens)
+    )
+
+  limits = _thresholds(threshold, threshold_low, threshold_high)
+  return Divergence(token_logprobs, measure, limits)
+
+
+class TopK(NamedTuple):
+  """Explicit buckets of a top-K partition; the rest is implied."""
+
+  tokens: jax.Array  # [..., K + 1] int32; the last one is the sampled token.
+  logprobs: jax.Array  # [..., K + 1] float32, behaviour policy.
+  valid: jax.Array  # [..., K + 1] bool, False on a bucket not in the set.
+
+
+def _top_k(k: int, construction: str):
+  """`record` and a function from target logits to both policies' buckets."""
+  if k < 1:
+    raise ValueError(f'k={k} is not positive; the paper uses k=20.')
+  if construction not in ('union', 'replace'):
+    raise ValueError(
+        registry.unknown('construction', construction, ('union', 'replace'))
+    )
+
+  def record(logits, tokens):
+    vocabulary = logits.shape[-1]
+    if k > vocabulary:
+      raise ValueError(
+          f'k={k} is larger than the vocabulary of {vocabulary} tokens; use '
+          f'k<={vocabulary} or divergence full_tv or full_kl.'
+      )
+    logits = logits.astype(jnp.float32)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top, ids = jax.lax.top_k(logits, k)
+    inside = jnp.any(ids == tokens[..., None], axis=-1, keepdims=True)
+    valid = jnp.broadcast_to(True, ids.shape)
+    if construction == 'replace':
+      # The sampled token takes the place of the last of the top K.
+      valid = jnp.concatenate([valid[..., 1:], inside], axis=-1)
+    sampled = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    return TopK(
+        tokens=jnp.concatenate([ids, tokens[..., None]], axis=-1),
+        logprobs=jnp.concatenate([top, sampled], axis=-1) - normaliser,
+        valid=jnp.concatenate([valid, ~inside], axis=-1),
+    )
+
+  def buckets(logits, recorded):
+    logits = logits.astype(jnp.float32)
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    target = jnp.take_along_axis(logits, recorded.tokens, axis=-1) - normaliser
+    # An invalid bucket has no mass under either policy: its tokens are counted
+    # elsewhere, as another bucket or in the rest.
+    behaviour = jnp.where(recorded.valid, recorded.logprobs, -jnp.inf)
+    target = jnp.where(recorded.valid, target, -jnp.inf)
+    return {'behaviour': _with_rest(behaviour), 'target': _with_rest(target)}
+
+  return record, buckets
+
+
+@register
+def topk_tv(
+    *,
+    threshold: float = 0.2,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+    k: int = 20,
+    construction: str = 'union',
+) -> Divergence:
+  """Total variation over {top K of mu, sampled token, rest}, in [0, 1].
+
+  Eq. 15 of arXiv:2602.04879 with its K = 20 and, from its Top-K ablation (App.
+  F.3), threshold 0.2. The paper (Sec. 4.4) unites the top K with the sampled
+  token, which makes up to K + 1 explicit buckets: `construction='union'`. The
+  authors' code instead lets a sampled token outside the top K replace the last
+  of them, `'replace'`, which is coarser and so masks less.
+  """
+  record, buckets = _top_k(k, construction)
+
+  def measure(logits, tokens, recorded):
+    del tokens  # Already among the recorded buckets.
+    return tv_of_buckets(**buckets(logits, recorded))
+
+  limits = _thresholds(threshold, threshold_low, threshold_high)
+  return Divergence(record, measure, limits)
+
+
+@register
+def topk_kl(
+    *,
+    threshold: float = 0.05,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+    k: int = 20,
+    construction: str = 'union',
+) -> Divergence:
+  """kl(behaviour || target) over {top K of mu, sampled token, rest}, in nats.
+
+  Eq. 16 of arXiv:2602.04879, K = 20, threshold 0.05 (App. F.3). For
+  `construction` see `topk_tv`.
+  """
+  record, buckets = _top_k(k, construction)
+
+  def measure(logits, tokens, recorded):
+    del tokens  # Already among the recorded buckets.
+    return kl_of_buckets(**buckets(logits, recorded))
+
+  limits = _thresholds(threshold, threshold_low, threshold_high)
+  return Divergence(record, measure, limits)
+
+
+def _all_logprobs(logits: jax.Array, tokens: Any = None) -> jax.Array:
+  """[..., V] float32 log-probs of the whole vocabulary."""
+  del tokens
+  return jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+
+
+@register
+def full_tv(
+    *,
+    threshold: float = 0.2,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+) -> Divergence:
+  """Total variation over the whole vocabulary: what the others approximate.
+
+  It remembers [..., V] log-probs, so it is for small vocabularies and tests.
+  The paper never runs it; the threshold is that of `topk_tv`.
+  """
+
+  def measure(logits, tokens, recorded):
+    del tokens
+    return tv_of_buckets(behaviour=recorded, target=_all_logprobs(logits))
+
+  limits = _thresholds(threshold, threshold_low, threshold_high)
+  return Divergence(_all_logprobs, measure, limits)
+
+
+@register
+def full_kl(
+    *,
+    threshold: float = 0.05,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+) -> Divergence:
+  """kl(behaviour || target) over the whole vocabulary, in nats.
+
+  It remembers [..., V] log-probs, so it is for small vocabularies and tests.
+  The paper never runs it; the threshold is that of `topk_kl`.
+  """
+
+  def measure(logits, tokens, recorded):
+    del tokens
+    return kl_of_buckets(behaviour=recorded, target=_all_logprobs(logits))
+
+  limits = _thresholds(threshold, threshold_low, threshold_high)
+  return Divergence(_all_logprobs, measure, limits)

@@ -1,0 +1,109 @@
+"""Held-out accuracy: avg@k and the unbiased pass@k.
+
+    python -m dppo_jax.evaluate --config=configs/tv_topk.py --workdir=DIR
+
+prints a JSON object on its last line. Sampling settings are separate from those
+of training.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from dppo_jax import sampling
+from dppo_jax.tasks.prompts import PromptBatch
+from dppo_jax.tasks.verify import VerifyFn
+from dppo_jax.types import PyTree
+
+
+def pass_at_k(*, num_samples: int, num_correct: int, k: int) -> float:
+  """Chance that k of n samples hold a correct one, without bias.
+
+  1 - C(n - c, k) / C(n, k), Sec. 2.1 of arXiv:2107.03374.
+
+  Args:
+    num_samples: n.
+    num_correct: c.
+    k: at most n.
+  """
+  if k > num_samples:
+    raise ValueError(f'k={k} is more than num_samples={num_samples}.')
+  wrong = num_samples - num_correct
+  return 1.0 - math.comb(wrong, k) / math.comb(num_samples, k)
+
+
+def summarize(rewards: np.ndarray) -> dict[str, float]:
+  """Scalars from rewards [prompts, samples]; a reward of 1 is correct."""
+  num_samples = rewards.shape[1]
+  correct = np.sum(rewards >= 1.0, axis=1)
+  metrics = {f'eval/avg@{num_samples}': float(np.mean(rewards))}
+  k = 1
+  while k <= num_samples:
+    per_prompt = [
+        pass_at_k(num_samples=num_samples, num_correct=int(c), k=k)
+        for c in correct
+    ]
+    metrics[f'eval/pass@{k}'] = float(np.mean(per_prompt))
+    k *= 2
+  return metrics
+
+
+def make_evaluate_fn(
+    *,
+    sampler: Callable[..., sampling.Completions],
+    batch: PromptBatch,
+    num_samples: int,
+    verify: VerifyFn,
+    key: jax.Array,
+) -> Callable[[PyTree], tuple[dict[str, float], dict[str, Any]]]:
+  """A function from parameters to held-out metrics.
+
+  Every call uses the same prompts and the same key, so two calls differ by
+  their parameters only.
+
+  Args:
+    sampler: from `sampling.make_sampler`, with group_size = num_samples.
+    batch: N prompts and their answers.
+    num_samples: completions per prompt.
+    verify: completions to texts and rewards.
+    key: typed PRNG key.
+
+  Returns:
+    `evaluate_fn(params) -> (metrics, samples)`; samples are lists `prompts`,
+    `completions`, `answers` and `rewards` of length N * num_samples.
+  """
+  sample = jax.jit(sampler)
+  texts, answers = (
+      [x for x in values for _ in range(num_samples)]
+      for values in (batch.texts, batch.answers)
+  )
+  keys = sampling.row_keys(key, len(texts))
+
+  def evaluate_fn(params):
+    completions = jax.device_get(sample(params, batch.prompts, keys))
+    decoded, rewards = verify(
+        tokens=completions.tokens,
+        mask=completions.mask,
+        truncated=completions.truncated,
+        answers=answers,
+    )
+    metrics = summarize(rewards.reshape(-1, num_samples))
+    metrics['eval/length_mean'] = float(np.mean(completions.mask.sum(-1)))
+    metrics['eval/truncated'] = float(np.mean(completions.truncated))
+    return metrics, {
+        'prompts': texts,
+        'completions': decoded,
+        'answers': answers,
+        'rewards': rewards,
+    }
+
+  return evaluate_fn
+
+
+if __name__ == '__main__':
+  from dppo_jax import main
+
+  main.run_evaluate()

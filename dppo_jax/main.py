@@ -1,0 +1,545 @@
+"""Trains a language model: the only place where a name becomes a function.
+
+    python -m dppo_jax.main --config=configs/tv_topk.py --workdir=DIR
+
+A run that was stopped, however, continues when it is started again with the
+same command.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import pathlib
+import signal
+import sys
+import time
+from typing import Any, NamedTuple
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+from ml_collections import config_flags
+import numpy as np
+
+from dppo_jax import advantages
+from dppo_jax import checks
+from dppo_jax import divergences
+from dppo_jax import evaluate
+from dppo_jax import learner
+from dppo_jax import losses
+from dppo_jax import normalizers
+from dppo_jax import optim
+from dppo_jax import report
+from dppo_jax import rollout as rollout_lib
+from dppo_jax import sampling
+from dppo_jax import sharding
+from dppo_jax import tasks
+from dppo_jax import train_step as train_step_lib
+from dppo_jax import workdir as workdir_lib
+from dppo_jax.checkpoint import Checkpoints
+from dppo_jax.logbook import Logbook
+from dppo_jax.metrics import MetricsWriter
+from dppo_jax.metrics import Progress
+from dppo_jax.models import load
+from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.tasks.prompts import evaluation_batches
+from dppo_jax.tasks.prompts import PromptBatch
+from dppo_jax.tasks.prompts import PromptIterator
+from dppo_jax.tasks.scoring import Scorer
+from dppo_jax.tasks.verify import make_verify_fn
+from dppo_jax.tasks.verify import VerifyFn
+from dppo_jax.types import Divergence
+from dppo_jax.types import Prompts
+from dppo_jax.types import Rollout
+from dppo_jax.types import ScoredRollout
+from dppo_jax.types import TrainState
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'Config file, for example configs/tv_topk.py.'
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Directory of the run; runs/NAME_OF_CONFIG if not given.'
+)
+
+# What a shell reports for a process that SIGTERM ended: it did not finish.
+EXIT_INTERRUPTED = 128 + signal.SIGTERM
+
+
+class Parts(NamedTuple):
+  """Everything a run is made of, built from its config."""
+
+  model: CausalLM  # Without parameters: those are in the state.
+  tokenizer: Any
+  scorer: Scorer
+  verify: VerifyFn
+  prompts: PromptIterator
+  evaluate_fn: Callable[..., Any]
+  rollout_fn: rollout_lib.RolloutFn
+  train_step: train_step_lib.TrainStep
+  state: TrainState  # Before the first update.
+  prompt_shapes: Prompts
+  mesh: Any
+
+
+def build(config: Any) -> Parts:
+  """Turns names into functions and puts the parameters on their devices."""
+  mesh = sharding.make_mesh(**config.mesh)
+  checks.check(
+      config, num_batch_shards=mesh.shape['data'] * mesh.shape['fsdp']
+  )
+  divergence = _build(divergences, config.divergence)
+  optimizer = _build(
+      optim, config.optimizer, total_updates=_total_updates(config)
+  )
+  task = _build(tasks, config.task)
+  tokenizer = load.load_tokenizer(config.model.name)
+  model, params = _load_model(config)
+  scorer = Scorer(task.score, **config.scoring)
+  verify = make_verify_fn(tokenizer, scorer)
+  key_state, key_eval = jax.random.split(jax.random.key(config.seed))
+  state = train_step_lib.init_state(params, optimizer, key_state)
+  shardings = train_step_lib.state_shardings(state, mesh)
+  rollout_fn = _make_rollout_fn(config, model, tokenizer, divergence)
+  return Parts(
+      model=model,
+      tokenizer=tokenizer,
+      scorer=scorer,
+      verify=verify,
+      prompts=PromptIterator(
+          task.train,
+          tokenizer,
+          num_prompts=config.num_prompts,
+          max_prompt_length=config.max_prompt_length,
+          seed=config.seed,
+      ),
+      evaluate_fn=_make_evaluate_fn(
+          config, model, tokenizer, task, verify, key_eval
+      ),
+      rollout_fn=rollout_fn,
+      train_step=train_step_lib.make_train_step(
+          learn=_make_learner(config, model, divergence, optimizer),
+          rollout_fn=rollout_fn,
+          threshold=divergence.threshold,
+          group_size=config.group_size,
+          vocab_size=model.config.vocab_size,
+          state_shardings=shardings,
+          mesh=mesh,
+      ),
+      state=jax.device_put(state, shardings),
+      prompt_shapes=_prompt_shapes(config),
+      mesh=mesh,
+  )
+
+
+def train(config: Any, workdir: str) -> bool:
+  """Trains until `config.total_steps`; False if a signal ended it before."""
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(_stop_on_signals())
+    workdir = workdir_lib.prepare(workdir, config)
+    parts = build(config)
+    stack.enter_context(contextlib.closing(parts.scorer))
+    checkpoints = Checkpoints(
+        workdir / 'checkpoints', keep=config.keep_checkpoints
+    )
+    stack.enter_context(contextlib.closing(checkpoints))
+    writer = stack.enter_context(_make_writer(config, workdir))
+    run = _start(parts, checkpoints, writer)
+    state, pending, logbook = run.state, run.pending, run.logbook
+    del run  # Its state is donated to the first step.
+    stack.callback(logbook.flush)
+    first = int(state.step) + 1
+    bar = stack.enter_context(Progress(config.total_steps, first))
+
+    for step in range(first, config.total_steps + 1):
+      start = time.perf_counter()
+      batch = next(parts.prompts)
+      state, rollout, metrics = parts.train_step(state, pending, batch.prompts)
+      logbook.flush()  # The previous step, while the device works.
+      jax.block_until_ready(rollout)
+      sampled = time.perf_counter()
+      pending, texts = _score(parts, rollout, batch)
+      times = {
+          'device_s': sampled - start,
+          'score_s': time.perf_counter() - sampled,
+      }
+      bar.update(step, logbook.add(step, metrics, **times))
+      _refuse_nonfinite(config, step, metrics)
+      last = step == config.total_steps
+      if step % config.eval.every == 0 or last:
+        _note_samples(logbook, step, batch, texts, pending)
+        _evaluate(parts, state, writer, logbook, step)
+      if step % config.checkpoint_every == 0 or last or stop.requested:
+        logbook.flush()  # A checkpoint never knows more than the log.
+        _save(checkpoints, parts, step, state, pending, logbook)
+      if stop.requested:
+        logging.warning('Stopped by a signal; the same command continues.')
+        return False
+
+    logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
+    _export(parts, state, workdir / 'model')
+  path = report.write_report(workdir, title=config.algorithm)
+  logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
+  return True
+
+
+class _Run(NamedTuple):
+  """Where a run stands before its loop."""
+
+  state: TrainState
+  pending: ScoredRollout  # Sampled and scored, not yet learned from.
+  logbook: Logbook
+
+
+def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
+  """The latest checkpoint, or step 0 with a first rollout and evaluation."""
+  batch = next(parts.prompts)
+  state, blank = parts.state, _blank(parts)
+  pending = blank
+  restored = checkpoints.restore_latest({'state': state, 'pending': pending})
+  if restored is not None:
+    step, arrays, host = restored
+    state, pending = arrays['state'], arrays['pending']
+    parts.prompts.set_state(host['prompts'])
+    writer.truncate_after(step)
+    logging.info('Continuing after step %d.', step)
+  state, rollout, times = _warm_up(parts, state, blank, batch)
+  logbook = Logbook(
+      writer,
+      vocab_size=parts.model.config.vocab_size,
+      seconds_per_decode_step=times['seconds_per_decode_step'],
+  )
+  if restored is not None:
+    logbook.set_state(host['masked_tokens'])
+  else:
+    pending, texts = _score(parts, rollout, batch)
+    writer.write(0, {'time/compile_s': times['compile_s']})
+    _note_samples(logbook, 0, batch, texts, pending)
+    _evaluate(parts, state, writer, logbook, 0)
+  return _Run(state, pending, logbook)
+
+
+def _blank(parts: Parts) -> ScoredRollout:
+  """A rollout in which nothing was sampled, on its devices."""
+  return jax.device_put(
+      train_step_lib.blank(parts.rollout_fn, parts.state, parts.prompt_shapes),
+      sharding.batch(parts.mesh),
+  )
+
+
+def _warm_up(parts, state, blank, batch):
+  """Compiles the step, and times sampling alone. Leaves the state as it is.
+
+  Both calls learn from nothing, so they sample the same rollout twice.
+  """
+  start = time.perf_counter()
+  state, rollout, _ = parts.train_step(state, blank, batch.prompts)
+  jax.block_until_ready(rollout)
+  compiled = time.perf_counter()
+  state, rollout, metrics = parts.train_step(state, blank, batch.prompts)
+  jax.block_until_ready(rollout)
+  sampling_s = time.perf_counter() - compiled
+  compile_s = compiled - start - sampling_s
+  logging.info('Compiled the training step in %.1f s.', compile_s)
+  return state, rollout, {
+      'compile_s': compile_s,
+      'seconds_per_decode_step': sampling_s
+      / int(metrics['sample/decode_steps']),
+  }
+
+
+def _score(
+    parts: Parts, rollout: Rollout, batch: PromptBatch
+) -> tuple[ScoredRollout, list[str]]:
+  """Rewards of a rollout, on the devices, and its completions as text."""
+  tokens, mask, truncated = jax.device_get(
+      (rollout.tokens[:, 1:], rollout.token_mask, rollout.truncated)
+  )
+  texts, rewards = parts.verify(
+      tokens=tokens,
+      mask=mask,
+      truncated=truncated,
+      answers=_repeat(batch.answers, len(tokens)),
+  )
+  rewards = jax.device_put(rewards, sharding.batch(parts.mesh))
+  return ScoredRollout(rollout, rewards), texts
+
+
+def _note_samples(logbook, step, batch, texts, scored) -> None:
+  logbook.add_samples(
+      step,
+      'train',
+      prompts=_repeat(batch.texts, len(texts)),
+      completions=texts,
+      answers=_repeat(batch.answers, len(texts)),
+      rewards=np.asarray(scored.rewards),
+  )
+
+
+def _evaluate(parts, state, writer, logbook, step) -> dict[str, float]:
+  """Held-out metrics and samples, written under `step`."""
+  start = time.perf_counter()
+  metrics, samples = parts.evaluate_fn(state.params)
+  metrics['time/eval_s'] = time.perf_counter() - start
+  logbook.flush()
+  writer.write(step, metrics)
+  logbook.add_samples(step, 'test', **samples)
+  shown = {k: v for k, v in metrics.items() if k.startswith('eval/')}
+  logging.info('step %d: %s', step, json.dumps(shown))
+  return metrics
+
+
+def _save(checkpoints, parts, step, state, pending, logbook) -> None:
+  checkpoints.save(
+      step,
+      {'state': state, 'pending': pending},
+      {
+          'prompts': parts.prompts.get_state(),
+          'masked_tokens': logbook.get_state(),
+      },
+  )
+
+
+def _refuse_nonfinite(config: Any, step: int, metrics: Any) -> None:
+  """Stops a run whose updates are all skipped; its weights are still good."""
+  in_a_row = int(metrics['optimizer/nonfinite_in_a_row'])
+  if in_a_row >= config.max_nonfinite_updates:
+    raise FloatingPointError(
+        f'{in_a_row} updates in a row had a loss or gradient that is not '
+        f'finite, up to step {step}; all were skipped and the last checkpoint '
+        'is good. Lower config.optimizer.learning_rate or set '
+        'config.loss.ratio_cap, or raise config.max_nonfinite_updates.'
+    )
+
+
+def _export(parts: Parts, state: TrainState, folder: pathlib.Path) -> None:
+  """The trained model as a Hugging Face folder."""
+  load.save_pretrained(
+      parts.model,
+      folder,
+      params=jax.device_get(state.params),
+      tokenizer=parts.tokenizer,
+  )
+
+
+def _load_model(config: Any) -> tuple[CausalLM, Any]:
+  """The architecture and its parameters, apart; refuses impossible sizes."""
+  _, sizes = load.read_config(load.resolve(config.model.name))
+  checks.check_model(
+      config,
+      vocab_size=sizes.vocab_size,
+      max_positions=sizes.max_position_embeddings,
+  )
+  model = load.from_pretrained(config.model.name, dtype=config.model.dtype)
+  params = model.params
+  return model.replace(params=None, remat=config.model.remat), params
+
+
+def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
+  sampler = sampling.make_sampler(
+      model,
+      group_size=config.group_size,
+      max_completion_length=config.max_completion_length,
+      eos_ids=(tokenizer.eos_token_id,),
+      pad_id=tokenizer.pad_token_id,
+      record=divergence.record,
+      **config.sampling,
+  )
+  return rollout_lib.make_rollout_fn(sampler, group_size=config.group_size)
+
+
+def _make_learner(config, model, divergence: Divergence, optimizer):
+  return learner.make_learner(
+      model=model,
+      divergence=divergence,
+      loss_fn=_build(losses, config.loss),
+      advantage_fn=_build(
+          advantages, config.advantage, group_size=config.group_size
+      ),
+      normalizer=_build(
+          normalizers, config.normalizer, horizon=config.max_completion_length
+      ),
+      optimizer=optimizer,
+      temperature=config.sampling.temperature,
+      **config.learner,
+  )
+
+
+def _make_evaluate_fn(config, model, tokenizer, task, verify, key):
+  settings = config.eval
+  sampler = sampling.make_sampler(
+      model,
+      group_size=settings.num_samples,
+      max_completion_length=config.max_completion_length,
+      eos_ids=(tokenizer.eos_token_id,),
+      pad_id=tokenizer.pad_token_id,
+      temperature=settings.temperature,
+      top_p=settings.top_p,
+      top_k=settings.top_k,
+      dtype=config.sampling.dtype,
+  )
+  [batch] = evaluation_batches(
+      task.test,
+      tokenizer,
+      num_prompts=settings.num_prompts,
+      max_prompt_length=config.max_prompt_length,
+  )
+  return evaluate.make_evaluate_fn(
+      sampler=sampler,
+      batch=batch,
+      num_samples=settings.num_samples,
+      verify=verify,
+      key=key,
+  )
+
+
+def _build(module: Any, section: Any, **known) -> Any:
+  """Builds what a section of the config names.
+
+  `known` are options that no config sets, for factories that require them.
+  """
+  options = section.to_dict()
+  name = options.pop('name')
+  required = module.register.required(name)
+  return module.build(
+      name, **options, **{k: v for k, v in known.items() if k in required}
+  )
+
+
+def _prompt_shapes(config: Any) -> Prompts:
+  shape = (config.num_prompts, config.max_prompt_length)
+  return Prompts(
+      jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
+  )
+
+
+def _total_updates(config: Any) -> int:
+  per_step = config.learner.num_epochs * config.learner.num_minibatches
+  return config.total_steps * per_step
+
+
+def _repeat(values: list[str], length: int) -> list[str]:
+  """Each value once for every completion of its prompt."""
+  return [x for x in values for _ in range(length // len(values))]
+
+
+def _make_writer(config: Any, workdir: pathlib.Path) -> MetricsWriter:
+  return MetricsWriter(
+      workdir,
+      tensorboard=config.tensorboard,
+      wandb=config.wandb,
+      run_config=workdir_lib.to_json(config),
+      is_main_process=jax.process_index() == 0,
+  )
+
+
+class _Stop:
+  """Whether a signal has asked the run to end after its current step."""
+
+  requested = False
+
+
+@contextlib.contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+  """SIGTERM and the first Ctrl-C save and stop; a second Ctrl-C kills."""
+  stop = _Stop()
+
+  def request(number, _):
+    stop.requested = True
+    logging.warning('Got %s: stopping.', signal.Signals(number).name)
+    signal.signal(number, signal.default_int_handler)
+
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.signal(number, request) for number in numbers}
+  try:
+    yield stop
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def run_evaluate() -> None:
+  """Command line of `dppo_jax.evaluate`.
+
+  With --workdir it evaluates the latest checkpoint there, without it the model
+  that the config starts from. The last line printed is a JSON object.
+  """
+
+  def body(config):
+    parts = build(config)
+    with contextlib.closing(parts.scorer):
+      state = parts.state
+      if _WORKDIR.value:
+        state = _latest_state(parts, pathlib.Path(_WORKDIR.value))
+      metrics, _ = parts.evaluate_fn(state.params)
+    print(json.dumps({'step': int(state.step)} | metrics), flush=True)
+    return True
+
+  _run_cli(body)
+
+
+def _latest_state(parts: Parts, workdir: pathlib.Path) -> TrainState:
+  folder = workdir / 'checkpoints'
+  if not folder.is_dir():
+    raise FileNotFoundError(
+        f'{folder} does not exist: no run to evaluate. Leave out --workdir to '
+        'evaluate the model that the config starts from.'
+    )
+  template = {'state': parts.state, 'pending': _blank(parts)}
+  with contextlib.closing(Checkpoints(folder)) as checkpoints:
+    restored = checkpoints.restore_latest(template)
+  if restored is None:
+    raise FileNotFoundError(f'{folder} holds no checkpoint yet.')
+  return restored[1]['state']
+
+
+def _run_cli(body: Callable[[Any], bool]) -> None:
+  """Runs `body(config)` and turns expected errors into one line."""
+
+  def parse(argv):
+    with _one_line_errors():
+      return flags.FLAGS(argv)
+
+  def main(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
+    with _one_line_errors():
+      finished = body(_CONFIG.value)
+    sys.exit(0 if finished else EXIT_INTERRUPTED)
+
+  flags.mark_flag_as_required('config')
+  app.run(main, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+  """A mistake of the user's ends the program without a stack trace."""
+  try:
+    yield
+  except (
+      ValueError, KeyError, AttributeError, TypeError, OSError,
+      FloatingPointError, flags.Error,
+  ) as error:
+    if flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0:
+      raise
+    message = ' '.join(str(error).split())
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _default_workdir() -> str:
+  """runs/tv_topk for --config=configs/tv_topk.py."""
+  path, _, argument = config_flags.get_config_filename(flags.FLAGS['config'])\
+      .partition(':')
+  return str(
+      pathlib.Path('runs', pathlib.Path(path).stem + (argument and '-') + argument)
+  )
+
+
+def run_train() -> None:
+  """Command line of `dppo_jax.main`."""
+  _run_cli(lambda config: train(config, _WORKDIR.value or _default_workdir()))
+
+
+if __name__ == '__main__':
+  run_train()

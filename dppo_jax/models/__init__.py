@@ -1,0 +1,1 @@
+"""Causal language models: Flax NNX blocks seen as pure functions of params."""

@@ -1,0 +1,247 @@
+"""A causal language model as pure functions of its parameter tree.
+
+The family's NNX `Block` is split once into a static graph and parameters. Here
+the parameters of all layers are stacked on a leading axis and scanned, so the
+time to compile does not grow with depth; for decoding they are unstacked once,
+outside the loop, and the same block is called layer by layer. B sequences, T
+tokens, D width, V vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from dppo_jax.models import layers
+from dppo_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLM:
+  """Pure functions of `params`; `params` holds those loaded, if any.
+
+  Attributes:
+    config: sizes.
+    family: module of the architecture, for example `models.qwen3`.
+    params: {'embed', 'layers' (stacked), 'norm', 'head' unless tied}.
+    dtype: of the computation. Parameters keep their own.
+    remat: recompute a layer's activations in the backward pass: less memory,
+      about a third more time.
+  """
+
+  config: layers.ModelConfig
+  family: types.ModuleType
+  params: PyTree = None
+  dtype: Any = jnp.float32
+  remat: bool = False
+
+  def replace(self, **changes) -> 'CausalLM':
+    """A copy with some attributes changed."""
+    return dataclasses.replace(self, **changes)
+
+  def init(self, key: jax.Array) -> PyTree:
+    """Random float32 parameters; the key is consumed."""
+    config = self.config
+    key_embed, key_layers, key_head = jax.random.split(key, 3)
+
+    def make_layer(key):
+      block = self.family.Block(config, rngs=nnx.Rngs(params=key))
+      return nnx.to_pure_dict(nnx.split(block)[1])
+
+    shape = (config.vocab_size, config.hidden_size)
+    params = {
+        'embed': {'embedding': 0.02 * jax.random.normal(key_embed, shape)},
+        'layers': jax.vmap(make_layer)(
+            jax.random.split(key_layers, config.num_hidden_layers)
+        ),
+        'norm': {'scale': jnp.ones(config.hidden_size)},
+    }
+    if not config.tie_word_embeddings:
+      kernel = 0.02 * jax.random.normal(key_head, shape[::-1])
+      params['head'] = {'kernel': kernel}
+    return params
+
+  def apply(
+      self,
+      params: PyTree,
+      tokens: jax.Array,
+      *,
+      positions: jax.Array | None = None,
+      segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits of the next token everywhere.
+
+    Args:
+      params: parameter tree.
+      tokens: [B, T] int32.
+      positions: [B, T] int32, 0, 1, 2... if not given.
+      segment_ids: [B, T] int32; a token sees its own segment only. Padding is
+        0. One segment if not given.
+
+    Returns:
+      [B, T, V] float32.
+    """
+    if positions is None:
+      positions = jnp.broadcast_to(
+          jnp.arange(tokens.shape[1])[None], tokens.shape
+      )
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+    hidden, _ = self.trunk(
+        params, tokens, positions=positions, segment_ids=segment_ids
+    )
+    return self.head(params, hidden)
+
+  def trunk(
+      self,
+      params: PyTree,
+      tokens: jax.Array,
+      *,
+      positions: jax.Array,
+      segment_ids: jax.Array,
+      keep_cache: bool = False,
+  ) -> tuple[jax.Array, Any]:
+    """All layers, scanned. [B, T] -> hidden [B, T, D] and the cache.
+
+    The cache, if kept, is a list over layers of keys and values [B, T, K, E].
+    """
+    x = self._embed(params, tokens)
+    rotation = self._rotation(positions)
+    attend = layers.attend_within_segments(segment_ids)
+
+    def layer(x, layer_params):
+      x, kept = self._block(layer_params, x, rotation=rotation, attend=attend)
+      return x, kept if keep_cache else None
+
+    if self.remat:
+      layer = jax.checkpoint(layer, prevent_cse=False)
+    x, kept = jax.lax.scan(layer, x, params['layers'])
+    return x, self._unstack(kept) if keep_cache else None
+
+  def head(self, params: PyTree, hidden: jax.Array) -> jax.Array:
+    """Final norm and vocabulary. [..., D] -> logits [..., V] float32."""
+    norm = nnx.merge(_norm_graph(self.config), params['norm'])
+    x = norm(hidden)
+    if self.config.tie_word_embeddings:
+      kernel = params['embed']['embedding'].T
+    else:
+      kernel = params['head']['kernel']
+    return jnp.matmul(
+        x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+
+  def unstacked(self, params: PyTree) -> PyTree:
+    """Layers as a list, for `decode`; done once, outside the token loop."""
+    return params | {'layers': self._unstack(params['layers'])}
+
+  def prefill(
+      self, params: PyTree, tokens: jax.Array, *, mask: jax.Array
+  ) -> tuple[jax.Array, list]:
+    """Reads left-padded prompts.
+
+    Args:
+      params: stacked parameters.
+      tokens: [N, P] int32.
+      mask: [N, P] bool.
+
+    Returns:
+      logits [N, V] after the last token, and the prompts' cache.
+    """
+    hidden, cache = self.trunk(
+        params,
+        tokens,
+        positions=positions_of(mask),
+        segment_ids=mask.astype(jnp.int32),
+        keep_cache=True,
+    )
+    return self.head(params, hidden[:, -1]), cache
+
+  def decode(
+      self,
+      params: PyTree,
+      tokens: jax.Array,
+      *,
+      positions: jax.Array,
+      prompt_cache: list,
+      prompt_mask: jax.Array,
+      cache: list,
+      index: jax.Array,
+  ) -> tuple[jax.Array, list]:
+    """Reads one more token of each completion.
+
+    Args:
+      params: from `unstacked`.
+      tokens: [B] int32, token number `index` of each completion.
+      positions: [B] int32, its position in the whole sequence.
+      prompt_cache: list over layers of keys and values [N, P, K, E].
+      prompt_mask: [N, P] bool.
+      cache: list over layers of keys and values [B, C, K, E].
+      index: [] int32.
+
+    Returns:
+      logits [B, V] of the token after it, and the new cache.
+    """
+    x = self._embed(params, tokens[:, None])  # [B, 1, D]
+    rotation = self._rotation(positions[:, None])
+    new_cache = []
+    for layer_params, prompt, own in zip(
+        params['layers'], prompt_cache, cache, strict=True
+    ):
+      attend = layers.attend_to_cache(
+          prompt=prompt, prompt_mask=prompt_mask, cache=own, index=index
+      )
+      x, kept = self._block(layer_params, x, rotation=rotation, attend=attend)
+      new_cache.append(kept)
+    return self.head(params, x[:, 0]), new_cache
+
+  def empty_cache(self, batch: int, length: int, dtype: Any) -> list:
+    """Zeros: a list over layers of keys and values [batch, length, K, E]."""
+    config = self.config
+    shape = (batch, length, config.num_key_value_heads, config.head_dim)
+    return [
+        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        for _ in range(config.num_hidden_layers)
+    ]
+
+  def _embed(self, params: PyTree, tokens: jax.Array) -> jax.Array:
+    embedding = params['embed']['embedding']
+    return jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+
+  def _rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return layers.rope(
+        positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
+    )
+
+  def _block(self, layer_params: PyTree, x: jax.Array, **arguments):
+    graph = _block_graph(self.family.Block, self.config)
+    return nnx.merge(graph, layer_params)(x, **arguments)
+
+  def _unstack(self, stacked: PyTree) -> list:
+    """[L, ...] leaves -> a list of L trees."""
+    return [
+        jax.tree.map(lambda x: x[i], stacked)  # pylint: disable=W0640
+        for i in range(self.config.num_hidden_layers)
+    ]
+
+
+def positions_of(mask: jax.Array) -> jax.Array:
+  """Positions that count real tokens only. [B, T] bool -> [B, T] int32."""
+  return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+@functools.cache
+def _block_graph(block: type[nnx.Module], config: layers.ModelConfig):
+  make = lambda: block(config, rngs=nnx.Rngs(params=0))
+  return nnx.split(nnx.eval_shape(make))[0]
+
+
+@functools.cache
+def _norm_graph(config: layers.ModelConfig):
+  make = lambda: layers.RMSNorm(
+      config.hidden_size, epsilon=config.rms_norm_eps
+  )
+  return nnx.split(nnx.eval_shape(make))[0]

@@ -1,0 +1,60 @@
+"""What a token counts in the loss, as a weight computed once per rollout.
+
+The learner only ever sums `loss * weight`, so mini-batches, micro-batches,
+packing and sharding cannot change the loss. The weights of a whole rollout of B
+sequences make its loss; the learner scales them so that every mini-batch has
+the same expectation.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax import registry
+
+register = registry.Registry('normalizer')
+build = register.build
+names = register.names
+config = register.config
+
+# (token_mask [B, T]) -> weights [B, T] float32, 0 where the mask is False.
+NormalizerFn = Callable[[jax.Array], jax.Array]
+
+
+@register
+def constant(*, horizon: int) -> NormalizerFn:
+  """Token sum over a constant horizon, mean over sequences.
+
+  `seq-mean-token-sum-norm` of the DPPO authors' script, with the longest
+  allowed completion as horizon. Every token counts the same in every rollout,
+  so a long completion is neither favoured nor punished (Dr. GRPO,
+  arXiv:2503.20783). The paper does not say which normaliser it uses.
+  """
+
+  def normalizer(token_mask: jax.Array) -> jax.Array:
+    return token_mask / (token_mask.shape[0] * float(horizon))
+
+  return normalizer
+
+
+@register
+def token_mean() -> NormalizerFn:
+  """Mean over all sampled tokens of the rollout (DAPO, arXiv:2503.14476)."""
+
+  def normalizer(token_mask: jax.Array) -> jax.Array:
+    return token_mask / jnp.maximum(jnp.sum(token_mask), 1).astype(jnp.float32)
+
+  return normalizer
+
+
+@register
+def sequence_mean() -> NormalizerFn:
+  """Mean over the tokens of a sequence, then over sequences (GRPO)."""
+
+  def normalizer(token_mask: jax.Array) -> jax.Array:
+    lengths = jnp.sum(token_mask, axis=-1, keepdims=True)
+    lengths = jnp.maximum(lengths, 1).astype(jnp.float32)
+    return token_mask / (lengths * token_mask.shape[0])
+
+  return normalizer

@@ -1,0 +1,187 @@
+"""The decode engine: prompts in, completions out, inside a compiled program.
+
+A prompt is prefilled once and shared by the G completions drawn from it. All B
+= N * G completions advance together in one `while_loop` that ends with the last
+of them. What the behaviour policy must remember (log-prob, record) is taken
+from the very logits that were sampled. N prompts, P prompt tokens, C completion
+tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax import divergences
+from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.types import Prompts, PyTree
+
+
+class Completions(NamedTuple):
+  """What was sampled, [B, C] unless said otherwise."""
+
+  tokens: jax.Array  # int32, padded after the end token.
+  mask: jax.Array  # bool, True up to and including the end token.
+  logprobs: jax.Array  # float32, of the distribution that was sampled.
+  record: PyTree  # [B, C, ...]
+  truncated: jax.Array  # [B] bool, no end token within C.
+  num_steps: jax.Array  # [] int32, tokens of the longest completion.
+
+
+def process_logits(
+    logits: jax.Array,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> jax.Array:
+  """Logits of the distribution that is really sampled.
+
+  The sampler and the learner both call this one function, so the log-probs of
+  both belong to the same family of distributions.
+
+  Args:
+    logits: [..., V].
+    temperature: 0 is greedy: all mass on the first largest logit.
+    top_p: keep the smallest set of most likely tokens with this mass.
+    top_k: keep that many most likely tokens; 0 keeps all.
+
+  Returns:
+    [..., V] float32, -inf on tokens that cannot be sampled.
+  """
+  logits = logits.astype(jnp.float32)
+  if temperature == 0:
+    best = jnp.argmax(logits, axis=-1)
+    chosen = jax.nn.one_hot(best, logits.shape[-1], dtype=bool)
+    return jnp.where(chosen, 0.0, -jnp.inf)
+  logits = logits / temperature
+  if top_k:
+    smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]
+    logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+  if top_p < 1:
+    ordered = -jnp.sort(-logits, axis=-1)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    # The first token is always kept; the last kept one crosses top_p.
+    smallest = jnp.min(
+        jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True
+    )
+    logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+  return logits
+
+
+def row_keys(key: jax.Array, num_rows: int) -> jax.Array:
+  """One key per row, so its tokens do not depend on its batch mates. [B]."""
+  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(
+      key, jnp.arange(num_rows)
+  )
+
+
+def make_sampler(
+    model: CausalLM,
+    *,
+    group_size: int,
+    max_completion_length: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    record: Callable[[jax.Array, jax.Array], PyTree] = lambda *_: (),
+    dtype: Any = None,
+) -> Callable[[PyTree, Prompts, jax.Array], Completions]:
+  """A function that samples G completions of each prompt.
+
+  Args:
+    model: the architecture.
+    group_size: G, completions per prompt.
+    max_completion_length: C.
+    eos_ids: tokens that end a completion; they count as sampled.
+    pad_id: what follows the end.
+    temperature: see `process_logits`.
+    top_p: see `process_logits`.
+    top_k: see `process_logits`.
+    record: what to remember of each position, from [B, V] logits and [B]
+      tokens.
+    dtype: of parameters, cache and computation; the model's if not given.
+
+  Returns:
+    `sample(params, prompts, keys [B])`, a pure function. Rows are grouped by
+    prompt.
+  """
+  dtype = jnp.dtype(dtype or model.dtype)
+  model = model.replace(dtype=dtype, remat=False)
+  length = max_completion_length
+
+  def draw(logits, keys, index, done):
+    """Samples token number `index` of every row that is not done."""
+    logits = process_logits(
+        logits, temperature=temperature, top_p=top_p, top_k=top_k
+    )
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+    tokens = jax.vmap(jax.random.categorical)(keys, logits)
+    tokens = jnp.where(done, pad_id, tokens.astype(jnp.int32))
+    ended = jnp.isin(tokens, jnp.asarray(eos_ids))
+    # [B, ...] leaves, one column of each output.
+    column = (
+        tokens,
+        ~done,
+        jnp.where(done, 0.0, divergences.token_logprobs(logits, tokens)),
+        record(logits, tokens),
+    )
+    return column, done | ended
+
+  def write(outputs, column, index):
+    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(
+        old, new.astype(old.dtype), index, axis=1
+    )
+    return jax.tree.map(put, outputs, column)
+
+  def sample(params, prompts, keys):
+    batch = keys.shape[0]
+    # Cast and unstack once, not once a token.
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    logits, prompt_cache = model.prefill(
+        params, prompts.tokens, mask=prompts.mask
+    )
+    params = model.unstacked(params)
+    starts = jnp.repeat(jnp.sum(prompts.mask, axis=-1), group_size)  # [B]
+    column, done = draw(
+        jnp.repeat(logits, group_size, axis=0), keys, 0, jnp.zeros(batch, bool)
+    )
+    outputs = jax.tree.map(
+        lambda x: jnp.zeros((batch, length, *x.shape[1:]), x.dtype), column
+    )
+    outputs = (jnp.full_like(outputs[0], pad_id), *outputs[1:])
+    carry = (
+        jnp.int32(1),
+        write(outputs, column, 0),
+        done,
+        model.empty_cache(batch, length, dtype),
+    )
+
+    def unfinished(carry):
+      index, _, done, _ = carry
+      return (index < length) & ~jnp.all(done)
+
+    def advance(carry):
+      index, outputs, done, cache = carry
+      last = jax.lax.dynamic_index_in_dim(outputs[0], index - 1, 1, False)
+      logits, cache = model.decode(
+          params,
+          last,
+          positions=starts + index - 1,
+          prompt_cache=prompt_cache,
+          prompt_mask=prompts.mask,
+          cache=cache,
+          index=index - 1,
+      )
+      column, done = draw(logits, keys, index, done)
+      return index + 1, write(outputs, column, index), done, cache
+
+    index, outputs, done, _ = jax.lax.while_loop(unfinished, advance, carry)
+    tokens, mask, logprobs, recorded = outputs
+    return Completions(tokens, mask, logprobs, recorded, ~done, index)
+
+  return sample

@@ -1,0 +1,85 @@
+"""The mesh, and which axis of which array goes over it.
+
+Mesh axes: `data` copies parameters, `fsdp` splits them and the batch, `tensor`
+splits heads, widths and vocabulary, `expert` splits experts. Batches go over
+`data` and `fsdp`.
+"""
+
+import math
+import re
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dppo_jax.types import PyTree
+
+AXES = ('data', 'fsdp', 'tensor', 'expert')
+BATCH = P(('data', 'fsdp'))
+
+# Path below the parameters -> axes; layers are stacked on a leading axis.
+RULES = (
+    (r'embed/embedding$', P('tensor', 'fsdp')),
+    (r'head/kernel$', P('fsdp', 'tensor')),
+    (r'layers/.*/(q|k|v|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
+    (r'layers/.*/(o|down)/kernel$', P(None, 'tensor', 'fsdp')),
+    (r'/scale$', P()),
+)
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int):
+  """A mesh over all devices; one size may be -1 for "the rest".
+
+  Raises:
+    ValueError: if the sizes do not multiply to the number of devices.
+  """
+  sizes = dict(zip(AXES, (data, fsdp, tensor, expert), strict=True))
+  count = jax.device_count()
+  free = [axis for axis, size in sizes.items() if size == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) == 1 and fixed > 0 and count % fixed == 0:
+    sizes[free[0]] = count // fixed
+  if math.prod(sizes.values()) != count or min(sizes.values()) < 1:
+    raise ValueError(
+        f'mesh {sizes} does not fit {count} devices: the sizes must multiply '
+        f'to {count}; one of them may be -1 for the rest.'
+    )
+  return jax.make_mesh(
+      tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+  )
+
+
+def batch(mesh) -> NamedSharding:
+  """Leading axis over `data` and `fsdp`."""
+  return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+def of_params(tree: PyTree, mesh) -> PyTree:
+  """Shardings of a tree whose paths end like those of the parameters.
+
+  Works for optimizer states too: their moments repeat the parameters' paths.
+  Anything that no rule names is replicated, and so is an axis that its mesh
+  axis does not divide.
+  """
+
+  def shard(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for pattern, spec in RULES:
+      if re.search(pattern, name) and len(spec) <= len(leaf.shape):
+        return NamedSharding(mesh, _that_divides(spec, leaf.shape, mesh))
+    return replicated(mesh)
+
+  return jax.tree_util.tree_map_with_path(shard, tree)
+
+
+def _that_divides(spec: P, shape: tuple[int, ...], mesh) -> P:
+  return P(*(
+      axis if axis is not None and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(spec, shape)
+  ))

@@ -1,0 +1,127 @@
+"""Your own prompts: JSON-lines files of prompts and answers.
+
+One row a line: `{"prompt": "Capital of France?", "answer": "Paris"}`. An answer
+may also be an integer. Other fields are ignored, and so are empty lines.
+"""
+
+import json
+import os
+import pathlib
+
+from dppo_jax.tasks import base
+from dppo_jax.tasks import scoring
+
+
+@base.register
+def jsonl(
+  *,
+  train_path: str = '',
+  test_path: str = '',
+  scorer: str = 'answer_after_hashes',
+) -> base.Task:
+  """Prompts and answers of two JSON-lines files.
+
+  Args:
+    train_path: rows to learn from.
+    test_path: rows to be tested on, another file.
+    scorer: how a completion is judged, 'answer_after_hashes' (the completion
+      ends in `#### 85`; every answer must be an integer) or 'exact'.
+
+  Raises:
+    FileNotFoundError: a file is missing.
+    ValueError: a path is not given, or a row is malformed; the message names
+      file and line.
+  """
+  score = scoring.scorer(scorer)
+  for option, path in (('train_path', train_path), ('test_path', test_path)):
+    if not path:
+      raise ValueError(
+        f'Task jsonl has no {option}; give config.task.{option}, '
+        'a file with one {"prompt": ..., "answer": ...} a line.'
+      )
+  train = read(train_path, score=score)
+  test = read(test_path, score=score)
+  if os.path.samefile(_path(train_path), _path(test_path)):
+    raise ValueError(
+      f'train_path and test_path are the same file, {test_path}; '
+      'a policy is not tested on what it learned from. Split it in two.'
+    )
+  return base.Task(train, test, score)
+
+
+def read(path: str, *, score: scoring.ScoreFn) -> list[dict[str, str]]:
+  """All rows of a file, checked.
+
+  Args:
+    path: a JSON-lines file in UTF-8.
+    score: the verifier; a row whose answer it refuses is malformed.
+
+  Returns:
+    a list of {'prompt': str, 'answer': str}.
+
+  Raises:
+    FileNotFoundError: no such file.
+    ValueError: a malformed row, or no row at all.
+  """
+  if not _path(path).is_file():
+    raise FileNotFoundError(f'There is no file {path}.')
+  rows = []
+  for number, line in enumerate(_path(path).read_bytes().splitlines(), 1):
+    if line.strip():
+      try:
+        rows.append(_row(line, score))
+      except ValueError as error:
+        raise ValueError(f'{path}, line {number}: {error}') from error
+  if not rows:
+    raise ValueError(
+      f'{path} has no rows; write one {{"prompt": ..., "answer": ...}} a line.'
+    )
+  return rows
+
+
+def _path(path: str) -> pathlib.Path:
+  return pathlib.Path(path).expanduser()
+
+
+def _row(line: bytes, score: scoring.ScoreFn) -> dict[str, str]:
+  """One row, or a ValueError that says what is wrong with it."""
+  fields = _parse(line)
+  for field in ('prompt', 'answer'):
+    if field not in fields:
+      raise ValueError(
+        f'field {field!r} is missing; there is {", ".join(fields) or "none"}.'
+      )
+  prompt, answer = fields['prompt'], fields['answer']
+  if type(answer) is int:  # Not isinstance: True is an int too.
+    answer = str(answer)
+  if not isinstance(prompt, str) or not prompt:
+    raise ValueError(f'prompt {prompt!r} must be a string that is not empty.')
+  if not isinstance(answer, str) or not answer.strip():
+    raise ValueError(
+      f'answer {answer!r} must be an integer or a string that is not empty; '
+      'put it in quotes if it is meant as text.'
+    )
+  try:
+    score('', answer)
+  except ValueError as error:
+    raise ValueError(
+      f'answer {answer!r} does not suit scorer {score.__name__!r} ({error}); '
+      f'use another one: {", ".join(scoring.names())}.'
+    ) from error
+  return {'prompt': prompt, 'answer': answer}
+
+
+def _parse(line: bytes) -> dict:
+  try:
+    fields = json.loads(line.decode('utf-8'))
+  except UnicodeDecodeError as error:
+    raise ValueError(f'not UTF-8 ({error}); save the file as UTF-8.') from error
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f'not JSON ({error}); one {{"prompt": ..., "answer": ...}} a line.'
+    ) from error
+  if not isinstance(fields, dict):
+    raise ValueError(
+      f'is a {type(fields).__name__}; write {{"prompt": ..., "answer": ...}}.'
+    )
+  return fields

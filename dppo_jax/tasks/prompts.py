@@ -1,0 +1,216 @@
+"""From rows of text to arrays: tokenizing, batching, shuffling, resuming.
+
+N prompts of P tokens, padded on the left so that all completions start at the
+same position. P is always `max_prompt_length`: one shape, one compilation.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dppo_jax import types
+from dppo_jax.tasks import base
+
+# Up to so many rows, all prompts are tokenized once before training starts, so
+# that a prompt which is too long is found now and not after a night.
+_CHEAP_TO_CHECK = 20_000
+_CHECK_AT_ONCE = 1_000
+
+
+class PromptBatch(NamedTuple):
+  """Prompts as the compiled step takes them, and as people read them."""
+
+  prompts: types.Prompts  # NumPy arrays, [N, P].
+  texts: list[str]  # N
+  answers: list[str]  # N
+
+
+def encode(
+  texts: Sequence[str],
+  tokenizer: Any,
+  *,
+  max_prompt_length: int,
+  source_name: str = '',
+) -> types.Prompts:
+  """Tokenizes prompts and pads them on the left.
+
+  Args:
+    texts: N prompts.
+    tokenizer: of transformers, with a pad token.
+    max_prompt_length: P.
+    source_name: where the prompts come from, for messages.
+
+  Returns:
+    tokens [N, P] int32 and mask [N, P] bool, NumPy arrays.
+
+  Raises:
+    ValueError: a prompt has more than P tokens, or none.
+  """
+  rows = tokenizer(list(texts), verbose=False)['input_ids'] if texts else []
+  shape = (len(rows), max_prompt_length)
+  tokens = np.full(shape, tokenizer.pad_token_id, np.int32)
+  mask = np.zeros(shape, bool)
+  for i, row in enumerate(rows):
+    _check_length(texts[i], len(row), max_prompt_length, source_name)
+    tokens[i, max_prompt_length - len(row) :] = row
+    mask[i, max_prompt_length - len(row) :] = True
+  return types.Prompts(tokens, mask)
+
+
+def _check_length(text: str, length: int, limit: int, source_name: str):
+  if 0 < length <= limit:
+    return
+  prefix = f'{source_name}: ' if source_name else ''
+  shown = repr(text if len(text) <= 60 else text[:57] + '...')
+  if length == 0:
+    raise ValueError(
+      f'{prefix}prompt {shown} has no tokens; there is nothing to continue.'
+    )
+  raise ValueError(
+    f'{prefix}prompt {shown} has {length} tokens, more than '
+    f'max_prompt_length={limit}; raise config.max_prompt_length or shorten '
+    'the prompt.'
+  )
+
+
+def evaluation_batches(
+  source: base.Source,
+  tokenizer: Any,
+  *,
+  num_prompts: int,
+  max_prompt_length: int,
+  batch_size: int | None = None,
+) -> list[PromptBatch]:
+  """The same prompts each time: rows spread evenly over the source.
+
+  Args:
+    source: rows, usually `task.test`.
+    tokenizer: of transformers.
+    num_prompts: how many rows to take.
+    max_prompt_length: P.
+    batch_size: N; all in one batch if not given. The last batch is shorter if
+      `num_prompts` is not a multiple.
+
+  Raises:
+    ValueError: fewer rows than `num_prompts`, or a prompt that is too long.
+  """
+  if not 0 < num_prompts <= len(source):
+    raise ValueError(
+      f'num_prompts={num_prompts}, but there are {len(source)} prompts to '
+      f'evaluate on; use 1 to {len(source)}.'
+    )
+  rows = [source[i * len(source) // num_prompts] for i in range(num_prompts)]
+  batch_size = batch_size or num_prompts
+  return [
+    _make_batch(rows[i : i + batch_size], tokenizer, max_prompt_length)
+    for i in range(0, num_prompts, batch_size)
+  ]
+
+
+def _make_batch(
+  rows: Sequence[dict[str, str]], tokenizer: Any, max_prompt_length: int
+) -> PromptBatch:
+  texts = [row['prompt'] for row in rows]
+  answers = [row['answer'] for row in rows]
+  prompts = encode(texts, tokenizer, max_prompt_length=max_prompt_length)
+  return PromptBatch(prompts, texts, answers)
+
+
+class PromptIterator:
+  """Endless batches of prompts, in another order each epoch.
+
+  The order follows from `seed` alone. No row is dropped: a batch may begin in
+  one epoch and end in the next. With several hosts, host `shard_index` of
+  `shard_count` reads every `shard_count`-th row and no other host does.
+  """
+
+  def __init__(
+    self,
+    source: base.Source,
+    tokenizer: Any,
+    *,
+    num_prompts: int,
+    max_prompt_length: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+  ):
+    """Checks the prompts, all of them if that is cheap.
+
+    Args:
+      source: rows, usually `task.train`.
+      tokenizer: of transformers.
+      num_prompts: N, prompts in a batch of this host.
+      max_prompt_length: P.
+      seed: of the order, the same on all hosts.
+      shard_index: this host.
+      shard_count: number of hosts.
+
+    Raises:
+      ValueError: a size that makes no sense, or a prompt that is too long.
+    """
+    import grain  # Slow to import; only the training loop needs it.
+
+    if num_prompts < 1:
+      raise ValueError(f'num_prompts={num_prompts} must be at least 1.')
+    if not 0 <= shard_index < shard_count <= len(source):
+      raise ValueError(
+        f'shard_index={shard_index} of shard_count={shard_count} is '
+        f'impossible with {len(source)} rows.'
+      )
+    self._tokenizer = tokenizer
+    self._max_prompt_length = max_prompt_length
+    rows = grain.MapDataset.source(source)[shard_index::shard_count]
+    self._check_cheaply(rows)
+    # What the order depends on; a position means nothing without it.
+    self._identity = {
+      'num_rows': len(source),
+      'num_prompts': num_prompts,
+      'seed': seed,
+      'shard_index': shard_index,
+      'shard_count': shard_count,
+    }
+    batches = rows.shuffle(seed=seed).repeat().batch(num_prompts, batch_fn=list)
+    # No threads: reading a batch takes far less than a step.
+    self._batches = iter(
+      batches.to_iter_dataset(grain.ReadOptions(num_threads=0))
+    )
+
+  def _check_cheaply(self, rows: base.Source) -> None:
+    if len(rows) > _CHEAP_TO_CHECK:
+      return
+    for start in range(0, len(rows), _CHECK_AT_ONCE):
+      stop = min(start + _CHECK_AT_ONCE, len(rows))
+      texts = [rows[i]['prompt'] for i in range(start, stop)]
+      encode(texts, self._tokenizer, max_prompt_length=self._max_prompt_length)
+
+  def __iter__(self) -> 'PromptIterator':
+    return self
+
+  def __next__(self) -> PromptBatch:
+    return _make_batch(
+      next(self._batches), self._tokenizer, self._max_prompt_length
+    )
+
+  def get_state(self) -> dict[str, Any]:
+    """The position between two batches; goes through JSON."""
+    return {**self._identity, 'position': self._batches.get_state()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes to a position; the next batch is then the one that followed it.
+
+    Args:
+      state: what `get_state` returned.
+
+    Raises:
+      ValueError: the iterator that returned it had other rows or options.
+    """
+    for name, value in self._identity.items():
+      if state[name] != value:
+        raise ValueError(
+          f'The data position was saved with {name}={state[name]}, now it is '
+          f'{value}; the same batches cannot follow. Keep {name} or start a '
+          'new run.'
+        )
+    self._batches.set_state(state['position'])

@@ -1,0 +1,148 @@
+"""One compiled step: learn from the last rollout, then sample the next.
+
+The verifier is host Python between two calls, so no callback stands in the
+program; the data are on-policy, there is one executable, and the sampler's
+cache shares its memory with the learner's activations.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax import diagnostics
+from dppo_jax import sharding
+from dppo_jax.rollout import RolloutFn
+from dppo_jax.types import Prompts
+from dppo_jax.types import PyTree
+from dppo_jax.types import Rollout
+from dppo_jax.types import ScoredRollout
+from dppo_jax.types import TrainState
+
+# train_step(state, scored, prompts) -> (state, rollout, metrics)
+TrainStep = Callable[
+    [TrainState, ScoredRollout, Prompts],
+    tuple[TrainState, Rollout, dict[str, jax.Array]],
+]
+
+
+def make_train_step(
+    *,
+    learn: Callable[..., Any],
+    rollout_fn: RolloutFn,
+    threshold: float | tuple[float, float],
+    group_size: int,
+    vocab_size: int,
+    state_shardings: PyTree,
+    mesh: Any,
+) -> TrainStep:
+  """The jitted step. Its state is donated and every sharding is pinned.
+
+  A scored rollout without a single sampled token (`blank`) teaches nothing: the
+  call samples only and leaves the state as it was. That starts a run, and it
+  measures what sampling alone costs.
+
+  Args:
+    learn: from `learner.make_learner`.
+    rollout_fn: from `rollout.make_rollout_fn`.
+    threshold: the divergence's, for metrics.
+    group_size: G.
+    vocab_size: V.
+    state_shardings: a `TrainState` of shardings.
+    mesh: where everything else lives.
+  """
+
+  def learn_and_measure(state, scored, key):
+    new_state, stats, metrics = learn(state, scored, key)
+    metrics = {name: _over_updates(name, x) for name, x in metrics.items()}
+    metrics |= diagnostics.token_metrics(stats, threshold=threshold)
+    metrics |= diagnostics.rollout_metrics(
+        rewards=scored.rewards,
+        token_mask=scored.rollout.token_mask,
+        truncated=scored.rollout.truncated,
+        group_size=group_size,
+    )
+    metrics['policy/version'] = new_state.policy_version
+    metrics['policy/age_max'] = state.policy_version - jnp.min(
+        scored.rollout.policy_version
+    )
+    metrics['optimizer/nonfinite_in_a_row'] = new_state.nonfinite_in_a_row
+    metrics['masked_tokens'] = diagnostics.masked_token_counts(
+        stats, vocab_size=vocab_size
+    )
+    return new_state._replace(step=state.step + 1), metrics
+
+  def train_step(state, scored, prompts):
+    def skip(state, scored, key):
+      """What learning returns, from nothing."""
+      _, metrics = jax.eval_shape(learn_and_measure, state, scored, key)
+      zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+      return state, jax.tree.map(zeros, metrics)
+
+    # Each key is derived from the step it serves, so nothing needs carrying.
+    stream_learn, stream_sample = jax.random.split(state.key)
+    key_learn = jax.random.fold_in(stream_learn, state.step)
+    with jax.named_scope('learn'):
+      state, metrics = jax.lax.cond(
+          jnp.any(scored.rollout.token_mask),
+          learn_and_measure,
+          skip,
+          state,
+          scored,
+          key_learn,
+      )
+    key_sample = jax.random.fold_in(stream_sample, state.step)
+    with jax.named_scope('sample'):
+      rollout, num_steps = rollout_fn(
+          state.params, prompts, key_sample, state.policy_version
+      )
+    metrics['sample/decode_steps'] = num_steps
+    return state, rollout, metrics
+
+  rows, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
+  return jax.jit(
+      train_step,
+      donate_argnums=0,
+      in_shardings=(state_shardings, rows, rows),
+      out_shardings=(state_shardings, rows, everywhere),
+  )
+
+
+def init_state(params: PyTree, optimizer: Any, key: jax.Array) -> TrainState:
+  """The state before the first update. `key` is a typed PRNG key."""
+  # Not one shared zero: donation refuses the same buffer twice.
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=optimizer.transformation.init(params),
+      key=key,
+      policy_version=jnp.zeros((), jnp.int32),
+      nonfinite_in_a_row=jnp.zeros((), jnp.int32),
+  )
+
+
+def state_shardings(state: TrainState, mesh: Any) -> TrainState:
+  """Parameters and moments by rule, the rest replicated."""
+  everywhere = sharding.replicated(mesh)
+  return jax.tree.map(lambda _: everywhere, state)._replace(
+      params=sharding.of_params(state.params, mesh),
+      opt_state=sharding.of_params(state.opt_state, mesh),
+  )
+
+
+def blank(rollout_fn: RolloutFn, state: TrainState, prompts: Prompts):
+  """A `ScoredRollout` of zeros in the shapes that `rollout_fn` makes."""
+  shapes, _ = jax.eval_shape(
+      rollout_fn, state.params, prompts, state.key, state.policy_version
+  )
+  rollout = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  batch = rollout.token_mask.shape[0]
+  return ScoredRollout(rollout, jnp.zeros(batch, jnp.float32))
+
+
+def _over_updates(name: str, values: jax.Array) -> jax.Array:
+  """[U] -> []: counts add up, the rest is averaged."""
+  if name == 'optimizer/skipped':
+    return jnp.sum(values)
+  return jnp.mean(values)

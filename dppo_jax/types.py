@@ -1,0 +1,81 @@
+"""The arrays everything agrees on.
+
+B sequences (N prompts times G completions of each, completions of one prompt
+next to each other), T predicted tokens, P prompt tokens, V vocabulary. Every
+per-token array is [B, T] and aligned with `targets = tokens[:, 1:]`: index t is
+about token t + 1. Said here once, relied on everywhere.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+
+
+class Prompts(NamedTuple):
+  """A batch of prompts, padded on the left so that completions line up."""
+
+  tokens: jax.Array  # [N, P] int32
+  mask: jax.Array  # [N, P] bool, False on padding.
+
+
+class Rollout(NamedTuple):
+  """Completions and what the behaviour policy remembers about them."""
+
+  tokens: jax.Array  # [B, T + 1] int32, prompt and completion, padded.
+  segment_ids: jax.Array  # [B, T + 1] int32, 0 on padding.
+  positions: jax.Array  # [B, T + 1] int32, counted from the prompt's start.
+  token_mask: jax.Array  # [B, T] bool, sampled by the policy.
+  behaviour_logprobs: jax.Array  # [B, T] float32, of what was really sampled.
+  record: PyTree  # [B, T, ...], what the divergence asked to remember.
+  policy_version: jax.Array  # [B] int32, optimizer updates of the sampler.
+  truncated: jax.Array  # [B] bool, length limit hit without an end token.
+
+
+class ScoredRollout(NamedTuple):
+  """A rollout and what the verifier said of it."""
+
+  rollout: Rollout
+  rewards: jax.Array  # [B] float32
+
+
+class Divergence(NamedTuple):
+  """How far the target policy stands from the behaviour policy, per token.
+
+  `record(logits [..., V], tokens [...])` is called on the behaviour policy's
+  logits while it samples; `measure(logits, tokens, recorded)` compares the
+  target policy's logits with it and returns [...] float32. `threshold` is in
+  the unit that `measure` returns: one number, or (low, high) for negative and
+  positive advantages.
+  """
+
+  record: Callable[[jax.Array, jax.Array], PyTree]
+  measure: Callable[[jax.Array, jax.Array, PyTree], jax.Array]
+  threshold: float | tuple[float, float]
+
+
+class LossInputs(NamedTuple):
+  """What a loss may look at. All [B, T]."""
+
+  logprobs: jax.Array  # float32, target policy; carries the gradient.
+  behaviour_logprobs: jax.Array  # float32, the anchor.
+  divergence: jax.Array  # float32, D(behaviour || target).
+  trust_region: jax.Array  # bool, token may still push the policy.
+  advantages: jax.Array  # float32
+  token_mask: jax.Array  # bool
+
+
+LossFn = Callable[[LossInputs], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class TrainState(NamedTuple):
+  """Everything the compiled step carries from one call to the next."""
+
+  step: jax.Array  # [] int32, rollouts learned from.
+  params: PyTree
+  opt_state: PyTree
+  key: jax.Array  # typed PRNG key; the step folds `step` into it.
+  policy_version: jax.Array  # [] int32, optimizer updates applied.
+  nonfinite_in_a_row: jax.Array  # [] int32, updates skipped just now.

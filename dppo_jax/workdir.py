@@ -1,0 +1,139 @@
+"""The work directory: whose it is, and what describes the run in it."""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import jax
+
+# What may change between two starts of the same run.
+_FREE = (
+    'total_steps',
+    'checkpoint_every',
+    'keep_checkpoints',
+    'tensorboard',
+    'wandb',
+    'eval.every',
+    'scoring.num_workers',
+    'scoring.timeout_s',
+)
+
+
+def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
+  """Makes the directory, or makes sure that it belongs to this config.
+
+  Args:
+    folder: of the run.
+    config: ConfigDict.
+
+  Returns:
+    the directory, with `config.json` in it.
+
+  Raises:
+    ValueError: it belongs to a run with another config.
+    PermissionError: it cannot be written.
+  """
+  folder = pathlib.Path(folder).expanduser()
+  path = folder / 'config.json'
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f'.writable-{os.getpid()}'
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    raise PermissionError(
+        f'Work directory {str(folder)!r} cannot be written: {error.strerror}. '
+        'Choose another with --workdir.'
+    ) from error
+  ours = to_json(config)
+  if path.exists():
+    _compare(folder, _flatten(_read(path)), _flatten(ours), ours)
+  described = json.dumps(ours | {'run': describe_run()}, indent=2)
+  # Replaced in one go: a kill in between must not leave half a file.
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(described + '\n')
+  temporary.replace(path)
+  return folder
+
+
+def to_json(config: Any) -> dict[str, Any]:
+  """A config as standard JSON: infinities become strings."""
+
+  def convert(value):
+    if isinstance(value, dict):
+      return {key: convert(x) for key, x in value.items()}
+    if isinstance(value, float) and abs(value) == float('inf'):
+      return str(value)
+    return value
+
+  return convert(config.to_dict())
+
+
+def describe_run() -> dict[str, Any]:
+  """Command, commit, machine and versions: what a result needs to be known."""
+  device = jax.devices()[0]
+  versions = {'python': platform.python_version()}
+  for name in ('jax', 'flax', 'optax', 'orbax.checkpoint', 'transformers'):
+    module = sys.modules.get(name)
+    if module is not None:
+      versions[name] = module.__version__
+  return {
+      'command': ' '.join(['python', *sys.argv]),
+      'commit': _commit(),
+      'device': f'{jax.device_count()} x {device.device_kind}',
+      'cpu_count': os.cpu_count(),
+      'versions': versions,
+  }
+
+
+def _commit() -> str:
+  """The commit of this source tree, '+' if it was changed; '' if unknown."""
+  here = pathlib.Path(__file__).parent
+  git = lambda *arguments: subprocess.run(
+      ['git', *arguments], cwd=here, capture_output=True, text=True, check=True
+  ).stdout.strip()
+  try:
+    changed = git('status', '--porcelain', '--untracked-files=no')
+    return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
+  except (OSError, subprocess.CalledProcessError):
+    return ''
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(
+        f'{path} is damaged ({error}). Restore or delete it, or choose another '
+        'directory with --workdir.'
+    ) from error
+
+
+def _compare(folder, theirs, ours, nested) -> None:
+  free = set(_FREE)
+  # A decaying schedule ends with the run, so the run's end is part of it.
+  if nested['optimizer'].get('schedule', 'constant') != 'constant':
+    free.discard('total_steps')
+  for name in sorted(theirs.keys() | ours.keys()):
+    if name in free or name.startswith('run.'):
+      continue
+    if theirs.get(name) != ours.get(name):
+      raise ValueError(
+          f'Work directory {str(folder)!r} belongs to a different config: '
+          f'{name} was {theirs.get(name)!r} and is {ours.get(name)!r} now. '
+          'Choose another with --workdir, or delete it.'
+      )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f'{prefix}{key}.')
+    else:
+      flat[prefix + key] = value
+  return flat

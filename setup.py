@@ -1,0 +1,57 @@
+"""Installs dppo_jax; tool settings are in pyproject.toml."""
+
+import pathlib
+import re
+
+import setuptools
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(
+    r"__version__ = '(.+)'", (HERE / 'dppo_jax' / '__init__.py').read_text()
+)[1]
+
+setuptools.setup(
+    name='dppo_jax',
+    version=VERSION,
+    description=(
+        'Reinforcement learning of language models inside a trust region that '
+        'means something: DPPO and its baselines in JAX.'
+    ),
+    long_description=(HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=setuptools.find_packages(include=['dppo_jax', 'dppo_jax.*']),
+    package_data={'dppo_jax': ['assets/*/*']},
+    python_requires='>=3.11',
+    install_requires=[
+        'absl-py>=2.1',
+        'array-record>=0.7',
+        'flax>=0.12.8,<0.13',
+        'grain>=0.2.12,<0.3',
+        # 0.10.2 is the newest for Python 3.11, 0.12 needs Python 3.12.
+        'jax>=0.10.2,<0.13',
+        'matplotlib>=3.9',
+        'ml-collections>=1.1,<2',
+        'numpy>=2.0',
+        'optax>=0.2.8,<0.3',
+        'orbax-checkpoint>=0.12.8,<0.13',
+        'safetensors>=0.6',
+        'tensorboardX>=2.6.2',
+        'tensorflow-datasets>=4.9.9,<5',
+        'tqdm>=4.66',
+        'transformers>=5.0,<6',
+    ],
+    extras_require={
+        'cuda12': ['jax[cuda12]'],
+        'cuda13': ['jax[cuda13]'],
+        'test': ['hypothesis>=6.100', 'pytest>=8.0', 'pytest-timeout>=2.3'],
+        'tpu': ['jax[tpu]'],
+        'wandb': ['wandb>=0.17'],
+        'dev': ['mypy>=1.11', 'pre-commit>=3.7', 'ruff>=0.6'],
+    },
+    classifiers=[
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    ],
+)

@@ -1,0 +1,393 @@
+"""What must hold for everything that is registered, whatever its name."""
+
+import functools
+
+from dppo_jax import advantages
+from dppo_jax import algorithms
+from dppo_jax import divergences
+from dppo_jax import losses
+from dppo_jax import normalizers
+from dppo_jax.types import LossInputs
+import hand_numbers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.usefixtures('no_nans')
+
+VOCABULARY = 24  # More than the 20 that top-K remembers by default.
+
+each_divergence = pytest.mark.parametrize('name', divergences.names())
+each_loss = pytest.mark.parametrize('name', losses.names())
+each_advantage = pytest.mark.parametrize('name', advantages.names())
+each_normalizer = pytest.mark.parametrize('name', normalizers.names())
+
+
+@pytest.mark.parametrize(
+    'registered, numbers',
+    [
+        (divergences.names(), hand_numbers.DIVERGENCES),
+        (losses.names(), hand_numbers.LOSSES),
+        (advantages.names(), hand_numbers.ADVANTAGES),
+        (normalizers.names(), hand_numbers.NORMALIZERS),
+        (algorithms.names(), hand_numbers.ALGORITHMS),
+        (algorithms.names(), hand_numbers.PAPER_SETTINGS),
+    ],
+    ids=['divergence', 'loss', 'advantage', 'normalizer', 'row', 'settings'],
+)
+def test_every_name_has_a_hand_number(registered, numbers):
+  without = [name for name in registered if not numbers.get(name)]
+  assert not without, f'{without}: no hand number, add a line to tests/hand_numbers.py'
+  unknown = set(numbers) - set(registered)
+  assert not unknown, f'hand numbers for names that do not exist: {unknown}'
+
+
+# --- divergences -------------------------------------------------------------
+
+
+def random_pair(*shape, dtype=jnp.float32):
+  """Behaviour logits, target logits [*shape, V] and tokens [*shape]."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  behaviour = 2 * jax.random.normal(keys[0], (*shape, VOCABULARY))
+  target = behaviour + jax.random.normal(keys[1], (*shape, VOCABULARY))
+  tokens = jax.random.randint(keys[2], shape, 0, VOCABULARY)
+  return behaviour.astype(dtype), target.astype(dtype), tokens
+
+
+def eager(name, behaviour, target, tokens):
+  return hand_numbers.distance(
+      divergences.build(name), behaviour=behaviour, target=target, tokens=tokens
+  )
+
+
+measured = jax.jit(eager, static_argnums=0)
+
+
+@each_divergence
+def test_divergence_gives_its_hand_numbers(name):
+  for mu, pi, token, options, value in hand_numbers.DIVERGENCES[name]:
+    got = hand_numbers.distance(
+        divergences.build(name, **options),
+        behaviour=hand_numbers.logs(mu),
+        target=hand_numbers.logs(pi),
+        tokens=jnp.asarray(token),
+    )
+    np.testing.assert_allclose(got, value, rtol=2e-5, atol=1e-6)
+
+
+@each_divergence
+def test_divergence_of_equal_policies_is_zero(name):
+  logits, _, tokens = random_pair(64)
+  got = measured(name, logits, logits, tokens)
+  np.testing.assert_allclose(got, np.zeros(64), atol=1e-6)
+
+
+@each_divergence
+def test_divergence_does_not_see_a_shift_of_the_logits(name):
+  behaviour, target, tokens = random_pair(64)
+  np.testing.assert_allclose(
+      measured(name, behaviour + 5, target - 7, tokens),
+      measured(name, behaviour, target, tokens),
+      rtol=1e-4,
+      atol=1e-5,
+  )
+
+
+@each_divergence
+def test_divergence_is_finite_and_not_negative(name):
+  got = measured(name, *random_pair(64))
+  assert got.dtype == jnp.float32
+  assert jnp.all(jnp.isfinite(got)) and jnp.all(got >= 0)
+
+
+@each_divergence
+@pytest.mark.parametrize('impossible', [-np.inf, -200.0])
+def test_divergence_is_defined_where_the_sampled_token_is_certain_or_impossible(
+    name, impossible
+):
+  # Token 0 has probability 0, 1/V and 1 under either policy; -200 is finite,
+  # but its exponential is not told from 0.
+  never = np.zeros(VOCABULARY)
+  never[0] = impossible
+  always = np.full(VOCABULARY, impossible)
+  always[0] = 0
+  policies = np.stack([never, np.zeros(VOCABULARY), always])
+  behaviour = jnp.asarray(np.repeat(policies, 3, axis=0), jnp.float32)
+  target = jnp.asarray(np.tile(policies, (3, 1)), jnp.float32)
+  tokens = jnp.zeros(9, jnp.int32)
+
+  # Op by op: a NaN that a later `where` hides would still be one too many.
+  got = eager(name, behaviour, target, tokens)
+  assert not jnp.any(jnp.isnan(got))
+  assert jnp.all(got >= 0)
+  if name != 'ratio_gap':  # A ratio to probability 0 is infinite by nature.
+    assert jnp.all(jnp.isfinite(got))
+  np.testing.assert_allclose(got[::4], jnp.zeros(3), atol=1e-6)  # mu = pi.
+
+
+@each_divergence
+def test_divergence_is_the_same_in_jit_in_vmap_and_in_any_batch_shape(name):
+  behaviour, target, tokens = random_pair(2, 3)
+  fn = functools.partial(measured, name)
+  plain = eager(name, behaviour, target, tokens)
+  assert plain.shape == (2, 3)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+  close(fn(behaviour, target, tokens), plain)
+  close(jax.vmap(fn)(behaviour, target, tokens), plain)
+  close(jax.vmap(jax.vmap(fn))(behaviour, target, tokens), plain)
+  flat = [x.reshape(6, *x.shape[2:]) for x in (behaviour, target, tokens)]
+  close(fn(*flat), plain.ravel())
+  close(fn(behaviour[1, 2], target[1, 2], tokens[1, 2]), plain[1, 2])
+
+
+@each_divergence
+def test_divergence_of_bfloat16_logits_is_computed_in_float32(name):
+  behaviour, target, tokens = random_pair(2, 3, dtype=jnp.bfloat16)
+  got = measured(name, behaviour, target, tokens)
+  upcast = (behaviour.astype(jnp.float32), target.astype(jnp.float32), tokens)
+  assert got.dtype == jnp.float32
+  np.testing.assert_array_equal(got, measured(name, *upcast))
+
+
+@each_divergence
+def test_record_is_a_pytree_that_scan_can_stack(name):
+  divergence = divergences.build(name)
+  behaviour, target, tokens = random_pair(2, 3)
+
+  def sample(carry, inputs):
+    return carry, divergence.record(*inputs)
+
+  _, recorded = jax.lax.scan(sample, (), (behaviour, tokens))
+  for leaf in jax.tree.leaves(recorded):
+    assert leaf.shape[:2] == (2, 3)
+  np.testing.assert_allclose(
+      divergence.measure(target, tokens, recorded),
+      measured(name, behaviour, target, tokens),
+      rtol=1e-4,
+      atol=1e-6,
+  )
+
+
+@each_divergence
+def test_padding_gives_no_gradient_whatever_its_numbers(name):
+  behaviour, target, tokens = random_pair(2, 4)
+  mask = jnp.asarray([[1, 1, 0, 0], [1, 0, 1, 0]], bool)
+  spoiled = np.asarray([[0, 0, np.nan, np.inf], [0, -np.inf, 0, np.nan]])
+  divergence = divergences.build(name)
+  logprobs = np.asarray(divergences.token_logprobs(target, tokens))
+  anchors = np.asarray(divergences.token_logprobs(behaviour, tokens))
+  distances = np.asarray(measured(name, behaviour, target, tokens))
+  signs = np.asarray([[1.0, -1, 1, -1], [-1, 1, 1, -1]])
+
+  def gradient(padding):
+    def loss(logprobs):
+      region = divergences.trust_region(
+          divergence=f32(distances + padding),
+          log_ratio=f32(logprobs_in - anchors),
+          advantages=f32(signs + padding),
+          threshold=divergence.threshold,
+      )
+      inputs = LossInputs(
+          logprobs=logprobs,
+          behaviour_logprobs=f32(anchors - padding),
+          divergence=f32(distances + padding),
+          trust_region=region,
+          advantages=f32(signs + padding),
+          token_mask=mask,
+      )
+      return jnp.sum(losses.build('policy_gradient')(inputs)[0])
+
+    logprobs_in = logprobs + padding
+    return jax.value_and_grad(loss)(f32(logprobs_in))
+
+  clean_loss, clean = gradient(np.zeros((2, 4)))
+  with jax.debug_nans(False), np.errstate(invalid='ignore'):
+    loss, got = gradient(spoiled)  # NaN goes in here, on purpose.
+  np.testing.assert_array_equal(loss, clean_loss)
+  np.testing.assert_array_equal(got, clean)
+  np.testing.assert_array_equal(np.asarray(got)[~np.asarray(mask)], np.zeros(4))
+
+
+def f32(values):
+  return jnp.asarray(values, jnp.float32)
+
+
+# --- losses ------------------------------------------------------------------
+
+
+def loss_inputs(**changes):
+  """Two sequences of three tokens; the last one of the second is padding."""
+  fields = {
+      'logprobs': np.log([[0.8, 0.15, 0.6], [0.2, 0.65, 0.25]]),
+      'behaviour_logprobs': np.log([[0.5, 0.1, 0.9], [0.4, 0.6, 0.25]]),
+      'divergence': [[0.3, 0.05, 0.3], [0.2, 0.05, 0.0]],
+      'advantages': [[1.0, 1, 1], [-1, -1, -1]],
+  }
+  flags = {
+      'trust_region': [[False, True, True], [False, True, True]],
+      'token_mask': [[True, True, True], [True, True, False]],
+  }
+  arrays = {key: f32(value) for key, value in fields.items()}
+  arrays |= {key: jnp.asarray(value) for key, value in flags.items()}
+  return LossInputs(**(arrays | changes))
+
+
+def loss_and_gradient(loss_fn, inputs):
+  """Summed loss and its gradient by logprobs [B, T]."""
+
+  def total(logprobs):
+    loss, metrics = loss_fn(inputs._replace(logprobs=logprobs))
+    assert loss.shape == inputs.logprobs.shape and loss.dtype == jnp.float32
+    assert all(m.shape == loss.shape for m in metrics.values())
+    return jnp.sum(loss)
+
+  return jax.value_and_grad(total)(inputs.logprobs)
+
+
+@each_loss
+def test_loss_gives_its_hand_numbers(name):
+  for options, mu, pi, advantage, value, slope in hand_numbers.LOSSES[name]:
+    inputs = LossInputs(
+        logprobs=hand_numbers.logs([[pi]]),
+        behaviour_logprobs=hand_numbers.logs([[mu]]),
+        divergence=f32([[abs(mu - pi)]]),
+        trust_region=jnp.asarray([[True]]),
+        advantages=f32([[advantage]]),
+        token_mask=jnp.asarray([[True]]),
+    )
+    loss, gradient = loss_and_gradient(losses.build(name, **options), inputs)
+    np.testing.assert_allclose(loss, value, rtol=1e-5)
+    np.testing.assert_allclose(gradient, [[slope]], rtol=1e-5)
+
+
+@each_loss
+@pytest.mark.parametrize('spoiler', [np.nan, np.inf, -np.inf])
+def test_loss_and_gradient_do_not_see_padding(name, spoiler):
+  loss_fn = losses.build(name)
+  inputs = loss_inputs()
+  fields = ('logprobs', 'behaviour_logprobs', 'divergence', 'advantages')
+  loss, gradient = loss_and_gradient(loss_fn, inputs)
+  with jax.debug_nans(False):  # NaN goes in here, on purpose.
+    spoiled = inputs._replace(**{
+        field: getattr(inputs, field).at[1, 2].set(spoiler) for field in fields
+    })
+    loss_spoiled, gradient_spoiled = loss_and_gradient(loss_fn, spoiled)
+  np.testing.assert_array_equal(loss_spoiled, loss)
+  np.testing.assert_array_equal(gradient_spoiled, gradient)
+  assert gradient_spoiled[1, 2] == 0
+
+
+@each_loss
+def test_advantage_zero_gives_no_gradient_even_at_infinite_ratio(name):
+  inputs = loss_inputs(
+      advantages=jnp.zeros((2, 3)), trust_region=jnp.ones((2, 3), bool)
+  )
+  inputs = inputs._replace(
+      behaviour_logprobs=inputs.behaviour_logprobs.at[0, 0].set(-1000.0)
+  )
+  loss, gradient = loss_and_gradient(losses.build(name), inputs)
+  assert jnp.isfinite(loss)
+  np.testing.assert_array_equal(gradient, jnp.zeros((2, 3)))
+
+
+@each_loss
+def test_dropped_token_with_log_ratio_100_leaves_the_loss_finite(name):
+  # Token (0, 0) is outside the region. exp(100) is infinite in float32.
+  inputs = loss_inputs()
+  inputs = inputs._replace(
+      behaviour_logprobs=inputs.logprobs.at[0, 0].add(-100.0)
+  )
+  loss, gradient = loss_and_gradient(losses.build(name), inputs)
+  assert jnp.isfinite(loss) and jnp.all(jnp.isfinite(gradient))
+  assert gradient[0, 0] == 0
+
+
+@each_loss
+def test_kept_token_with_log_ratio_100_is_not_hidden_unless_capped(name):
+  # (0, 1) is inside the region: the learner must see it and skip the update.
+  inputs = loss_inputs()
+  inputs = inputs._replace(
+      behaviour_logprobs=inputs.logprobs.at[0, 1].add(-100.0)
+  )
+  loss, _ = loss_and_gradient(losses.build(name), inputs)
+  assert not jnp.isfinite(loss)
+  if 'ratio_cap' in losses.register.options(name):
+    capped = losses.build(name, ratio_cap=5.0)
+    loss, gradient = loss_and_gradient(capped, inputs)
+    assert jnp.isfinite(loss) and jnp.all(jnp.isfinite(gradient))
+    np.testing.assert_allclose(gradient[0, 1], -5.0)
+
+
+@each_loss
+def test_loss_is_the_same_in_jit(name):
+  loss_fn = losses.build(name)
+  plain, plain_metrics = loss_fn(loss_inputs())
+  jitted, jitted_metrics = jax.jit(loss_fn)(loss_inputs())
+  np.testing.assert_allclose(jitted, plain, rtol=1e-6)
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-6),
+      jitted_metrics,
+      plain_metrics,
+  )
+
+
+# --- advantages --------------------------------------------------------------
+
+
+@each_advantage
+def test_advantage_gives_its_hand_numbers(name):
+  for options, rewards, expected in hand_numbers.ADVANTAGES[name]:
+    advantage_fn = advantages.build(name, **options)
+    for fn in (advantage_fn, jax.jit(advantage_fn)):
+      np.testing.assert_allclose(fn(f32(rewards)), expected, rtol=1e-5)
+
+
+@each_advantage
+@pytest.mark.parametrize('reward', [0.0, 1.0, 0.1, 0.7, -1 / 3, 1e4 + 0.1])
+@pytest.mark.parametrize('group_size', [2, 3, 7, 8, 16])
+def test_group_without_variance_has_exactly_no_advantage(
+    name, reward, group_size
+):
+  advantage_fn = advantages.build(name, group_size=group_size)
+  rewards = jnp.full(2 * group_size, reward, jnp.float32)
+  for fn in (advantage_fn, jax.jit(advantage_fn)):
+    np.testing.assert_array_equal(fn(rewards), jnp.zeros(2 * group_size))
+
+
+@each_advantage
+def test_advantages_of_a_group_sum_to_zero_and_ignore_the_other_groups(name):
+  advantage_fn = advantages.build(name, group_size=4)
+  rewards = jax.random.uniform(jax.random.key(0), (12,))
+  got = advantage_fn(rewards)
+  assert got.shape == (12,) and got.dtype == jnp.float32
+  np.testing.assert_allclose(got.reshape(3, 4).sum(-1), jnp.zeros(3), atol=1e-5)
+  changed = advantage_fn(rewards.at[:4].add(jnp.arange(4.0)))
+  np.testing.assert_array_equal(changed[4:], got[4:])
+
+
+# --- normalizers -------------------------------------------------------------
+
+
+@each_normalizer
+def test_normalizer_gives_its_hand_numbers(name):
+  for options, mask, expected in hand_numbers.NORMALIZERS[name]:
+    normalizer = normalizers.build(name, **options)
+    weights = normalizer(jnp.asarray(mask, bool))
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(normalizer)(jnp.asarray(mask, bool)), expected, rtol=1e-6
+    )
+
+
+@each_normalizer
+def test_normalizer_gives_padding_and_empty_rollouts_no_weight(name):
+  options = hand_numbers.NORMALIZERS[name][0][0]
+  normalizer = normalizers.build(name, **options)
+  mask = jnp.asarray([[True, False], [False, False]])
+  weights = np.asarray(normalizer(mask))
+  assert np.all(np.isfinite(weights))
+  assert weights[0, 0] > 0 and np.all(weights[~np.asarray(mask)] == 0)
+  empty = jnp.zeros((2, 3), bool)
+  np.testing.assert_array_equal(normalizer(empty), np.zeros((2, 3)))
