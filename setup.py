@@ -26,7 +26,10 @@ setuptools.setup(
     install_requires=[
         'absl-py>=2.1',
         'array-record>=0.7',
+        'etils>=1.9',
         'flax>=0.12.8,<0.13',
+        # TFDS needs it for builders inside a package, without saying so.
+        'importlib-resources>=6.0',
         'grain>=0.2.12,<0.3',
         # 0.10.2 is the newest for Python 3.11, 0.12 needs Python 3.12.
         'jax>=0.10.2,<0.13',
@@ -44,8 +47,9 @@ setuptools.setup(
     extras_require={
         'cuda12': ['jax[cuda12]'],
         'cuda13': ['jax[cuda13]'],
-        'test': ['hypothesis>=6.100', 'pytest>=8.0', 'pytest-timeout>=2.3'],
+        'test': ['hypothesis>=6.100', 'pebble>=5.1', 'pytest>=8.0'],
         'tpu': ['jax[tpu]'],
+        'verifiers': ['pebble>=5.1'],
         'wandb': ['wandb>=0.17'],
         'dev': ['mypy>=1.11', 'pre-commit>=3.7', 'ruff>=0.6'],
     },

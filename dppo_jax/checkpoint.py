@@ -41,6 +41,9 @@ class Checkpoints:
 
   In a run of several processes, every process makes the same calls with the
   same `host`, and `directory` is storage that all of them see.
+
+  Use it in a `with` or call `close`: an interpreter that exits on its own does
+  not finish the save in the background, which is then lost like in a kill.
   """
 
   def __init__(self, directory: epath.PathLike, *, keep: int = 3):
@@ -144,14 +147,22 @@ class Checkpoints:
     self.wait()
     self._orbax.close()
 
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
   def _path(self, step: int) -> epath.Path:
     return self._directory / str(step)
 
   def _remove_leftovers(self) -> None:
     """Removes what a save that was killed has left."""
     if jax.process_index() == 0 and self._directory.exists():
-      for name in ocp.utils.tmp_checkpoints(self._directory):
-        (self._directory / name).rmtree(missing_ok=True)
+      for path in self._directory.iterdir():
+        # Not `corrupt-*`: on a file system without renames it looks the same.
+        if path.name[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
+          path.rmtree(missing_ok=True)
 
   def _newest_good_step(self) -> int | None:
     """What process 0 finds, told to all: they must restore the same step."""
@@ -304,7 +315,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _key_impl(target: Any) -> Any:
-  """`jax.random.key_impl`, which takes no ShapeDtypeStruct but takes tracers."""
+  """`jax.random.key_impl`, which takes tracers but no ShapeDtypeStruct."""
   impls = []
   jax.eval_shape(
       lambda key: impls.append(jax.random.key_impl(key)), _abstract(target)

@@ -4,6 +4,7 @@ Every message names the field, its value and the way out. Names and options of
 divergences, losses and so on are checked by building them, which is cheap.
 """
 
+import math
 from typing import Any
 
 _POSITIVE = (
@@ -117,17 +118,17 @@ def _check_sizes(config, num_batch_shards):
       f'config.num_prompts={config.num_prompts} times '
       f'group_size={config.group_size} makes {batch} completions'
   )
-  if batch % updates:
-    raise ValueError(
-        f'{sizes}, not divisible by learner.num_minibatches={updates}; '
-        f'{_nearest(batch, updates)}.'
-    )
-  if batch % parts:
-    raise ValueError(
-        f'{sizes}, not divisible by learner.num_minibatches={updates} times '
-        f'num_microbatches={config.learner.num_microbatches}, {parts}; '
-        f'{_nearest(batch, parts)}.'
-    )
+  for size, name in (
+      (updates, f'learner.num_minibatches={updates}'),
+      (parts, f'learner.num_minibatches={updates} times num_microbatches='
+              f'{config.learner.num_microbatches}, {parts}'),
+  ):
+    if batch % size:
+      multiple = size // math.gcd(size, config.group_size)
+      raise ValueError(
+          f'{sizes}, not divisible by {name}; for num_prompts, '
+          f'{_nearest(config.num_prompts, multiple)}.'
+      )
   for name, rows in (
       ('num_prompts', config.num_prompts),
       ('eval.num_prompts', config.eval.num_prompts),
@@ -136,7 +137,8 @@ def _check_sizes(config, num_batch_shards):
     if rows % num_batch_shards:
       raise ValueError(
           f'config.{name}={rows} is not divisible by the {num_batch_shards} '
-          f'devices of mesh axes data and fsdp; {_nearest(rows, num_batch_shards)}.'
+          'devices of mesh axes data and fsdp; '
+          f'{_nearest(rows, num_batch_shards)}.'
       )
 
 

@@ -32,7 +32,7 @@ class Logbook:
     self._writer = writer
     self._seconds_per_decode_step = seconds_per_decode_step
     self._masked = np.zeros((2, vocab_size), np.int64)
-    self._waiting: list[tuple[int, dict[str, float]]] = []
+    self._waiting: dict[int, dict[str, float]] = {}
 
   def add(
       self,
@@ -66,12 +66,16 @@ class Logbook:
         'time/score_s': score_s,
         'tokens/s': scalars['tokens/sampled'] / (device_s + score_s),
     }
-    self._waiting.append((step, scalars))
+    self.add_scalars(step, scalars)
     return scalars
+
+  def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
+    """Takes scalars that are on the host already; one line a step in the end."""
+    self._waiting.setdefault(step, {}).update(scalars)
 
   def flush(self) -> None:
     """Writes what was added since the last call."""
-    for step, scalars in self._waiting:
+    for step, scalars in self._waiting.items():
       self._writer.write(step, scalars)
     self._waiting.clear()
 

@@ -9,7 +9,9 @@ same command.
 from collections.abc import Callable, Iterator
 import contextlib
 import json
+import logging as python_logging
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -136,9 +138,9 @@ def train(config: Any, workdir: str) -> bool:
   """Trains until `config.total_steps`; False if a signal ended it before."""
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(_stop_on_signals())
-    workdir = workdir_lib.prepare(workdir, config)
     parts = build(config)
     stack.enter_context(contextlib.closing(parts.scorer))
+    workdir = workdir_lib.prepare(workdir, config)
     checkpoints = Checkpoints(
         workdir / 'checkpoints', keep=config.keep_checkpoints
     )
@@ -149,7 +151,9 @@ def train(config: Any, workdir: str) -> bool:
     del run  # Its state is donated to the first step.
     stack.callback(logbook.flush)
     first = int(state.step) + 1
-    bar = stack.enter_context(Progress(config.total_steps, first))
+    bar = stack.enter_context(Progress(
+        config.total_steps, first, is_main_process=jax.process_index() == 0
+    ))
 
     for step in range(first, config.total_steps + 1):
       start = time.perf_counter()
@@ -168,7 +172,7 @@ def train(config: Any, workdir: str) -> bool:
       last = step == config.total_steps
       if step % config.eval.every == 0 or last:
         _note_samples(logbook, step, batch, texts, pending)
-        _evaluate(parts, state, writer, logbook, step)
+        _evaluate(parts, state, logbook, step)
       if step % config.checkpoint_every == 0 or last or stop.requested:
         logbook.flush()  # A checkpoint never knows more than the log.
         _save(checkpoints, parts, step, state, pending, logbook)
@@ -178,7 +182,7 @@ def train(config: Any, workdir: str) -> bool:
 
     logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
     _export(parts, state, workdir / 'model')
-  path = report.write_report(workdir, title=config.algorithm)
+  path = report.write_report(workdir)
   logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
   return True
 
@@ -213,9 +217,10 @@ def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
     logbook.set_state(host['masked_tokens'])
   else:
     pending, texts = _score(parts, rollout, batch)
-    writer.write(0, {'time/compile_s': times['compile_s']})
+    logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(logbook, 0, batch, texts, pending)
-    _evaluate(parts, state, writer, logbook, 0)
+    _evaluate(parts, state, logbook, 0)
+    logbook.flush()
   return _Run(state, pending, logbook)
 
 
@@ -276,17 +281,17 @@ def _note_samples(logbook, step, batch, texts, scored) -> None:
   )
 
 
-def _evaluate(parts, state, writer, logbook, step) -> dict[str, float]:
+def _evaluate(
+    parts: Parts, state: TrainState, logbook: Logbook, step: int
+) -> None:
   """Held-out metrics and samples, written under `step`."""
   start = time.perf_counter()
   metrics, samples = parts.evaluate_fn(state.params)
-  metrics['time/eval_s'] = time.perf_counter() - start
-  logbook.flush()
-  writer.write(step, metrics)
+  logbook.add_scalars(
+      step, metrics | {'time/eval_s': time.perf_counter() - start}
+  )
   logbook.add_samples(step, 'test', **samples)
-  shown = {k: v for k, v in metrics.items() if k.startswith('eval/')}
-  logging.info('step %d: %s', step, json.dumps(shown))
-  return metrics
+  logging.info('step %d: %s', step, json.dumps(metrics))
 
 
 def _save(checkpoints, parts, step, state, pending, logbook) -> None:
@@ -508,12 +513,18 @@ def _run_cli(body: Callable[[Any], bool]) -> None:
     sys.exit(0 if finished else EXIT_INTERRUPTED)
 
   flags.mark_flag_as_required('config')
+  # Absl turns every library's chatter on; only warnings of others are news.
+  for name in ('jax', 'orbax', 'tensorflow_datasets'):
+    python_logging.getLogger(name).setLevel(python_logging.WARNING)
   app.run(main, flags_parser=parse)
 
 
 @contextlib.contextmanager
 def _one_line_errors() -> Iterator[None]:
-  """A mistake of the user's ends the program without a stack trace."""
+  """A mistake of the user's ends the program without a stack trace.
+
+  `--verbosity=1` brings the trace back.
+  """
   try:
     yield
   except (
@@ -522,18 +533,36 @@ def _one_line_errors() -> Iterator[None]:
   ) as error:
     if flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0:
       raise
-    message = ' '.join(str(error).split())
-    print(f'error: {message}', file=sys.stderr)
+    print(f'error: {_one_line(error)}', file=sys.stderr)
     sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+  """The message on one line, without what the flag library wraps it in."""
+  # A KeyError shows its message as a quoted string.
+  message = str(error.args[0] if isinstance(error, KeyError) else error)
+  if 'Traceback' in message:  # A config file raised: its last line says what.
+    message = message.strip().splitlines()[-1]
+    message = re.sub(r'^(\w+\.)*\w*Error: ', '', message)
+  message = ' '.join(message.replace('\\n', ' ').split())
+  if typo := re.search(r'Did you mean "(.*)" instead of "(.*?)"', message):
+    return f'Unknown config field {typo[2]!r}. Did you mean {typo[1]!r}?'
+  if isinstance(error, KeyError) and re.fullmatch(r'\W*\w+\W*', message):
+    name = re.sub(r'\W', '', message)
+    return f'Unknown config field {name!r}. configs/default.py lists them all.'
+  if missing := re.search(r"No such file or directory: '(.*)'", message):
+    return f'There is no file {missing[1]!r}. Configs are in configs/.'
+  if '--config must have a value' in message:
+    return 'Which config? For example --config=configs/tv_topk.py.'
+  return message
 
 
 def _default_workdir() -> str:
   """runs/tv_topk for --config=configs/tv_topk.py."""
-  path, _, argument = config_flags.get_config_filename(flags.FLAGS['config'])\
-      .partition(':')
-  return str(
-      pathlib.Path('runs', pathlib.Path(path).stem + (argument and '-') + argument)
-  )
+  filename = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, argument = filename.partition(':')
+  name = pathlib.Path(path).stem + (f'-{argument}' if argument else '')
+  return str(pathlib.Path('runs', name))
 
 
 def run_train() -> None:

@@ -1,6 +1,6 @@
 """Scalars and samples of a run, as files that any tool can read.
 
-`metrics.jsonl` is the truth: one JSON object a line, `{"step": 7, "loss": ...}`,
+`metrics.jsonl` is the truth: one JSON object a line, `{"step": 7, ...}`,
 appended and flushed at once, so a killed run loses nothing that it logged.
 TensorBoard and Weights & Biases are copies of it. `samples.jsonl` holds
 prompts, completions and rewards in the same way.
@@ -235,7 +235,7 @@ class _TensorBoard:
   def __init__(self, directory: Path):
     self._directory = directory
     self._purge_step: int | None = None
-    self._writer = None
+    self._writer: Any = None
 
   def write(self, step: int, values: dict[str, float]) -> None:
     # Imported late: the protobufs it brings take longer than all the rest.
@@ -250,7 +250,8 @@ class _TensorBoard:
           filename_suffix=f'.{time.time_ns()}',
       )
     for key, value in values.items():
-      self._writer.add_scalar(key, value, step)
+      # TensorBoard knows no '@'; the library would say so at every call.
+      self._writer.add_scalar(key.replace('@', '_'), value, step)
 
   def truncate_after(self, step: int) -> None:
     self.close()
@@ -267,7 +268,7 @@ class _Wandb:
 
   def __init__(self, workdir: Path, run_config: dict[str, Any] | None):
     try:
-      import wandb  # ty: ignore[unresolved-import]
+      import wandb
     except ImportError as error:
       raise ImportError(
           'wandb=True needs the package wandb, which is not installed: '

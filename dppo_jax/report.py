@@ -9,7 +9,8 @@ note instead of the plot.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence
 import dataclasses
 import html
 import json
@@ -274,7 +275,8 @@ def _sample_group(step: int, rows: list[dict]) -> str:
   shown = rows[:MAX_SAMPLES]
   more = f', the first {len(shown)} shown' if len(shown) < len(rows) else ''
   head = ''.join(
-      f'<th>{name}</th>' for name in ('Prompt', 'Completion', 'Answer', 'Reward')
+      f'<th>{name}</th>'
+      for name in ('Prompt', 'Completion', 'Answer', 'Reward')
   )
   return (
       f'<h3>Step {step} <span class="note">{num_correct} of {len(rows)} '
@@ -307,8 +309,8 @@ def _is_correct(row: dict) -> bool:
 def _masked_tokens(counts: dict) -> str:
   """Which tokens the trust region silences, by sign of the advantage."""
   tables = [
-      _token_table(f'Advantage {sign} 0', counts.get(key) or [], color)
-      for color, (key, sign) in enumerate((('positive', '>'), ('negative', '<')))
+      _token_table('Advantage > 0', counts.get('positive') or [], 0),
+      _token_table('Advantage < 0', counts.get('negative') or [], 1),
   ]
   if not any(tables):
     return ''
@@ -330,7 +332,8 @@ def _token_table(title: str, counts: Sequence, color: int) -> str:
       f'style="width:{100 * count / most:.1f}%"></i></td></tr>'
       for token, count in counts
   )
-  return f'<table class="tokens"><caption>{_escape(title)}</caption>{rows}</table>'
+  caption = f'<caption>{_escape(title)}</caption>'
+  return f'<table class="tokens">{caption}{rows}</table>'
 
 
 def _config(config: dict) -> str:
@@ -401,7 +404,7 @@ def _figure(
   unit = f' <span class="note">{_escape(plot.unit)}</span>' if plot.unit else ''
   return (
       f'<figure><h2>{_escape(plot.title)}{unit}</h2>'
-      f'{_legend(plot, lines)}'
+      f'{_legend(plot, lines, thresholds)}'
       f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
       f'aria-label="{_escape(plot.title)}">'
       f'{_grid(axes)}{draw(lines, axes)}'
@@ -412,7 +415,7 @@ def _figure(
 
 
 def _lines(plot: Plot, rows: list[dict]) -> list[_Line]:
-  lines = []
+  lines: list[_Line] = []
   for curve in plot.curves:
     prefix = curve.key.removesuffix('*')
     family = prefix.rpartition('/')[2]
@@ -495,7 +498,8 @@ def _grid(axes: _Axes) -> str:
           f'<text x="{float(axes.x(value)):.1f}" y="{_HEIGHT - 7}" '
           f'class="below">{_short(value)}</text>'
       )
-  parts.append(f'<text x="{_LEFT - 6}" y="{_HEIGHT - 7}" class="left">step</text>')
+  x, y = _LEFT - 12, _HEIGHT - 7
+  parts.append(f'<text x="{x}" y="{y}" class="left">step</text>')
   return ''.join(parts)
 
 
@@ -512,10 +516,13 @@ def _curves(lines: list[_Line], axes: _Axes) -> str:
     # A single point makes no line.
     if line.markers or np.isfinite(y).sum() == 1:
       parts += [
-          f'<circle class="f{line.color % 6}" cx="{a:.1f}" cy="{b:.1f}" r="2.6">'
+          f'<circle class="f{line.color % 6}" '
+          f'cx="{a:.1f}" cy="{b:.1f}" r="2.6">'
           f'<title>{_escape(line.label)} {value:.4g} at step {step}</title>'
           '</circle>'
-          for a, b, value, step in zip(x, y, line.values, line.steps)
+          for a, b, value, step in zip(
+              x, y, line.values, line.steps, strict=True
+          )
           if math.isfinite(b)
       ]
   return ''.join(parts)
@@ -534,22 +541,19 @@ def _areas(lines: list[_Line], axes: _Axes) -> str:
   for line in lines:
     y = axes.y(binned(line.values))
     outline = np.concatenate([x, x[::-1]]), np.concatenate([y, below[::-1]])
-    parts.append(f'<path class="area f{line.color % 6}" d="{_path(*outline)}Z"/>')
+    d = _path(*outline) + 'Z'
+    parts.append(f'<path class="area f{line.color % 6}" d="{d}"/>')
     below = y
   return ''.join(parts)
 
 
 def _threshold_line(threshold: float, axes: _Axes) -> str:
   y = float(axes.y(threshold))
-  return (
-      f'<path class="threshold" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
-      f'<text x="{_WIDTH - _RIGHT - 2}" y="{y - 4:.1f}" class="left">'
-      f'threshold {threshold:g}</text>'
-  )
+  return f'<path class="threshold" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
 
 
-def _legend(plot: Plot, lines: list[_Line]) -> str:
-  """Labels with the values that the run ends at."""
+def _legend(plot: Plot, lines: list[_Line], thresholds: list[float]) -> str:
+  """Labels with the values that the run ends at, and the thresholds."""
   items, below = [], 0.0
   for line in lines:
     smooth = None if line.markers else _smooth(line.values)
@@ -562,6 +566,10 @@ def _legend(plot: Plot, lines: list[_Line]) -> str:
         f'<span><i class="swatch bar{line.color % 6}"></i>'
         f'{_escape(line.label)} <b>{_short(shown)}</b></span>'
     )
+  items += [
+      f'<span><i class="dash"></i>threshold <b>{threshold:g}</b></span>'
+      for threshold in thresholds
+  ]
   return f'<div class="legend">{"".join(items)}</div>'
 
 
@@ -670,7 +678,9 @@ def _duration(seconds: float) -> str:
     return ''
   if seconds < 120:
     return f'{seconds:.0f} s'
-  return f'{seconds / 60:.0f} min' if seconds < 7200 else f'{seconds / 3600:.1f} h'
+  if seconds < 7200:
+    return f'{seconds / 60:.0f} min'
+  return f'{seconds / 3600:.1f} h'
 
 
 def _short(value: float) -> str:
@@ -788,10 +798,11 @@ figcaption { color: var(--soft); font-size: 12.5px; line-height: 1.4; }
   display: inline-block; width: 10px; height: 10px; border-radius: 3px;
   margin-right: 5px;
 }
-svg text {
-  fill: var(--soft); font-size: 11px;
-  stroke: var(--card); stroke-width: 3px; paint-order: stroke;
+.dash {
+  display: inline-block; width: 14px; margin-right: 5px; vertical-align: middle;
+  border-top: 2px dashed var(--bad);
 }
+svg text { fill: var(--soft); font-size: 11px; }
 svg .left { text-anchor: end; }
 svg .below { text-anchor: middle; }
 .grid { stroke: var(--rule); fill: none; }

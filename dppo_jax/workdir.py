@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -82,12 +83,19 @@ def describe_run() -> dict[str, Any]:
     if module is not None:
       versions[name] = module.__version__
   return {
-      'command': ' '.join(['python', *sys.argv]),
+      'command': _command(),
       'commit': _commit(),
       'device': f'{jax.device_count()} x {device.device_kind}',
       'cpu_count': os.cpu_count(),
       'versions': versions,
   }
+
+
+def _command() -> str:
+  """The command line, with the module's name instead of its path."""
+  spec = getattr(sys.modules['__main__'], '__spec__', None)
+  program = f'-m {spec.name}' if spec else sys.argv[0]
+  return shlex.join(['python', *program.split(), *sys.argv[1:]])
 
 
 def _commit() -> str:
@@ -97,6 +105,8 @@ def _commit() -> str:
       ['git', *arguments], cwd=here, capture_output=True, text=True, check=True
   ).stdout.strip()
   try:
+    # Fails where the package was installed into somebody else's repository.
+    git('ls-files', '--error-unmatch', pathlib.Path(__file__).name)
     changed = git('status', '--porcelain', '--untracked-files=no')
     return git('rev-parse', '--short', 'HEAD') + ('+' if changed else '')
   except (OSError, subprocess.CalledProcessError):

@@ -2,17 +2,18 @@
 
 import functools
 
+import hand_numbers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
 from dppo_jax import advantages
 from dppo_jax import algorithms
 from dppo_jax import divergences
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax.types import LossInputs
-import hand_numbers
-import jax
-import jax.numpy as jnp
-import numpy as np
-import pytest
 
 pytestmark = pytest.mark.usefixtures('no_nans')
 
@@ -38,7 +39,7 @@ each_normalizer = pytest.mark.parametrize('name', normalizers.names())
 )
 def test_every_name_has_a_hand_number(registered, numbers):
   without = [name for name in registered if not numbers.get(name)]
-  assert not without, f'{without}: no hand number, add a line to tests/hand_numbers.py'
+  assert not without, f'{without}: add a line to tests/hand_numbers.py'
   unknown = set(numbers) - set(registered)
   assert not unknown, f'hand numbers for names that do not exist: {unknown}'
 
@@ -344,15 +345,13 @@ def test_advantage_gives_its_hand_numbers(name):
 
 
 @each_advantage
-@pytest.mark.parametrize('reward', [0.0, 1.0, 0.1, 0.7, -1 / 3, 1e4 + 0.1])
-@pytest.mark.parametrize('group_size', [2, 3, 7, 8, 16])
-def test_group_without_variance_has_exactly_no_advantage(
-    name, reward, group_size
-):
+@pytest.mark.parametrize('group_size', [3, 8])
+def test_group_without_variance_has_exactly_no_advantage(name, group_size):
+  # The mean of eight times 0.7 is not 0.7 in float32.
   advantage_fn = advantages.build(name, group_size=group_size)
-  rewards = jnp.full(2 * group_size, reward, jnp.float32)
+  rewards = np.repeat([0.0, 1.0, 0.1, 0.7, -1 / 3, 1e4 + 0.1], group_size)
   for fn in (advantage_fn, jax.jit(advantage_fn)):
-    np.testing.assert_array_equal(fn(rewards), jnp.zeros(2 * group_size))
+    np.testing.assert_array_equal(fn(f32(rewards)), np.zeros(6 * group_size))
 
 
 @each_advantage

@@ -8,7 +8,9 @@ import pytest
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 # The same examples in every run: a red test must be red again tomorrow.
-hypothesis.settings.register_profile('repeatable', derandomize=True, deadline=None)
+hypothesis.settings.register_profile(
+    'repeatable', derandomize=True, deadline=None
+)
 hypothesis.settings.load_profile('repeatable')
 
 

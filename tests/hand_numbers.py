@@ -8,9 +8,10 @@ of the sampled token alone (the rest is then one other token).
 
 import math
 
-from dppo_jax import divergences
 import jax.numpy as jnp
 import numpy as np
+
+from dppo_jax import divergences
 
 
 def two_token_logits(probabilities):

@@ -1,4 +1,4 @@
-"""The page of a run: complete, self-contained, and never the cause of a crash."""
+"""The page of a run: complete, self-contained, never the cause of a crash."""
 
 import html.parser
 import json
@@ -233,7 +233,7 @@ def test_draws_the_thresholds_of_the_config(tmp_path, divergence, labels):
   run = make_run(
       tmp_path, keys=['divergence/mean'], config={'divergence': divergence}
   )
-  assert re.findall('>threshold ([0-9.]+)<', page_of(run)) == labels
+  assert re.findall('threshold <b>([0-9.]+)<', page_of(run)) == labels
 
 
 def test_samples_show_first_and_last_step_and_who_is_right(tmp_path):

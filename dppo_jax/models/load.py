@@ -20,6 +20,7 @@ import safetensors
 import safetensors.numpy
 
 from dppo_jax import registry
+from dppo_jax.models import hf
 from dppo_jax.models import layers
 from dppo_jax.models import qwen3
 from dppo_jax.models.causal_lm import CausalLM
@@ -154,22 +155,18 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
     raise ValueError(
         registry.unknown(f'architecture in {path}:', model_type, FAMILIES)
     )
-  import transformers  # Slow to import; only folders need it.
-
   family = FAMILIES[model_type]
   return family, family.from_hf_config(
-      transformers.AutoConfig.from_pretrained(folder)
+      hf.transformers().AutoConfig.from_pretrained(folder)
   )
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """The transformers tokenizer of a model, checked for an end token."""
-  import transformers  # Slow to import; only text needs it.
-
   folder = resolve(name)
   if not any(folder.glob('tokenizer*')):
     raise FileNotFoundError(f'{folder} has no tokenizer.json.')
-  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  tokenizer = hf.transformers().AutoTokenizer.from_pretrained(folder)
   if tokenizer.eos_token_id is None:
     raise ValueError(
         f'{folder}: the tokenizer has no eos_token, so no completion could '

@@ -5,6 +5,7 @@ from typing import Any
 from flax import nnx
 import jax
 
+from dppo_jax.models import hf
 from dppo_jax.models import layers
 
 HF_ARCHITECTURE = 'Qwen3ForCausalLM'
@@ -78,9 +79,7 @@ def from_hf_config(hf_config: Any) -> layers.ModelConfig:
 
 def to_hf_config(config: layers.ModelConfig) -> Any:
   """The transformers `Qwen3Config` of these sizes."""
-  import transformers  # Slow to import; only files need it.
-
-  return transformers.Qwen3Config(
+  return hf.transformers().Qwen3Config(
       vocab_size=config.vocab_size,
       hidden_size=config.hidden_size,
       intermediate_size=config.intermediate_size,

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 
+from absl import logging
 import tensorflow_datasets as tfds
 
 from dppo_jax.tasks import arithmetic
@@ -69,16 +70,19 @@ def sources(data_dir: str = '') -> dict[str, base.Source]:
     ValueError: the folder is there but incomplete.
   """
   data_dir = os.path.expanduser(data_dir) or None
-  builder = _builder(data_dir)
-  if not os.path.exists(builder.data_dir):
-    _prepare(builder)
-    builder = _builder(data_dir)  # Reads what was written, by whomever.
-  if any(split not in builder.info.splits for split in _SPLITS):
-    raise ValueError(
-      f'{builder.data_dir} is incomplete. Delete this folder; '
-      'it is then prepared again.'
-    )
-  return {split: TextSource(builder.as_data_source(split)) for split in _SPLITS}
+  with _silence():
+    builder = _builder(data_dir)
+    if not os.path.exists(builder.data_dir):
+      _prepare(builder)
+      builder = _builder(data_dir)  # Reads what was written, by whomever.
+    if any(split not in builder.info.splits for split in _SPLITS):
+      raise ValueError(
+          f'{builder.data_dir} is incomplete. Delete this folder; '
+          'it is then prepared again.'
+      )
+    return {
+        split: TextSource(builder.as_data_source(split)) for split in _SPLITS
+    }
 
 
 def _builder(data_dir: str | None) -> DppoArithmetic:
@@ -88,8 +92,7 @@ def _builder(data_dir: str | None) -> DppoArithmetic:
 def _prepare(builder: DppoArithmetic) -> None:
   """Writes the files; quietly, for they are small."""
   try:
-    with _silence():
-      builder.download_and_prepare()
+    builder.download_and_prepare()
   except Exception as error:
     if os.path.exists(builder.data_dir):
       return  # Another process was faster.
@@ -104,9 +107,14 @@ def _prepare(builder: DppoArithmetic) -> None:
 
 @contextlib.contextmanager
 def _silence():
-  """TFDS prints progress bars and colours; errors are raised all the same."""
-  with (
-    contextlib.redirect_stdout(io.StringIO()),
-    contextlib.redirect_stderr(io.StringIO()),
-  ):
-    yield
+  """TFDS logs, prints progress bars and colours; errors are raised anyway."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.WARNING)
+  try:
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+      yield
+  finally:
+    logging.set_verbosity(verbosity)

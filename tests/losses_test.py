@@ -1,0 +1,314 @@
+"""Losses, normalisers and the table of algorithms, by hand and by identity."""
+
+import functools
+import math
+
+import hand_numbers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dppo_jax import advantages
+from dppo_jax import algorithms
+from dppo_jax import divergences
+from dppo_jax import losses
+from dppo_jax import normalizers
+from dppo_jax.types import LossInputs
+
+pytestmark = pytest.mark.usefixtures('no_nans')
+
+close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+
+
+def slopes(*, logprobs, behaviour, divergence, advantages, threshold,
+           ratio_cap=math.inf):
+  """Gradient of the summed loss by each logprob. All [T] -> [T]."""
+  region = divergences.trust_region(
+      divergence=divergence,
+      log_ratio=logprobs - behaviour,
+      advantages=advantages,
+      threshold=threshold,
+  )
+  loss_fn = losses.build('policy_gradient', ratio_cap=ratio_cap)
+
+  def total(logprobs):
+    mask = jnp.ones(logprobs.shape, bool)
+    inputs = LossInputs(
+        logprobs, behaviour, divergence, region, advantages, mask
+    )
+    return jnp.sum(loss_fn(inputs)[0])
+
+  return jax.grad(total)(logprobs)
+
+
+def slopes_of_algorithm(name, *, behaviour, target, advantages):
+  """The same, from probabilities of sampled tokens in a vocabulary of 24."""
+  row = algorithms.config(name)
+  options = dict(row['divergence'])
+  divergence = divergences.build(options.pop('name'), **options)
+  loss = dict(row['loss'])
+  assert loss.pop('name') == 'policy_gradient'
+
+  def logits(p):  # The rest is spread evenly over tokens 1 to 23.
+    rest = np.broadcast_to((1 - np.asarray(p)[:, None]) / 23, (len(p), 23))
+    return hand_numbers.logs(np.concatenate([np.asarray(p)[:, None], rest], 1))
+
+  tokens = jnp.zeros(len(behaviour), jnp.int32)
+  old, new = logits(behaviour), logits(target)
+  return slopes(
+      logprobs=divergences.token_logprobs(new, tokens),
+      behaviour=divergences.token_logprobs(old, tokens),
+      divergence=divergence.measure(
+          new, tokens, divergence.record(old, tokens)
+      ),
+      advantages=jnp.asarray(advantages, jnp.float32),
+      threshold=divergence.threshold,
+      **loss,
+  )
+
+
+# --- the table of algorithms -------------------------------------------------
+
+
+def test_drops_only_tokens_leaving_the_region():
+  # behaviour 0.5; target 0.7 0.7 0.3 0.3; TV 0.2 > 0.15 everywhere.
+  # A:     +1     -1     +1     -1
+  # moves: out    back   back   out   -> gradient -ratio*A = 0, 1.4, -0.6, 0
+  got = slopes_of_algorithm(
+      'dppo_binary_tv',
+      behaviour=(0.5,) * 4,
+      target=(0.7, 0.7, 0.3, 0.3),
+      advantages=(1, -1, 1, -1),
+  )
+  close(got, (0, 1.4, -0.6, 0))
+
+
+@pytest.mark.parametrize('name', algorithms.names())
+def test_gradient_of_every_algorithm_on_ten_tokens(name):
+  got = slopes_of_algorithm(
+      name,
+      behaviour=hand_numbers.BEHAVIOUR,
+      target=hand_numbers.TARGET,
+      advantages=hand_numbers.SIGNS,
+  )
+  close(got, hand_numbers.ALGORITHMS[name])
+
+
+@pytest.mark.parametrize('name', algorithms.names())
+def test_every_algorithm_has_a_source_and_the_settings_of_its_paper(name):
+  row = algorithms.row(name)
+  assert 'arXiv:' in row.source or row.source.startswith('ours:')
+  config = algorithms.config(name)
+  assert config['algorithm'] == name
+  options = dict(config['divergence'])
+  divergence = divergences.build(options.pop('name'), **options)
+  threshold, ratio_cap = hand_numbers.PAPER_SETTINGS[name]
+  assert divergence.threshold == threshold
+  assert config['loss']['ratio_cap'] == ratio_cap
+  if 'k' in options:
+    assert options['k'] == 20 and options['construction'] == 'union'
+  # Nowhere a standard deviation.
+  assert config['advantage']['name'] == 'group_mean'
+  assert config['normalizer']['name'] in normalizers.names()
+  assert config['loss']['name'] in losses.names()
+
+
+def test_unknown_algorithm_suggests_the_nearest():
+  with pytest.raises(ValueError, match="Did you mean 'dppo_topk_tv'"):
+    algorithms.config('dppo_topktv')
+
+
+# --- single tokens -----------------------------------------------------------
+
+
+def token_slopes(ratios, advantages, *, threshold=math.inf, **options):
+  """Gradients at given ratios inside the region of |ratio - 1|; mu = .01."""
+  ratios = np.asarray(ratios)
+  behaviour = hand_numbers.logs(np.full(ratios.shape, 0.01))
+  return slopes(
+      logprobs=behaviour + hand_numbers.logs(ratios),
+      behaviour=behaviour,
+      divergence=jnp.asarray(np.abs(ratios - 1), jnp.float32),
+      advantages=jnp.asarray(advantages, jnp.float32),
+      threshold=threshold,
+      **options,
+  )
+
+
+def test_clip_of_open_instruct_s_four_tokens():
+  # ratio 1.5 .5 1.5 .5, A + + - -, clip .2: out, back, back, out.
+  got = token_slopes((1.5, 0.5, 1.5, 0.5), (1, 1, -1, -1), threshold=0.2)
+  close(got, (0, -0.5, 1.5, 0))
+
+
+def test_large_ratios_pass_untruncated_without_a_cap():
+  # From rLLM's tests: behaviour e^-6, target e^-2 to e^0, A < 0.
+  ratios = np.exp([4.0, 5.0, 6.0])  # 54.6, 148.4, 403.4
+  behaviour = jnp.full(3, -6.0)
+  got = slopes(
+      logprobs=jnp.asarray([-2.0, -1.0, 0.0]),
+      behaviour=behaviour,
+      divergence=jnp.zeros(3),
+      advantages=-jnp.ones(3),
+      threshold=0.15,
+  )
+  close(got, ratios)
+
+
+def test_token_above_the_cap_keeps_the_gradient_of_the_cap():
+  # C = 3; ratio 2 3 4 100, A = +2 -1 +2 -1: -min(ratio, 3) A.
+  got = token_slopes((2, 3, 4, 100), (2, -1, 2, -1), ratio_cap=3.0)
+  close(got, (-4, 3, -6, 3))
+
+
+def test_cap_reports_where_it_acts_and_the_surrogate_is_not_capped():
+  loss_fn = losses.build('policy_gradient', ratio_cap=3.0)
+  _, metrics = loss_fn(
+      LossInputs(
+          logprobs=hand_numbers.logs([[0.2, 0.4, 0.4]]),
+          behaviour_logprobs=hand_numbers.logs([[0.1, 0.1, 0.1]]),
+          divergence=jnp.zeros((1, 3)),
+          trust_region=jnp.asarray([[True, True, False]]),
+          advantages=jnp.asarray([[1.0, -1.0, 1.0]]),
+          token_mask=jnp.ones((1, 3), bool),
+      )
+  )
+  close(metrics['surrogate'], [[2, -4, 0]])
+  np.testing.assert_array_equal(metrics['capped'], [[0, 1, 0]])
+
+
+def test_cap_that_is_not_positive_is_refused():
+  for cap in (0.0, -1.0, float('nan')):
+    with pytest.raises(ValueError, match='ratio_cap=.* is not positive'):
+      losses.build('policy_gradient', ratio_cap=cap)
+
+
+# --- identities --------------------------------------------------------------
+
+
+def random_tokens(count=500):
+  """logprobs, behaviour logprobs and advantages; ratios from .2 to 5."""
+  keys = jax.random.split(jax.random.key(1), 3)
+  behaviour = -3 * jax.random.uniform(keys[0], (count,)) - 2
+  logprobs = behaviour + 0.5 * jax.random.normal(keys[1], (count,))
+  return logprobs, behaviour, jax.random.normal(keys[2], (count,))
+
+
+@pytest.mark.parametrize('low, high', [(0.2, 0.2), (0.2, 0.28)])
+def test_region_of_ratio_gap_has_the_gradient_of_ppo_clip(low, high):
+  logprobs, behaviour, advantages = random_tokens()
+  ratio = jnp.exp(logprobs - behaviour)
+  ties = (jnp.abs(ratio - 1 + low) < 1e-5) | (jnp.abs(ratio - 1 - high) < 1e-5)
+  assert not jnp.any(ties)
+
+  def ppo_clip(logprobs):
+    ratio = jnp.exp(logprobs - behaviour)
+    clipped = jnp.clip(ratio, 1 - low, 1 + high)
+    return -jnp.sum(jnp.minimum(ratio * advantages, clipped * advantages))
+
+  expected = jax.grad(ppo_clip)(logprobs)
+  assert 0.1 < jnp.mean(expected == 0) < 0.6  # Both cases are there.
+  got = slopes(
+      logprobs=logprobs,
+      behaviour=behaviour,
+      divergence=jnp.abs(ratio - 1),
+      advantages=advantages,
+      threshold=(low, high),
+  )
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_infinite_threshold_is_the_plain_importance_weighted_policy_gradient():
+  logprobs, behaviour, advantages = random_tokens()
+
+  def through_ratio(logprobs):
+    return -jnp.sum(jnp.exp(logprobs - behaviour) * advantages)
+
+  got = slopes(
+      logprobs=logprobs,
+      behaviour=behaviour,
+      divergence=jnp.abs(jnp.exp(logprobs) - jnp.exp(behaviour)),
+      advantages=advantages,
+      threshold=math.inf,
+  )
+  np.testing.assert_allclose(got, jax.grad(through_ratio)(logprobs), rtol=1e-6)
+
+
+def test_score_form_and_ratio_form_agree_inside_any_region_without_a_cap():
+  logprobs, behaviour, advantages = random_tokens()
+  tokens = {
+      'divergence': jnp.abs(jnp.exp(logprobs) - jnp.exp(behaviour)),
+      'advantages': advantages,
+      'threshold': 0.02,
+  }
+  keep = divergences.trust_region(log_ratio=logprobs - behaviour, **tokens)
+  assert 0.1 < jnp.mean(~keep) < 0.6
+
+  def through_ratio(logprobs):
+    return -jnp.sum(keep * jnp.exp(logprobs - behaviour) * advantages)
+
+  got = slopes(logprobs=logprobs, behaviour=behaviour, **tokens)
+  np.testing.assert_allclose(got, jax.grad(through_ratio)(logprobs), rtol=1e-6)
+
+
+def test_on_policy_gradient_is_the_advantage_for_every_algorithm():
+  # Right after a rollout ratio = 1 and divergence = 0: REINFORCE.
+  signs = np.asarray(hand_numbers.SIGNS)
+  for name in algorithms.names():
+    got = slopes_of_algorithm(
+        name,
+        behaviour=hand_numbers.BEHAVIOUR,
+        target=hand_numbers.BEHAVIOUR,
+        advantages=0.75 * signs,
+    )
+    close(got, -0.75 * signs)
+
+
+# --- normalisers -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'name, options, value',
+    [
+        ('token_mean', {}, 3.25),  # (1 + 2 + 4 + 6) / 4.
+        ('sequence_mean', {}, 3.25),  # (3 / 2 + 10 / 2) / 2.
+        ('constant', {'horizon': 1}, 6.5),  # (3 + 10) / 2.
+        ('constant', {'horizon': 3}, 2.166667),  # (3 / 3 + 10 / 3) / 2.
+    ],
+)
+def test_normalisers_of_verl_s_two_sequences(name, options, value):
+  loss = jnp.asarray([[1.0, 2, 30], [4, 50, 6]])  # 30 and 50 are padding.
+  mask = jnp.asarray([[1, 1, 0], [1, 0, 1]], bool)
+  weights = normalizers.build(name, **options)(mask)
+  close(jnp.sum(loss * weights), value)
+
+
+@pytest.mark.parametrize('name', normalizers.names())
+def test_splitting_a_rollout_does_not_change_its_loss(name):
+  # From verl's tests: 1 to 24 as 8 sequences of 3, the last token padding.
+  loss = jnp.arange(1.0, 25.0).reshape(8, 3)
+  mask = jnp.tile(jnp.asarray([True, True, False]), (8, 1))
+  options = {'horizon': 2} if name == 'constant' else {}
+  weights = normalizers.build(name, **options)(mask)
+  whole = jnp.sum(loss * weights)
+  # Sequences of equal length: the mean of 1 2, 4 5, ..., 22 23.
+  close(whole, 12)
+  for pieces in (2, 4, 8):
+    parts = jnp.split(loss * weights, pieces)
+    close(sum(jnp.sum(part) for part in parts), whole)
+
+
+@pytest.mark.parametrize('name', ['token_mean', 'sequence_mean'])
+def test_mean_normalisers_give_a_rollout_the_weight_one(name):
+  mask = jax.random.bernoulli(jax.random.key(0), 0.5, (6, 7)).at[:, 0].set(True)
+  close(jnp.sum(normalizers.build(name)(mask)), 1)
+
+
+# --- advantages --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['group_zscore', 'leave_one_out'])
+def test_group_of_one_has_nobody_to_compare_with(name):
+  with pytest.raises(ValueError, match=f'group_size=1: {name} needs others'):
+    advantages.build(name, group_size=1)

@@ -1,0 +1,169 @@
+"""The model is the Qwen3 of transformers, however its rows are laid out."""
+
+import pathlib
+
+from golden import make_embedded_logits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from dppo_jax.models import causal_lm
+from dppo_jax.models import load
+
+MODEL = tiny_model.MODEL
+GOLDEN = pathlib.Path(make_embedded_logits.PATH)
+
+
+def positions_and_segments(mask):
+  mask = jnp.asarray(mask)
+  return causal_lm.positions_of(mask), mask.astype(jnp.int32)
+
+
+def logits_of(params, tokens, mask, model=MODEL):
+  """[B, T, V], with what `prefill` and the learner say of padding."""
+  positions, segment_ids = positions_and_segments(mask)
+  return jax.jit(model.apply)(
+      params, jnp.asarray(tokens), positions=positions, segment_ids=segment_ids
+  )
+
+
+def random_tokens(*shape, seed=0):
+  rng = np.random.RandomState(seed)
+  return rng.randint(1, tiny_model.CONFIG.vocab_size, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize('name', ['embedded', 'tied', 'untied'])
+def test_logits_are_those_of_transformers(tmp_path, name):
+  folder = 'embedded'
+  if name != 'embedded':
+    folder = tmp_path
+    make_embedded_logits.write_tiny(folder, tied=name == 'tied')
+  model = load.from_pretrained(folder)
+  with np.load(GOLDEN) as golden:
+    tokens, mask, expected = (
+        golden[f'{name}/{part}'] for part in ('tokens', 'mask', 'logits')
+    )
+  actual = np.asarray(logits_of(model.params, tokens, mask, model))[mask]
+  # Logits that hardly differ would prove little.
+  assert np.std(expected) > 0.5
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize('left, right', [(3, 0), (0, 3), (2, 1)])
+def test_padding_on_either_side_does_not_change_logits(left, right):
+  params, tokens = tiny_model.params(), random_tokens(2, 6)
+  plain = logits_of(params, tokens, np.ones((2, 6), bool))
+  pad = [(0, 0), (left, right)]
+  padded = logits_of(
+      params, np.pad(tokens, pad), np.pad(np.ones((2, 6), bool), pad)
+  )
+  np.testing.assert_allclose(
+      padded[:, left : left + 6], plain, rtol=0, atol=1e-5
+  )
+
+
+def test_what_stands_in_the_padding_does_not_matter():
+  params, tokens = tiny_model.params(), random_tokens(2, 7)
+  mask = np.broadcast_to(np.arange(7) >= 3, (2, 7))
+  others = np.where(mask, tokens, random_tokens(2, 7, seed=1))
+  assert (others != tokens).any()
+  np.testing.assert_array_equal(
+      np.asarray(logits_of(params, tokens, mask))[mask],
+      np.asarray(logits_of(params, others, mask))[mask],
+  )
+
+
+def test_batch_order_does_not_change_logits():
+  params, tokens = tiny_model.params(), random_tokens(4, 6)
+  mask = np.arange(6) >= np.array([[0], [3], [1], [5]])
+  order = np.array([2, 0, 3, 1])
+  np.testing.assert_allclose(
+      logits_of(params, tokens[order], mask[order]),
+      np.asarray(logits_of(params, tokens, mask))[order],
+      rtol=0, atol=1e-5,
+  )
+
+
+def test_segments_isolate_two_sequences_packed_in_one_row():
+  params = tiny_model.params()
+  first, second = random_tokens(1, 4), random_tokens(1, 5, seed=1)
+  alone = [
+      logits_of(params, tokens, np.ones(tokens.shape, bool))
+      for tokens in (first, second)
+  ]
+  packed = jax.jit(MODEL.apply)(
+      params,
+      jnp.concatenate([first, second], axis=1),
+      positions=jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]]),
+      segment_ids=jnp.array([[1] * 4 + [2] * 5]),
+  )
+  np.testing.assert_allclose(
+      packed, jnp.concatenate(alone, axis=1), rtol=0, atol=1e-5
+  )
+
+
+def test_a_token_sees_the_past_only():
+  params, tokens = tiny_model.params(), random_tokens(1, 6)
+  changed = tokens.copy()
+  changed[0, 4] = 1 + tokens[0, 4] % 60
+  before, after = (
+      np.asarray(MODEL.apply(params, jnp.asarray(x))) for x in (tokens, changed)
+  )
+  np.testing.assert_array_equal(before[:, :4], after[:, :4])
+  assert np.abs(before[:, 4:] - after[:, 4:]).max() > 0.1
+
+
+def test_cached_decoding_equals_the_full_forward():
+  # Two prompts of 2 and 4 tokens, two completions of 5 tokens of each.
+  params, prompts = tiny_model.params(), random_tokens(2, 4)
+  mask = np.arange(4) >= np.array([[2], [0]])
+  completions = random_tokens(4, 5, seed=1)
+  rows = np.repeat(prompts, 2, axis=0)
+  full = logits_of(
+      params,
+      np.concatenate([rows, completions], axis=1),
+      np.concatenate([np.repeat(mask, 2, 0), np.ones((4, 5), bool)], axis=1),
+  )
+  logits, prompt_cache = MODEL.prefill(
+      params, jnp.asarray(prompts), mask=jnp.asarray(mask)
+  )
+  np.testing.assert_allclose(
+      jnp.repeat(logits, 2, axis=0), full[:, 3], rtol=0, atol=1e-5
+  )
+  decode, unstacked = jax.jit(MODEL.decode), MODEL.unstacked(params)
+  cache = MODEL.empty_cache(4, 5, jnp.float32)
+  for i in range(5):
+    logits, cache = decode(
+        unstacked,
+        jnp.asarray(completions[:, i]),
+        positions=jnp.repeat(jnp.array([2, 4]), 2) + i,
+        prompt_cache=prompt_cache,
+        prompt_mask=jnp.asarray(mask),
+        cache=cache,
+        index=jnp.int32(i),
+    )
+    np.testing.assert_allclose(logits, full[:, 4 + i], rtol=0, atol=1e-5)
+
+
+def test_recomputing_activations_gives_the_same_gradient():
+  params, tokens = tiny_model.params(), jnp.asarray(random_tokens(2, 6))
+
+  def gradient(model):
+    loss = lambda p: jnp.sum(jax.nn.log_softmax(model.apply(p, tokens)) ** 2)
+    return jax.jit(jax.grad(loss))(params)
+
+  tiny_model.assert_trees_close(
+      gradient(MODEL.replace(remat=True)), gradient(MODEL), rtol=1e-4, atol=1e-3
+  )
+
+
+def test_bfloat16_computes_in_bfloat16_and_ends_in_float32_logits():
+  params, tokens = tiny_model.params(), jnp.asarray(random_tokens(2, 6))
+  exact = MODEL.apply(params, tokens)
+  rounded = MODEL.replace(dtype=jnp.bfloat16).apply(params, tokens)
+  assert rounded.dtype == jnp.float32
+  gap = np.abs(np.asarray(exact - rounded))
+  # bfloat16 keeps 8 bits: 1 part in 256 a step, on logits of up to about 6.
+  assert 1e-4 < gap.max() < 0.3

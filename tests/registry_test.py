@@ -1,0 +1,74 @@
+"""Names, options and configs of factories."""
+
+import pytest
+
+from dppo_jax import registry
+
+register = registry.Registry('dish')
+
+
+@register
+def soup(*, litres: float = 0.5, bowls: int = 2, salt: float | None = None):
+  return litres, bowls, salt
+
+
+@register
+def salad(*, guests: int):
+  return guests
+
+
+def test_names_are_sorted():
+  assert register.names() == ['salad', 'soup']
+
+
+def test_build_calls_the_factory_with_its_options():
+  assert register.build('soup') == (0.5, 2, None)
+  assert register.build('soup', bowls=3, salt=1.0) == (0.5, 3, 1.0)
+
+
+def test_unknown_name_is_refused_with_the_nearest_and_all():
+  with pytest.raises(ValueError) as error:
+    register.build('soop')
+  assert str(error.value) == (
+      "Unknown dish 'soop'. Did you mean 'soup'? Known: salad, soup."
+  )
+
+
+def test_nothing_is_suggested_where_nothing_is_near():
+  with pytest.raises(ValueError) as error:
+    register.config('xyz')
+  assert str(error.value) == "Unknown dish 'xyz'. Known: salad, soup."
+
+
+def test_unknown_option_is_refused_with_the_nearest():
+  with pytest.raises(ValueError, match="'bowl'.*Did you mean 'bowls'"):
+    register.build('soup', bowl=3)
+
+
+def test_options_are_the_defaults_of_the_signature():
+  assert register.options('soup') == {'litres': 0.5, 'bowls': 2, 'salt': None}
+  assert not register.options('salad')  # `guests` has no default.
+
+
+def test_config_holds_every_option_and_builds_what_it_says():
+  config = register.config('soup', bowls=4)
+  assert config.to_dict() == {
+      'name': 'soup', 'litres': 0.5, 'bowls': 4, 'salt': None
+  }
+  assert register.build(**config) == (0.5, 4, None)
+
+
+def test_config_refuses_a_typo_with_the_nearest():
+  config = register.config('soup')
+  with pytest.raises(AttributeError, match='Did you mean.*bowls'):
+    config.bowl = 3
+  with pytest.raises(KeyError):
+    register.config('soup', bowl=3)
+
+
+def test_config_knows_the_type_of_an_option_that_is_none():
+  config = register.config('soup')
+  config.salt = 2.5
+  assert config.salt == 2.5
+  with pytest.raises(TypeError):
+    config.salt = 'a pinch'

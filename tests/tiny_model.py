@@ -1,0 +1,146 @@
+"""A random Qwen3 that compiles in a second, and what runs on it.
+
+N prompts, G completions of each, P prompt tokens, C completion tokens.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dppo_jax import advantages
+from dppo_jax import divergences
+from dppo_jax import learner
+from dppo_jax import losses
+from dppo_jax import normalizers
+from dppo_jax import optim
+from dppo_jax import rollout
+from dppo_jax import sampling
+from dppo_jax.models import layers
+from dppo_jax.models import qwen3
+from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.types import Prompts
+from dppo_jax.types import ScoredRollout
+
+CONFIG = layers.ModelConfig(
+    model_type='qwen3',
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    max_position_embeddings=64,
+)
+MODEL = CausalLM(config=CONFIG, family=qwen3)
+# Many, so that completions have different lengths.
+EOS_IDS, PAD_ID = tuple(range(1, 9)), 0
+NUM_PROMPTS, GROUP_SIZE = 4, 4
+PROMPT_LENGTH, COMPLETION_LENGTH = 5, 6
+
+
+@functools.cache
+def params():
+  """Random ones; logits spread by about 2, as those of a trained model do."""
+  tree = MODEL.init(jax.random.key(0))
+  tree['embed']['embedding'] *= 20
+  return tree
+
+
+def prompts(num_prompts=NUM_PROMPTS, seed=0):
+  """Left-padded prompts of 1 to P tokens. NumPy, [N, P]."""
+  rng = np.random.RandomState(seed)
+  shape = (num_prompts, PROMPT_LENGTH)
+  lengths = 1 + np.arange(num_prompts)[:, None] % PROMPT_LENGTH
+  mask = np.arange(PROMPT_LENGTH) >= PROMPT_LENGTH - lengths
+  tokens = rng.randint(9, CONFIG.vocab_size, shape)
+  return Prompts(np.where(mask, tokens, PAD_ID).astype(np.int32), mask)
+
+
+def make_sampler(**options):
+  """`sampling.make_sampler` with the sizes above."""
+  return sampling.make_sampler(
+      MODEL,
+      **{
+          'group_size': GROUP_SIZE,
+          'max_completion_length': COMPLETION_LENGTH,
+          'eos_ids': EOS_IDS,
+          'pad_id': PAD_ID,
+          'temperature': 1.0,
+          **options,
+      },
+  )
+
+
+def make_rollout_fn(divergence, **options):
+  """`rollout.make_rollout_fn` that records for a divergence."""
+  sampler = make_sampler(record=divergence.record, **options)
+  return rollout.make_rollout_fn(sampler, group_size=GROUP_SIZE)
+
+
+def make_scored(divergence, **options):
+  """A rollout of `params()` in which every group has both rewards."""
+  rolled, _ = jax.jit(make_rollout_fn(divergence, **options))(
+      params(), prompts(), jax.random.key(1), jnp.int32(0)
+  )
+  rewards = jnp.tile(jnp.array([1.0, 0.0, 0.0, 1.0]), NUM_PROMPTS)
+  return ScoredRollout(rolled, rewards)
+
+
+def sgd(learning_rate=0.5):
+  """Parameters move by the gradient itself: no moment hides a difference."""
+  return optim.Optimizer(
+      optax.sgd(learning_rate), optax.constant_schedule(learning_rate)
+  )
+
+
+def make_learner(divergence, **options):
+  """`learner.make_learner` with one update, unless told otherwise."""
+  return learner.make_learner(**{
+      'model': MODEL,
+      'divergence': divergence,
+      'loss_fn': losses.build('policy_gradient'),
+      'advantage_fn': advantages.build('group_mean', group_size=GROUP_SIZE),
+      'normalizer': normalizers.build('constant', horizon=COMPLETION_LENGTH),
+      'optimizer': sgd(),
+      'temperature': 1.0,
+      'num_epochs': 1,
+      'num_minibatches': 1,
+      **options,
+  })
+
+
+def topk_tv():
+  """The default divergence, with a K that leaves a rest of the vocabulary."""
+  return divergences.build('topk_tv', k=8)
+
+
+def assert_trees_close(actual, expected, **tolerance):
+  """Every leaf within a tolerance, named where it is not."""
+  flat, _ = jax.tree_util.tree_flatten_with_path(actual)
+  others = jax.tree.leaves(expected)
+  assert len(flat) == len(others)
+  for (path, a), b in zip(flat, others):
+    np.testing.assert_allclose(
+        a, b, err_msg=jax.tree_util.keystr(path), **tolerance
+    )
+
+
+def assert_trees_equal(actual, expected):
+  """Every leaf bit for bit; keys by their numbers."""
+
+  def number(x):
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(x) if is_key else x)
+
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+    a, b = number(a), number(b)
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    assert a.tobytes() == b.tobytes()
