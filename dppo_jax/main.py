@@ -547,7 +547,7 @@ def _one_line(error: Exception) -> str:
   message = ' '.join(message.replace('\\n', ' ').split())
   if typo := re.search(r'Did you mean "(.*)" instead of "(.*?)"', message):
     return f'Unknown config field {typo[2]!r}. Did you mean {typo[1]!r}?'
-  if isinstance(error, KeyError) and re.fullmatch(r'\W*\w+\W*', message):
+  if re.fullmatch(r'\W*\w+\W*', message):
     name = re.sub(r'\W', '', message)
     return f'Unknown config field {name!r}. configs/default.py lists them all.'
   if missing := re.search(r"No such file or directory: '(.*)'", message):

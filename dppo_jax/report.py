@@ -9,14 +9,17 @@ note instead of the plot.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import fnmatch
 import html
+import io
 import json
 import math
 import os
 from pathlib import Path
+import re
 import string
 from typing import Any
 
@@ -26,23 +29,19 @@ from dppo_jax import metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class Curve:
-  """One metric in a plot. A key that ends in * draws every key it matches."""
-
-  key: str
-  label: str = ''  # What the key has in place of * where empty.
-  markers: bool = False  # Few points, each drawn as it is; never smoothed.
-
-
-@dataclasses.dataclass(frozen=True)
 class Plot:
-  """One plot: its title, how to read it, its curves."""
+  """One plot: its title, how to read it, its curves.
+
+  `curves` has the label of each logged key. A key that ends in * draws every
+  key it matches, and the * of its label is what the * of the key stood for.
+  """
 
   title: str
   caption: str
-  curves: tuple[Curve, ...]
+  curves: Mapping[str, str]
   unit: str = ''
   log: bool = False  # Where the values span more than a decade.
+  markers: bool = False  # Few points, each drawn as it is; never smoothed.
   stacked: bool = False
   threshold: bool = False  # Draws the config's divergence thresholds.
 
@@ -51,21 +50,19 @@ PLOTS = (
     Plot(
         'Reward',
         'Mean reward of the sampled completions.',
-        (Curve('reward/mean', 'mean'),),
+        {'reward/mean': 'mean'},
     ),
     Plot(
         'Held-out accuracy',
         'avg@k: mean of k attempts. pass@k: one of k is right.',
-        (
-            Curve('eval/avg@*', markers=True),
-            Curve('eval/pass@*', markers=True),
-        ),
+        {'eval/avg@*': 'avg@*', 'eval/pass@*': 'pass@*'},
+        markers=True,
     ),
     Plot(
         'Divergence',
         'Of the trained from the sampling policy, over tokens; only tokens '
         'above the threshold can be masked.',
-        (Curve('divergence/mean', 'mean'), Curve('divergence/max', 'max')),
+        {'divergence/mean': 'mean', 'divergence/max': 'max'},
         log=True,
         threshold=True,
     ),
@@ -73,53 +70,60 @@ PLOTS = (
         'Masked tokens',
         'Share of the tokens of that sign of the advantage A that are outside '
         'the trust region and moving further out.',
-        (
-            Curve('mask/positive', 'A > 0'),
-            Curve('mask/negative', 'A < 0'),
-        ),
+        {'mask/positive': 'A > 0', 'mask/negative': 'A < 0'},
     ),
     Plot(
-        'Training-inference mismatch',
-        '|pi - mu| of sampled tokens under the same weights, between the '
-        'learner and the sampler: numerics alone.',
-        (
-            Curve('mismatch/prob_gap_mean', 'mean'),
-            Curve('mismatch/prob_gap_max', 'max'),
-        ),
+        'Policy gap |pi - mu|',
+        'Between the learner (pi) and the sampler (mu), on sampled tokens. '
+        'First update: same weights on both sides, so numerics alone, the '
+        'training-inference mismatch. All updates: mean. Max: the largest '
+        'pi - mu.',
+        {
+            'on_policy/prob_gap_mean': 'first update',
+            'mismatch/prob_gap_mean': 'all updates',
+            'mismatch/prob_gap_max': 'max',
+        },
+        log=True,
+    ),
+    Plot(
+        'Ratio',
+        'How far r = pi / mu of sampled tokens is from 1. k3 = mean of '
+        'r - 1 - log r estimates KL(mu || pi).',
+        {'ratio/second_moment': 'E(r-1)^2', 'ratio/k3': 'k3'},
         log=True,
     ),
     Plot(
         'Entropy',
         'Mean entropy of the policy per sampled token.',
-        (Curve('entropy/mean', 'mean'),),
+        {'entropy/mean': 'mean'},
         unit='nats',
     ),
     Plot(
         'Completion length',
         'Mean number of sampled tokens.',
-        (Curve('completion/length_mean', 'mean'),),
+        {'completion/length_mean': 'mean'},
         unit='tokens',
     ),
     Plot(
         'Truncated completions',
         'Share that met the length limit before an end token.',
-        (Curve('completion/truncated', 'truncated'),),
+        {'completion/truncated': 'truncated'},
     ),
     Plot(
         'Step time',
         'Where a step spends its time.',
-        (
-            Curve('time/learn_s', 'learn'),
-            Curve('time/sample_s', 'sample'),
-            Curve('time/score_s', 'score'),
-        ),
+        {
+            'time/learn_s': 'learn',
+            'time/sample_s': 'sample',
+            'time/score_s': 'score',
+        },
         unit='s',
         stacked=True,
     ),
     Plot(
         'Gradient norm',
         'Before clipping.',
-        (Curve('optimizer/grad_norm', 'norm'),),
+        {'optimizer/grad_norm': 'norm'},
         log=True,
     ),
 )
@@ -129,7 +133,26 @@ PLOTS = (
 CORRECT_ABOVE = 0.5
 MAX_SAMPLES = 12  # Per step shown.
 MAX_MASKED_TOKENS = 15  # Per sign of the advantage.
-MAX_POINTS = 400  # Per curve: what the eye can tell apart in a small plot.
+
+# Color: (light scheme, dark scheme). A plot is drawn in the light ones, which
+# then become CSS variables: each must be unlike all others.
+_COLORS = {
+    'page': ('#f6f7f9', '#14171c'),
+    'card': ('#ffffff', '#1d2128'),
+    'text': ('#1c2128', '#e4e7ec'),
+    'soft': ('#667080', '#97a1b0'),
+    'rule': ('#e3e6ea', '#313742'),
+    'good': ('#1a7f4b', '#4cc38a'),
+    'bad': ('#c2412d', '#f2705c'),
+    'c0': ('#2f6fdb', '#6ea3ff'),
+    'c1': ('#e0812b', '#f2a65a'),
+    'c2': ('#2a9d78', '#4fc3a1'),
+    'c3': ('#8e5bd0', '#b794f6'),
+    'c4': ('#c94f7c', '#ee86ab'),
+    'c5': ('#7b8794', '#a0aab8'),
+}
+_NUM_CURVE_COLORS = 6
+_INK = {name: light for name, (light, _) in _COLORS.items()}
 
 
 def write_report(
@@ -142,12 +165,12 @@ def write_report(
 
   Args:
     workdir: directory of the run.
-    title: heading of the page; by default the config's or directory's name.
+    title: heading of the page; by default the directory's name.
   """
   workdir = Path(workdir)
   rows = metrics.read(workdir)
   config = _read_json(workdir / 'config.json')
-  title = title or str(config.get('name') or workdir.resolve().name)
+  title = title or workdir.resolve().name
   body = [
       _header(title, rows, config),
       _plots(rows, config),
@@ -156,7 +179,7 @@ def write_report(
       _config(config),
   ]
   page = _PAGE.substitute(
-      title=_escape(title), style=_STYLE, body='\n'.join(filter(None, body))
+      title=_escape(title), style=_style(), body='\n'.join(filter(None, body))
   )
   path = workdir / 'report.html'
   # Completions may hold half a surrogate pair, which UTF-8 cannot.
@@ -170,89 +193,89 @@ def write_report(
 def _header(title: str, rows: list[dict], config: dict) -> str:
   """Title, headline numbers, and where the run comes from."""
   run = _as_dict(config.get('run'))
+  speeds = _finite(rows, 'tokens/s')
+  minutes = _wall_minutes(rows)
   tiles = [
       _accuracy_tile(rows),
-      _tile('Reward', _before_after(rows, 'reward/mean', '{:.3f}')),
+      _tile('Reward', _before_after(_finite(rows, 'reward/mean'))),
       _tile('Steps', f'{rows[-1]["step"]:,}' if rows else '0'),
-      _tile('Time in steps', _duration(_total_seconds(rows))),
+      _tile('Tokens/s', f'{np.median(speeds):,.0f}' if len(speeds) else ''),
+      _tile('Wall time', _number(minutes) + ' min' if minutes else ''),
       _tile('Device', run.get('device')),
   ]
-  names = [_name(config.get(key)) for key in ('algorithm', 'divergence')]
   threshold = ' / '.join(f'{t:g}' for t in _thresholds(config))
-  subtitle = ' · '.join(filter(None, [*names, threshold and f'δ {threshold}']))
-  return '\n'.join([
-      '<header>',
-      f'<h1>{_escape(title)}</h1>',
-      f'<p class="subtitle">{_escape(subtitle)}</p>' if subtitle else '',
-      f'<div class="tiles">{"".join(filter(None, tiles))}</div>',
-      _provenance(run),
-      '</header>',
-  ])
+  facts = {
+      'algorithm': _name(config.get('algorithm')),
+      'divergence': _name(config.get('divergence')),
+      'threshold': threshold,
+  }
+  if facts['algorithm'] in title:
+    del facts['algorithm']
+  subtitle = ' · '.join(f'{k} {v}' for k, v in facts.items() if v)
+  return (
+      f'<header><h1>{_escape(title)}</h1>'
+      f'<p class="note">{_escape(subtitle)}</p>'
+      f'<div class="tiles">{"".join(tiles)}</div>{_provenance(run)}</header>'
+  )
 
 
 def _provenance(run: dict) -> str:
   """Command, commit and versions, as far as known."""
-  lines = []
+  text = ''
   if run.get('command'):
-    lines.append(f'<pre class="command">{_escape(run["command"])}</pre>')
+    text = f'<pre class="command">{_escape(run["command"])}</pre>'
   facts = [f'commit {str(run["commit"])[:12]}'] if run.get('commit') else []
   facts += [f'{k} {v}' for k, v in _as_dict(run.get('versions')).items()]
-  if facts:
-    lines.append(f'<p class="note">{_escape(" · ".join(facts))}</p>')
-  return '\n'.join(lines)
+  return text + f'<p class="note">{_escape(" · ".join(facts))}</p>'
 
 
 def _accuracy_tile(rows: list[dict]) -> str:
   """The first held-out accuracy that the run has, before and after."""
-  keys = _matching('eval/avg@*', rows) or _matching('eval/pass@*', rows)
-  if not keys:
-    return ''
-  values = _values(rows, keys[0])
-  values = values[np.isfinite(values)]
-  if not len(values):
-    return ''
-  text = f'{values[-1]:.1%}'
-  if len(values) > 1:
-    text = f'{values[0]:.1%} → {text}'
-  label = f'Held-out {keys[0].removeprefix("eval/")}'
-  return _tile(label, text, strong=True)
+  for key in _matching('eval/avg@*', rows) + _matching('eval/pass@*', rows):
+    values = _finite(rows, key)
+    if len(values):
+      ends = values[[0, -1]] if len(values) > 1 else values
+      text = ' → '.join(f'{value:.1%}' for value in ends)
+      return _tile(f'Held-out {key.removeprefix("eval/")}', text, 'strong')
+  return ''
 
 
-def _before_after(rows: list[dict], key: str, form: str) -> str | None:
+def _before_after(values: np.ndarray) -> str:
   """Means over the first and the last tenth of the run."""
-  values = _values(rows, key)
-  values = values[np.isfinite(values)]
   if not len(values):
-    return None
+    return ''
   n = max(1, len(values) // 10)
-  ends = (values[:n].mean(), values[-n:].mean())
-  return ' → '.join(form.format(end) for end in ends)
+  return f'{values[:n].mean():.3f} → {values[-n:].mean():.3f}'
 
 
-def _tile(label: str, value: Any, *, strong: bool = False) -> str:
+def _tile(label: str, value: str | None, kind: str = '') -> str:
   if not value:
     return ''
-  kind = 'tile strong' if strong else 'tile'
   return (
-      f'<div class="{kind}"><div class="value">{_escape(value)}</div>'
-      f'<div class="label">{_escape(label)}</div></div>'
+      f'<div class="tile {kind}"><div class="value">{_escape(value)}</div>'
+      f'<div class="note">{_escape(label)}</div></div>'
   )
 
 
 def _plots(rows: list[dict], config: dict) -> str:
   figures, notes = [], []
   for plot in PLOTS:
-    missing = [c.key for c in plot.curves if not _drawable(rows, c.key)]
-    if len(missing) == len(plot.curves):
+    lines = _lines(plot, rows)
+    drawn = {line.pattern for line in lines}
+    missing = [key for key in plot.curves if key not in drawn]
+    if lines:
+      thresholds = _thresholds(config) if plot.threshold else []
+      span = rows[0]['step'], max(rows[-1]['step'], rows[0]['step'] + 1)
+      figures.append(_figure(plot, lines, missing, thresholds, span))
+    else:
       keys = ', '.join(f'<code>{_escape(key)}</code>' for key in missing)
       notes.append(f'<li>{_escape(plot.title)}: {keys}</li>')
-    else:
-      figures.append(_figure(plot, rows, config, missing))
   text = f'<section class="plots">{"".join(figures)}</section>'
   if notes:
     text += (
-        '<section class="note missing"><p>Not plotted, because this run did '
-        f'not log the key:</p><ul>{"".join(notes)}</ul></section>'
+        f'<details class="note"><summary>{len(notes)} of {len(PLOTS)} plots '
+        'left out: this run did not log their keys</summary>'
+        f'<ul>{"".join(notes)}</ul></details>'
     )
   return text
 
@@ -328,8 +351,8 @@ def _token_table(title: str, counts: Sequence, color: int) -> str:
   rows = ''.join(
       # Spaces and line breaks are tokens too: shown as Python writes them.
       f'<tr><td><code>{_escape(_visible(token))}</code></td>'
-      f'<td class="number">{count:,}</td><td class="bar"><i class="bar{color}" '
-      f'style="width:{100 * count / most:.1f}%"></i></td></tr>'
+      f'<td class="number">{count:,}</td><td class="bar"><i style="background:'
+      f'var(--c{color});width:{100 * count / most:.1f}%"></i></td></tr>'
       for token, count in counts
   )
   caption = f'<caption>{_escape(title)}</caption>'
@@ -346,262 +369,45 @@ def _config(config: dict) -> str:
   )
 
 
-# --- Plots, as SVG ----------------------------------------------------------
-
-_WIDTH, _HEIGHT = 420, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 24
+# --- Plots ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Line:
-  """A curve with its data; `color` counts within the plot."""
+  """A curve with its data; NaN is a gap. `color` counts within the plot."""
 
+  pattern: str  # The key of `Plot.curves` that it comes from.
   label: str
+  color: str
   steps: np.ndarray
   values: np.ndarray
-  color: int
-  markers: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-  """Maps data to the canvas; what lies outside is drawn on the border."""
-
-  x_low: float
-  x_high: float
-  y_low: float
-  y_high: float
-  log: bool
-
-  def x(self, steps) -> np.ndarray:
-    share = (np.asarray(steps) - self.x_low) / (self.x_high - self.x_low)
-    return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
-
-  def y(self, values) -> np.ndarray:
-    values = np.asarray(values, np.float64)
-    low, high = self.y_low, self.y_high
-    if self.log:
-      values = np.log(np.where(values > 0, values, np.nan))
-      low, high = math.log(low), math.log(high)
-    share = np.clip((values - low) / (high - low), 0, 1)
-    return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _figure(
-    plot: Plot, rows: list[dict], config: dict, missing: list[str]
-) -> str:
-  """Title, legend with last values, drawing and caption."""
-  lines = _lines(plot, rows)
-  if plot.stacked:
-    lines = _stack(lines)
-  thresholds = _thresholds(config) if plot.threshold else []
-  span = rows[0]['step'], rows[-1]['step']
-  axes, cut = _axes(lines, thresholds, plot, span)
-  draw = _areas if plot.stacked else _curves
-  notes = [plot.caption, cut]
-  if missing:
-    notes.append(f'Not logged: {", ".join(missing)}.')
-  unit = f' <span class="note">{_escape(plot.unit)}</span>' if plot.unit else ''
-  return (
-      f'<figure><h2>{_escape(plot.title)}{unit}</h2>'
-      f'{_legend(plot, lines, thresholds)}'
-      f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-      f'aria-label="{_escape(plot.title)}">'
-      f'{_grid(axes)}{draw(lines, axes)}'
-      f'{"".join(_threshold_line(t, axes) for t in thresholds)}</svg>'
-      f'<figcaption>{_escape(" ".join(filter(None, notes)))}</figcaption>'
-      '</figure>'
-  )
+  smooth: np.ndarray  # The values themselves where there is nothing to smooth.
 
 
 def _lines(plot: Plot, rows: list[dict]) -> list[_Line]:
   lines: list[_Line] = []
-  for curve in plot.curves:
-    prefix = curve.key.removesuffix('*')
-    family = prefix.rpartition('/')[2]
-    for key in _matching(curve.key, rows):
-      values = _values(rows, key)
-      logged = np.array([key in row for row in rows])
-      if not np.isfinite(values).any():
-        continue
-      label = curve.label or family + key.removeprefix(prefix)
-      steps = np.array([row['step'] for row in rows])[logged]
-      lines.append(
-          _Line(label, steps, values[logged], len(lines), curve.markers)
-      )
+  for pattern, label in plot.curves.items():
+    for key in _matching(pattern, rows):
+      logged = [row for row in rows if key in row]
+      values = _values(logged, key)
+      if np.isfinite(values).any():
+        lines.append(
+            _Line(
+                pattern,
+                label.replace('*', key[len(pattern) - 1 :]),
+                f'c{len(lines) % _NUM_CURVE_COLORS}',
+                np.array([row['step'] for row in logged]),
+                values,
+                values if plot.markers else _smooth(values),
+            )
+        )
   return lines
 
 
-def _stack(lines: list[_Line]) -> list[_Line]:
-  """Adds to each line those before it, interpolated where one has no value."""
-  steps = np.unique(np.concatenate([line.steps for line in lines]))
-  total = np.zeros(len(steps))
-  stacked = []
-  for line in lines:
-    finite = np.isfinite(line.values)
-    total = total + np.interp(steps, line.steps[finite], line.values[finite])
-    stacked.append(dataclasses.replace(line, steps=steps, values=total))
-  return stacked
-
-
-def _axes(
-    lines: list[_Line],
-    thresholds: list[float],
-    plot: Plot,
-    span: tuple[float, float],
-) -> tuple[_Axes, str]:
-  """Axes that hold the data, and a note on what they had to cut off.
-
-  All plots share the x axis, so that what happens at once stands at one place.
-  """
-  values = np.concatenate([line.values for line in lines])
-  values = values[np.isfinite(values)]
-  if not plot.stacked:
-    values = np.concatenate([values, thresholds])
-  cut = ''
-  if plot.stacked and len(lines[-1].values) >= 10:
-    # The first step compiles, for minutes: it would flatten all others.
-    totals = lines[-1].values
-    limit = 1.5 * np.quantile(totals, 0.9)
-    if totals.max() > 2 * limit:
-      step = int(lines[-1].steps[totals.argmax()])
-      cut = f'Cut off above: {totals.max():.3g} {plot.unit} at step {step}.'
-      values = np.minimum(values, limit)
-  y_low, y_high, log = _range(values, plot)
-  return _Axes(span[0], max(span[1], span[0] + 1), y_low, y_high, log), cut
-
-
-def _range(values: np.ndarray, plot: Plot) -> tuple[float, float, bool]:
-  """Limits of the y axis, and whether it is logarithmic."""
-  positive = values[values > 0]
-  if plot.log and len(positive) and positive.max() > 10 * positive.min():
-    return 0.8 * positive.min(), 1.25 * positive.max(), True
-  low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-  if plot.stacked or 0 <= low < 0.6 * high:
-    low = 0.0
-  margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-  return (0.0 if low == 0 else low - margin), high + margin, False
-
-
-def _grid(axes: _Axes) -> str:
-  parts = []
-  for value in _ticks(axes.y_low, axes.y_high, axes.log):
-    y = float(axes.y(value))
-    parts.append(
-        f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
-        f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" class="left">'
-        f'{_short(value)}</text>'
-    )
-  for value in _ticks(axes.x_low, axes.x_high, False):
-    if value == int(value):
-      parts.append(
-          f'<text x="{float(axes.x(value)):.1f}" y="{_HEIGHT - 7}" '
-          f'class="below">{_short(value)}</text>'
-      )
-  x, y = _LEFT - 12, _HEIGHT - 7
-  parts.append(f'<text x="{x}" y="{y}" class="left">step</text>')
-  return ''.join(parts)
-
-
-def _curves(lines: list[_Line], axes: _Axes) -> str:
-  parts = []
-  for line in lines:
-    x, y = axes.x(line.steps), axes.y(line.values)
-    smooth = None if line.markers else _smooth(line.values)
-    kind = 'line' if smooth is None else 'raw'
-    parts.append(f'<path class="{kind} c{line.color % 6}" d="{_path(x, y)}"/>')
-    if smooth is not None:
-      d = _path(x, axes.y(smooth))
-      parts.append(f'<path class="line c{line.color % 6}" d="{d}"/>')
-    # A single point makes no line.
-    if line.markers or np.isfinite(y).sum() == 1:
-      parts += [
-          f'<circle class="f{line.color % 6}" '
-          f'cx="{a:.1f}" cy="{b:.1f}" r="2.6">'
-          f'<title>{_escape(line.label)} {value:.4g} at step {step}</title>'
-          '</circle>'
-          for a, b, value, step in zip(
-              x, y, line.values, line.steps, strict=True
-          )
-          if math.isfinite(b)
-      ]
-  return ''.join(parts)
-
-
-def _areas(lines: list[_Line], axes: _Axes) -> str:
-  """Stacked lines, filled; a long run is averaged over short stretches."""
-  num_bins = min(len(lines[0].steps), MAX_POINTS // 2)
-
-  def binned(values: np.ndarray) -> np.ndarray:
-    return np.array([part.mean() for part in np.array_split(values, num_bins)])
-
-  parts = []
-  x = binned(axes.x(lines[0].steps))
-  below = np.full(num_bins, float(axes.y(0.0)))
-  for line in lines:
-    y = axes.y(binned(line.values))
-    outline = np.concatenate([x, x[::-1]]), np.concatenate([y, below[::-1]])
-    d = _path(*outline) + 'Z'
-    parts.append(f'<path class="area f{line.color % 6}" d="{d}"/>')
-    below = y
-  return ''.join(parts)
-
-
-def _threshold_line(threshold: float, axes: _Axes) -> str:
-  y = float(axes.y(threshold))
-  return f'<path class="threshold" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>'
-
-
-def _legend(plot: Plot, lines: list[_Line], thresholds: list[float]) -> str:
-  """Labels with the values that the run ends at, and the thresholds."""
-  items, below = [], 0.0
-  for line in lines:
-    smooth = None if line.markers else _smooth(line.values)
-    values = line.values if smooth is None else smooth
-    finite = values[np.isfinite(values)]
-    last = float(finite[-1]) if len(finite) else math.nan
-    shown = last - below if plot.stacked else last
-    below = last
-    items.append(
-        f'<span><i class="swatch bar{line.color % 6}"></i>'
-        f'{_escape(line.label)} <b>{_short(shown)}</b></span>'
-    )
-  items += [
-      f'<span><i class="dash"></i>threshold <b>{threshold:g}</b></span>'
-      for threshold in thresholds
-  ]
-  return f'<div class="legend">{"".join(items)}</div>'
-
-
-def _path(x: np.ndarray, y: np.ndarray) -> str:
-  """An SVG path with a gap wherever y is not finite."""
-  parts, pen = [], 'M'
-  for i in _thinned(y):
-    if not math.isfinite(y[i]):
-      pen = 'M'
-      continue
-    parts.append(f'{pen}{x[i]:.1f} {y[i]:.1f}')
-    pen = 'L'
-  return ''.join(parts)
-
-
-def _thinned(y: np.ndarray) -> np.ndarray:
-  """Indices of at most MAX_POINTS points: each bin's extremes, so none is lost.
-
-  A gap counts as an extreme of its bin, and so do the two ends of the curve.
-  """
-  if len(y) <= MAX_POINTS:
-    return np.arange(len(y))
-  keep = {0, len(y) - 1}
-  for part in np.array_split(np.arange(len(y)), MAX_POINTS // 2 - 1):
-    keep |= {int(part[y[part].argmin()]), int(part[y[part].argmax()])}
-  return np.array(sorted(keep))
-
-
-def _smooth(values: np.ndarray) -> np.ndarray | None:
-  """A Gaussian mean over about a twentieth of the run, None if it is short."""
+def _smooth(values: np.ndarray) -> np.ndarray:
+  """A Gaussian mean over about a twentieth of the run, unless it is short."""
   if len(values) < 30:
-    return None
+    return values
   sigma = len(values) / 50
   reach = math.ceil(3 * sigma)
   kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
@@ -612,21 +418,156 @@ def _smooth(values: np.ndarray) -> np.ndarray | None:
   return np.where(weight > 0, total / np.where(weight > 0, weight, 1), np.nan)
 
 
-def _ticks(low: float, high: float, log: bool) -> list[float]:
-  """Round numbers in [low, high]: about five, or decades on a log axis."""
-  if log:
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1,) if high / low > 100 else (1, 2, 5)
-    stride = 1 + len(powers) // 7
-    candidates: Iterable[float] = (
-        f * 10.0**p for p in powers[::stride] for f in factors
+def _figure(
+    plot: Plot,
+    lines: list[_Line],
+    missing: list[str],
+    thresholds: list[float],
+    span: tuple[float, float],
+) -> str:
+  """Title, legend with last values, drawing and caption."""
+  svg, note = _draw(plot, lines, thresholds, span)
+  caption = ' '.join(filter(None, [plot.caption, note]))
+  if missing:
+    caption += f' Not logged: {", ".join(missing)}.'
+  unit = f' <span class="note">{_escape(plot.unit)}</span>' if plot.unit else ''
+  legend = [
+      f'<span><i class="swatch" style="background:var(--{line.color})"></i>'
+      f'{_escape(line.label)} <b>{_number(_last(line.smooth))}</b></span>'
+      for line in lines
+  ]
+  legend += [
+      f'<span><i class="dash"></i>threshold <b>{threshold:g}</b></span>'
+      for threshold in thresholds
+  ]
+  return (
+      f'<figure><h2>{_escape(plot.title)}{unit}</h2>'
+      f'<div class="legend">{"".join(legend)}</div>'
+      f'{svg}<figcaption>{_escape(caption)}</figcaption></figure>'
+  )
+
+
+def _draw(
+    plot: Plot,
+    lines: list[_Line],
+    thresholds: list[float],
+    span: tuple[float, float],
+) -> tuple[str, str]:
+  """An SVG element, and a note on what it could not show as it is.
+
+  All plots share the x axis, so that what happens at once stands at one place.
+  """
+  # Slow to import.
+  from matplotlib import figure
+  from matplotlib import style
+  from matplotlib import ticker
+
+  options = {
+      'font.size': 11,
+      'path.simplify_threshold': 1.0,  # Pixels: keeps pages of long runs small.
+      'svg.fonttype': 'none',  # Text stays text, in the font of the page.
+      'svg.hashsalt': plot.title,  # The same ids each time.
+  }
+  with style.context(['default', options]):
+    canvas = figure.Figure(figsize=(5, 2.6), dpi=72)
+    axes = canvas.add_axes((0.12, 0.12, 0.86, 0.85), frameon=False)
+    axes.set_xlim(span)
+    if plot.stacked:
+      note = _draw_areas(axes, lines, plot.unit)
+    else:
+      note = _draw_lines(axes, lines, thresholds, plot)
+    axes.grid(axis='y', color=_INK['rule'])
+    axes.set_axisbelow(True)
+    axes.minorticks_off()
+    axes.tick_params(length=0, labelcolor=_INK['soft'])
+    if axes.get_yscale() == 'linear':
+      axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+      axis.set_major_formatter(lambda value, _: _plain(f'{value:.6g}'))
+    file = io.StringIO()
+    canvas.savefig(file, format='svg', transparent=True, metadata=_NO_METADATA)
+  return _inline(file.getvalue(), plot.title), note
+
+
+def _draw_lines(
+    axes: Any, plot: Plot, lines: list[_Line], thresholds: list[float]
+) -> str:
+  """Each curve thin as it was logged and thick as it is smoothed."""
+  values = np.concatenate([line.values for line in lines] + [thresholds])
+  values = values[np.isfinite(values)]
+  least = np.min(values[values > 0], initial=math.inf)
+  floor, note = -math.inf, ''
+  if plot.log and values.max() > 10 * least:
+    floor = 0.8 * least
+    axes.set_yscale('log')
+    axes.set_ylim(floor, 1.25 * values.max())
+    if values.min() <= 0:
+      note = 'A value of 0 or less lies on the lower edge.'
+  for line in lines:
+    ink = _INK[line.color]
+    raw, smooth = (np.maximum(y, floor) for y in (line.values, line.smooth))
+    # A single point makes no line, and two or three look like many.
+    few = plot.markers or np.isfinite(line.values).sum() < 10
+    options = {'markersize': 4.5, 'marker': 'o' if few else None}
+    if line.smooth is not line.values:
+      axes.plot(line.steps, raw, color=ink, linewidth=1, alpha=0.3)
+    axes.plot(
+        line.steps, smooth, color=ink, linewidth=2, clip_on=False, **options
     )
-  else:
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step = next(m * step for m in (1, 2, 5, 10) if 5 * m * step >= high - low)
-    first = math.ceil(low / step)
-    candidates = (i * step for i in range(first, first + 8))
-  return [value for value in candidates if low <= value <= high]
+  for threshold in thresholds:
+    axes.axhline(threshold, color=_INK['bad'], linewidth=1, linestyle='--')
+  if floor < 0 and 0 <= values.min() < 0.6 * values.max():
+    axes.set_ylim(bottom=0)
+  return note
+
+
+def _draw_areas(axes: Any, plot: Plot, lines: list[_Line]) -> str:
+  """Curves on top of each other, interpolated where one has no value."""
+  steps = np.unique(np.concatenate([line.steps for line in lines]))
+  parts = []
+  for line in lines:
+    known = np.isfinite(line.values)
+    parts.append(np.interp(steps, line.steps[known], line.values[known]))
+  totals = np.sum(parts, axis=0)
+
+  def binned(values: np.ndarray) -> np.ndarray:
+    bins = np.array_split(values, min(len(values), _MAX_BINS))
+    return np.array([part.mean() for part in bins])
+
+  axes.stackplot(
+      binned(steps),
+      [binned(part) for part in parts],
+      colors=[_INK[line.color] for line in lines],
+      alpha=0.75,
+      linewidth=0,
+  )
+  axes.set_ylim(bottom=0)
+  # The first step may compile, for minutes: it would flatten all others.
+  limit = 1.5 * np.quantile(totals, 0.9)
+  if len(steps) < 10 or totals.max() < 2 * limit:
+    return ''
+  axes.set_ylim(top=limit)
+  worst = totals.argmax()
+  return f'Cut off: {totals[worst]:.3g} {plot.unit} at step {steps[worst]}.'
+
+
+def _inline(svg: str, title: str) -> str:
+  """Makes part of a page of what was a file: own ids, the page's colors."""
+  svg = svg[svg.index('<svg') :]
+  for pattern, replacement in (
+      (r'<style.*?</style>', ''),  # Would be the style of the whole page.
+      (r' (xmlns(:xlink)?|version|width|height)="[^"]*"(?=[^<]*viewBox)', ''),
+      (r' xmlns(:xlink)?="[^"]*"| version="1.1"', ''),
+      (r'xlink:href=', 'href='),
+      (r'font-family: [^;]*; ', ''),
+      (r'(\bid="|href="#|url\(#)', rf'\g<1>{_slug(title)}-'),
+      (r'^<svg', f'<svg role="img" aria-label="{_escape(title)}"'),
+  ):
+    svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
+  for name, ink in _INK.items():
+    svg = svg.replace(ink, f'var(--{name})')
+  return svg
 
 
 # --- Small helpers ----------------------------------------------------------

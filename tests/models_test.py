@@ -1,5 +1,6 @@
 """The model is the Qwen3 of transformers, however its rows are laid out."""
 
+import functools
 import pathlib
 
 from golden import make_embedded_logits
@@ -16,6 +17,18 @@ MODEL = tiny_model.MODEL
 GOLDEN = pathlib.Path(make_embedded_logits.PATH)
 
 
+def apply(model, params, tokens, **options):
+  """`model.apply`, compiled once per model and shape."""
+  return _compiled(model.replace(params=None))(
+      params, jnp.asarray(tokens), **options
+  )
+
+
+@functools.cache
+def _compiled(model):
+  return jax.jit(model.apply)
+
+
 def positions_and_segments(mask):
   mask = jnp.asarray(mask)
   return causal_lm.positions_of(mask), mask.astype(jnp.int32)
@@ -24,8 +37,8 @@ def positions_and_segments(mask):
 def logits_of(params, tokens, mask, model=MODEL):
   """[B, T, V], with what `prefill` and the learner say of padding."""
   positions, segment_ids = positions_and_segments(mask)
-  return jax.jit(model.apply)(
-      params, jnp.asarray(tokens), positions=positions, segment_ids=segment_ids
+  return apply(
+      model, params, tokens, positions=positions, segment_ids=segment_ids
   )
 
 
@@ -93,7 +106,8 @@ def test_segments_isolate_two_sequences_packed_in_one_row():
       logits_of(params, tokens, np.ones(tokens.shape, bool))
       for tokens in (first, second)
   ]
-  packed = jax.jit(MODEL.apply)(
+  packed = apply(
+      MODEL,
       params,
       jnp.concatenate([first, second], axis=1),
       positions=jnp.array([[0, 1, 2, 3, 0, 1, 2, 3, 4]]),
@@ -109,7 +123,7 @@ def test_a_token_sees_the_past_only():
   changed = tokens.copy()
   changed[0, 4] = 1 + tokens[0, 4] % 60
   before, after = (
-      np.asarray(MODEL.apply(params, jnp.asarray(x))) for x in (tokens, changed)
+      np.asarray(apply(MODEL, params, x)) for x in (tokens, changed)
   )
   np.testing.assert_array_equal(before[:, :4], after[:, :4])
   assert np.abs(before[:, 4:] - after[:, 4:]).max() > 0.1
@@ -126,7 +140,7 @@ def test_cached_decoding_equals_the_full_forward():
       np.concatenate([rows, completions], axis=1),
       np.concatenate([np.repeat(mask, 2, 0), np.ones((4, 5), bool)], axis=1),
   )
-  logits, prompt_cache = MODEL.prefill(
+  logits, prompt_cache = jax.jit(MODEL.prefill)(
       params, jnp.asarray(prompts), mask=jnp.asarray(mask)
   )
   np.testing.assert_allclose(
@@ -160,9 +174,9 @@ def test_recomputing_activations_gives_the_same_gradient():
 
 
 def test_bfloat16_computes_in_bfloat16_and_ends_in_float32_logits():
-  params, tokens = tiny_model.params(), jnp.asarray(random_tokens(2, 6))
-  exact = MODEL.apply(params, tokens)
-  rounded = MODEL.replace(dtype=jnp.bfloat16).apply(params, tokens)
+  params, tokens = tiny_model.params(), random_tokens(2, 6)
+  exact = apply(MODEL, params, tokens)
+  rounded = apply(MODEL.replace(dtype=jnp.bfloat16), params, tokens)
   assert rounded.dtype == jnp.float32
   gap = np.abs(np.asarray(exact - rounded))
   # bfloat16 keeps 8 bits: 1 part in 256 a step, on logits of up to about 6.

@@ -147,10 +147,7 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
     raise FileNotFoundError(
         f'{folder} has no config.json; it is not a Hugging Face model folder.'
     )
-  try:
-    model_type = json.loads(path.read_text()).get('model_type')
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not valid JSON: {error}') from error
+  model_type = _read_json(path).get('model_type')
   if model_type not in FAMILIES:
     raise ValueError(
         registry.unknown(f'architecture in {path}:', model_type, FAMILIES)
@@ -181,7 +178,10 @@ def _read_tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
   """All tensors of a folder, one at a time."""
   index = folder / _INDEX
   if index.is_file():
-    names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+    weight_map = _read_json(index).get('weight_map')
+    if not isinstance(weight_map, dict):
+      raise ValueError(f'{index} has no weight_map. Is the folder complete?')
+    names = sorted(set(weight_map.values()))
     files = [folder / name for name in names]
   else:
     files = [folder / _WEIGHTS]
@@ -193,6 +193,16 @@ def _read_tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     with _naming(path), safetensors.safe_open(path, framework='numpy') as file:
       for key in file.keys():
         yield key, file.get_tensor(key)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    contents = json.loads(path.read_text())
+  except ValueError as error:  # Not JSON, or not even UTF-8.
+    raise ValueError(f'{path} is not valid JSON: {error}') from error
+  if not isinstance(contents, dict):
+    raise ValueError(f'{path} holds no JSON object.')
+  return contents
 
 
 @contextlib.contextmanager

@@ -33,9 +33,9 @@ from dppo_jax.tasks import arithmetic
 from make_tokenizer import make_tokenizer
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write.', required=True)
-_STEPS = flags.DEFINE_integer('steps', 4000, 'Optimizer updates.')
-_BATCH = flags.DEFINE_integer('batch_size', 256, 'Solutions per update.')
-_SLIP = flags.DEFINE_float('slip', 0.28, 'Chance that a step goes wrong.')
+_STEPS = flags.DEFINE_integer('steps', 2500, 'Optimizer updates.')
+_BATCH = flags.DEFINE_integer('batch_size', 128, 'Solutions per update.')
+_SLIP = flags.DEFINE_float('slip', 0.26, 'Chance that a step goes wrong.')
 _RATE = flags.DEFINE_float('learning_rate', 3e-3, 'Peak learning rate.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of everything random.')
 

@@ -1,0 +1,83 @@
+"""What a number was measured on, and where a result goes."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+
+
+def describe() -> dict[str, Any]:
+  """The machine, its software, the commit, and how busy it is."""
+  return {
+      'date': datetime.date.today().isoformat(),
+      'commit': _commit(),
+      'cpu': _cpu_model(),
+      'cpus': len(os.sched_getaffinity(0))
+      if hasattr(os, 'sched_getaffinity')
+      else os.cpu_count(),
+      'device': jax.devices()[0].device_kind,
+      'devices': jax.device_count(),
+      'load_average': round(os.getloadavg()[0], 2),
+      'platform': platform.platform(terse=True),
+      'python': platform.python_version(),
+      'versions': {x: importlib.metadata.version(x) for x in _PACKAGES},
+  }
+
+
+def peak_host_bytes() -> int:
+  """Largest resident set of this process so far."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def peak_device_bytes() -> int | None:
+  """Largest allocation on the first device; None where it keeps no count."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('peak_bytes_in_use')
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+  """Median, smallest and largest of some times."""
+  values = {'median': np.median(seconds), 'min': min(seconds)}
+  values['max'] = max(seconds)
+  return {name: float(f'{value:.4g}') for name, value in values.items()}
+
+
+def report(result: dict[str, Any], output: str | None) -> None:
+  """Writes a result to the file, if any, and prints it on one last line."""
+  if output:
+    path = pathlib.Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + '\n')
+  print(json.dumps(result), flush=True)
+
+
+def _commit() -> str | None:
+  """The commit that was measured, with '-dirty' if files differ from it."""
+  command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
+  try:
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+  except FileNotFoundError:
+    return None
+  return done.stdout.strip() or None
+
+
+def _cpu_model() -> str:
+  cpuinfo = pathlib.Path('/proc/cpuinfo')
+  if cpuinfo.exists():
+    for line in cpuinfo.read_text().splitlines():
+      if line.startswith('model name'):
+        return line.partition(':')[2].strip()
+  return platform.processor() or platform.machine()

@@ -1,0 +1,276 @@
+"""What a training step costs, and where its time goes.
+
+    python benchmarks/step.py --config=configs/tv_topk.py \
+        --output=benchmarks/results/step-tv_topk.json
+
+The compiled step learns and samples in one program, so nobody can stop a watch
+between the two. Training splits its time by a call that only samples
+(`dppo_jax.logbook`); here the same split is made and then checked against both
+halves compiled and timed on their own:
+
+  blank_call  as in metrics.jsonl: decode steps times seconds per decode step,
+              measured once before training; the rest of the step is learning.
+  alone       the step with a sampler that samples nothing, and the sampler
+              jitted by itself, on the arrays of that very step.
+
+A `check` near 1 says that alone, learning and sampling add up to the step.
+Every option of the config is a flag, for example --config.num_prompts=8.
+"""
+
+import time
+
+_START = time.perf_counter()  # Before the imports: they are in the cold start.
+
+# pylint: disable=wrong-import-position
+import contextlib  # noqa: E402
+import pathlib  # noqa: E402
+import sys  # noqa: E402
+from typing import Any, NamedTuple  # noqa: E402
+
+# Neither configs/ nor benchmarks/ is installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from absl import app  # noqa: E402
+from absl import flags  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from benchmarks import machine  # noqa: E402
+from dppo_jax import divergences  # noqa: E402
+from dppo_jax import main as main_lib  # noqa: E402
+from dppo_jax import optim  # noqa: E402
+from dppo_jax import train_step as train_step_lib  # noqa: E402
+
+_IMPORTED = time.perf_counter()
+
+# --config is defined by dppo_jax.main.
+_OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
+_STEPS = flags.DEFINE_integer(
+    'steps', 20, 'Training steps to time, twice.', lower_bound=1
+)
+
+
+class Run(NamedTuple):
+  """A run between two steps."""
+
+  parts: main_lib.Parts
+  state: Any
+  pending: Any  # Sampled and scored, not yet learned from.
+
+
+class Timed(NamedTuple):
+  """One step."""
+
+  device_s: float
+  score_s: float
+  decode_steps: int
+  sampled: int  # Tokens.
+
+
+def measure(config: Any, *, num_steps: int) -> dict[str, Any]:
+  """Everything this file measures, on one config."""
+  run, result = cold_start(config)
+  with contextlib.closing(run.parts.scorer):
+    steps = []
+    for _ in range(num_steps):
+      run, step = timed_step(run)
+      steps.append(step)
+    result |= summarize(steps, result['seconds_per_decode_step'])
+    result['memory'] = {
+        'peak_host_bytes': machine.peak_host_bytes(),
+        'peak_device_bytes': machine.peak_device_bytes(),
+    }
+    run, result['alone'] = compare_with_alone(config, run, num_steps)
+    result['alone']['learn_vs_blank_call'] = _ratio(
+        result['alone']['learn_s'], result['learn_s']
+    )
+    result['alone']['sample_vs_blank_call'] = _ratio(
+        result['alone']['sample_s'], result['sample_s']
+    )
+    result['memory']['step_temporary_bytes'] = temporary_bytes(run)
+  return result
+
+
+def cold_start(config: Any) -> tuple[Run, dict[str, Any]]:
+  """All that comes before and with the first update, in the order of `main`."""
+  building = time.perf_counter()
+  parts = main_lib.build(config)
+  built = time.perf_counter()
+  batch = next(parts.prompts)
+  state, rollout, times = main_lib._warm_up(
+      parts, parts.state, main_lib._blank(parts), batch
+  )
+  pending, _ = main_lib._score(parts, rollout, batch)
+  warm = time.perf_counter()
+  parts.evaluate_fn(state.params)
+  evaluated = time.perf_counter()
+  # The state that `build` made was donated to the first call.
+  run, _ = timed_step(Run(parts._replace(state=None), state, pending))
+  return run, {
+      'compile_s': _round(times['compile_s']),
+      'seconds_per_decode_step': times['seconds_per_decode_step'],
+      'cold_start_s': {
+          'import': _round(_IMPORTED - _START),
+          'build': _round(built - building),
+          'compile_and_sample': _round(warm - built),
+          'evaluate': _round(evaluated - warm),
+          'first_update': _round(time.perf_counter() - evaluated),
+          'total': _round(time.perf_counter() - building + _IMPORTED - _START),
+      },
+  }
+
+
+def timed_step(run: Run) -> tuple[Run, Timed]:
+  """One step as training takes it: learn, sample, score."""
+  parts = run.parts
+  start = time.perf_counter()
+  batch = next(parts.prompts)
+  state, rollout, metrics = parts.train_step(
+      run.state, run.pending, batch.prompts
+  )
+  jax.block_until_ready(rollout)
+  sampled = time.perf_counter()
+  pending, _ = main_lib._score(parts, rollout, batch)
+  end = time.perf_counter()
+  return Run(parts, state, pending), Timed(
+      device_s=sampled - start,
+      score_s=end - sampled,
+      decode_steps=int(metrics['sample/decode_steps']),
+      sampled=int(jnp.sum(rollout.token_mask)),
+  )
+
+
+def summarize(steps: list[Timed], seconds_per_decode_step: float):
+  """Times, and their split by the blank call."""
+  sample = [
+      min(x.device_s, seconds_per_decode_step * x.decode_steps) for x in steps
+  ]
+  learn = [x.device_s - s for x, s in zip(steps, sample, strict=True)]
+  step = [x.device_s + x.score_s for x in steps]
+  tokens = sum(x.sampled for x in steps)
+  # What is learned from was sampled one step before: as many, on average.
+  return {
+      'step_s': machine.spread(step),
+      'learn_s': machine.spread(learn),
+      'sample_s': machine.spread(sample),
+      'score_s': machine.spread([x.score_s for x in steps]),
+      'decode_steps': machine.spread([x.decode_steps for x in steps]),
+      'tokens_per_step': tokens / len(steps),
+      'tokens_per_s': {
+          'whole_step': round(tokens / sum(step)),
+          'sampled': round(tokens / max(sum(sample), 1e-9)),
+          'learned': round(tokens / max(sum(learn), 1e-9)),
+      },
+  }
+
+
+def compare_with_alone(config: Any, run: Run, num_steps: int):
+  """Whole steps, each followed by its halves on their own."""
+  learn_alone, sample_alone = halves(config, run)
+  seconds: dict[str, list[float]] = {'step': [], 'learn': [], 'sample': []}
+  decode_steps = []
+  for index in range(num_steps + 1):  # The first one compiles.
+    prompts = next(run.parts.prompts).prompts
+    times = {
+        # Each half sees what the step after it sees.
+        'learn': _time(
+            learn_alone, jax.tree.map(jnp.copy, run.state), run.pending, prompts
+        )[0]
+    }
+    run, step = timed_step(run)
+    times['step'] = step.device_s
+    times['sample'], (_, steps) = _time(
+        sample_alone,
+        run.state.params,
+        prompts,
+        jax.random.fold_in(run.state.key, run.state.step),
+        run.state.policy_version,
+    )
+    if index:
+      decode_steps.append(int(steps))
+      for name, values in seconds.items():
+        values.append(times[name])
+  sums = [a + b for a, b in zip(seconds['learn'], seconds['sample'])]
+  ratios = [a / b for a, b in zip(sums, seconds['step'])]
+  return run, {
+      'learn_s': machine.spread(seconds['learn']),
+      'sample_s': machine.spread(seconds['sample']),
+      'step_without_score_s': machine.spread(seconds['step']),
+      'decode_steps': machine.spread(decode_steps),
+      'check': machine.spread(ratios),
+  }
+
+
+def halves(config: Any, run: Run):
+  """The learner and the sampler of a run, each as a program of its own."""
+  parts = run.parts
+  divergence = main_lib._build(divergences, config.divergence)
+  optimizer = main_lib._build(
+      optim,
+      config.optimizer,
+      total_updates=main_lib._total_updates(config),
+  )
+  learn_alone = train_step_lib.make_train_step(
+      learn=main_lib._make_learner(config, parts.model, divergence, optimizer),
+      rollout_fn=lambda *_: ((), jnp.int32(0)),
+      threshold=divergence.threshold,
+      group_size=config.group_size,
+      vocab_size=parts.model.config.vocab_size,
+      state_shardings=train_step_lib.state_shardings(run.state, parts.mesh),
+      mesh=parts.mesh,
+  )
+  return learn_alone, jax.jit(parts.rollout_fn)
+
+
+def temporary_bytes(run: Run) -> int | None:
+  """What the compiled step needs besides its arguments and results."""
+  prompts = next(run.parts.prompts).prompts
+  compiled = run.parts.train_step.lower(
+      run.state, run.pending, prompts
+  ).compile()
+  analysis = compiled.memory_analysis()
+  return analysis and int(analysis.temp_size_in_bytes)
+
+
+def _time(function, *arguments) -> tuple[float, Any]:
+  """Seconds of a call, and what it returned."""
+  jax.block_until_ready(arguments)
+  start = time.perf_counter()
+  returned = jax.block_until_ready(function(*arguments))
+  return time.perf_counter() - start, returned
+
+
+def _ratio(a: dict[str, float], b: dict[str, float]) -> float:
+  return _round(a['median'] / b['median']) if b['median'] else float('nan')
+
+
+def _round(value: float) -> float:
+  return float(np.round(value, 3))
+
+
+def main(argv):
+  """Measures the config of the command line."""
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
+  config = flags.FLAGS.config
+  result = {'benchmark': 'step', 'algorithm': config.algorithm}
+  result |= {'model': config.model.name, 'steps': _STEPS.value}
+  result |= {
+      'sizes': {
+          name: config[name]
+          for name in (
+              'num_prompts',
+              'group_size',
+              'max_prompt_length',
+              'max_completion_length',
+          )
+      }
+  }
+  result |= measure(config, num_steps=_STEPS.value)
+  machine.report(result | {'machine': machine.describe()}, _OUTPUT.value)
+
+
+if __name__ == '__main__':
+  flags.mark_flag_as_required('config')
+  app.run(main)

@@ -1,0 +1,279 @@
+"""Hugging Face folders in and out; what is wrong with one is named."""
+
+import json
+import shutil
+
+from golden import make_embedded_logits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny_model
+
+from dppo_jax.models import load
+
+FIRST = 'model.layers.0.self_attn.q_proj.weight'
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+  """Nothing here may ask the Hugging Face hub."""
+  import huggingface_hub
+
+  def refuse(*args, **kwargs):
+    raise AssertionError(f'The hub was asked: {args} {kwargs}')
+
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', refuse)
+
+
+@pytest.fixture(params=[True, False], ids=['tied', 'untied'])
+def folder(request, tmp_path):
+  """A tiny model, written by hand."""
+  make_embedded_logits.write_tiny(tmp_path / 'model', tied=request.param)
+  return tmp_path / 'model'
+
+
+@pytest.fixture
+def tied(tmp_path):
+  make_embedded_logits.write_tiny(tmp_path / 'model', tied=True)
+  return tmp_path / 'model'
+
+
+def edit_config(folder, **changes):
+  path = folder / 'config.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, edit):
+  path = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  edit(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+def loaded(folder):
+  with np.errstate(all='raise'):
+    return load.from_pretrained(folder)
+
+
+# In and out.
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_load_save_load_keeps_every_bit(folder, tmp_path, dtype):
+  first = load.from_pretrained(folder, dtype=dtype)
+  assert {x.dtype for x in jax.tree.leaves(first.params)} == {jnp.dtype(dtype)}
+  load.save_pretrained(first, tmp_path / 'copy')
+  second = load.from_pretrained(tmp_path / 'copy', dtype=dtype)
+  tiny_model.assert_trees_equal(second.params, first.params)
+  assert second.config == first.config
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_embedded_model_survives_a_round_trip(tmp_path, dtype):
+  first = load.from_pretrained('embedded', dtype=dtype)
+  load.save_pretrained(first, tmp_path, tokenizer=load.EMBEDDED)
+  second = load.from_pretrained(tmp_path, dtype=dtype)
+  tiny_model.assert_trees_equal(second.params, first.params)
+  ours, theirs = load.load_tokenizer(tmp_path), load.load_tokenizer('embedded')
+  assert ours.encode('47+38=') == theirs.encode('47+38=')
+  assert ours.eos_token_id == theirs.eos_token_id
+
+
+def test_a_saved_file_holds_what_the_loaded_one_held(folder, tmp_path):
+  load.save_pretrained(loaded(folder), tmp_path / 'copy')
+  before, after = (
+      safetensors.numpy.load_file(path / 'model.safetensors')
+      for path in (folder, tmp_path / 'copy')
+  )
+  assert before.keys() == after.keys()
+  for name, tensor in before.items():
+    assert tensor.tobytes() == after[name].tobytes(), name
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_transformers_reads_a_saved_folder_back(tmp_path, dtype):
+  import transformers
+
+  model = load.from_pretrained('embedded', dtype=dtype)
+  tokenizer = load.load_tokenizer('embedded')
+  load.save_pretrained(model, tmp_path, tokenizer=tokenizer)
+  config = transformers.AutoConfig.from_pretrained(tmp_path)
+  original = transformers.AutoConfig.from_pretrained(load.EMBEDDED)
+  ignored = {'dtype', '_name_or_path', 'transformers_version'}
+  ours, theirs = (
+      {k: v for k, v in x.to_dict().items() if k not in ignored}
+      for x in (config, original)
+  )
+  assert ours == theirs
+  assert str(config.dtype).removeprefix('torch.') == dtype
+  again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert again.decode(again.encode('9*9=81')) == '9*9=81'
+  assert again.eos_token_id == config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_weights_may_be_split_over_several_files(folder):
+  whole = loaded(folder)
+  path = folder / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(path)
+  path.unlink()
+  names, weight_map = sorted(tensors), {}
+  for i, part in enumerate((names[::2], names[1::2])):
+    file = f'model-0000{i + 1}-of-00002.safetensors'
+    chosen = {name: tensors[name] for name in part}
+    safetensors.numpy.save_file(chosen, folder / file)
+    weight_map |= dict.fromkeys(part, file)
+  index = folder / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'metadata': {}, 'weight_map': weight_map}))
+  tiny_model.assert_trees_equal(loaded(folder).params, whole.params)
+
+  (folder / 'model-00002-of-00002.safetensors').unlink()
+  with pytest.raises(FileNotFoundError, match='no model-00002-of-00002'):
+    load.from_pretrained(folder)
+  index.write_text('{"weight_map":')
+  with pytest.raises(ValueError, match='index.json'):
+    load.from_pretrained(folder)
+  index.write_text('{}')
+  with pytest.raises(ValueError, match='index.json'):
+    load.from_pretrained(folder)
+
+
+def test_tensors_that_are_not_needed_are_ignored(tied):
+  plain = loaded(tied)
+  # What torch writes when it does not know that the head is tied.
+  edit_tensors(
+      tied, lambda x: x.update({'lm_head.weight': np.ones((64, 32), 'f4')})
+  )
+  tiny_model.assert_trees_equal(loaded(tied).params, plain.params)
+
+
+# What is wrong is named.
+
+
+@pytest.mark.parametrize('name', ['/no/such/folder', './nowhere', 'embeded'])
+def test_a_folder_that_does_not_exist_is_named(name):
+  with pytest.raises(FileNotFoundError, match=name) as error:
+    load.from_pretrained(name)
+  assert "'embedded'" in str(error.value)
+
+
+def test_a_hub_name_that_cannot_be_downloaded_is_named(monkeypatch):
+  import huggingface_hub
+
+  def offline(name, **_):
+    raise OSError('no network')
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
+  with pytest.raises(FileNotFoundError, match="'Qwen/Qwen3-0.6B'.*no network"):
+    load.from_pretrained('Qwen/Qwen3-0.6B')
+
+
+def test_a_folder_without_config_is_named(tied):
+  (tied / 'config.json').unlink()
+  with pytest.raises(FileNotFoundError, match='no config.json') as error:
+    load.from_pretrained(tied)
+  assert str(tied) in str(error.value)
+
+
+def test_a_folder_without_weights_is_named(tied):
+  (tied / 'model.safetensors').unlink()
+  with pytest.raises(FileNotFoundError, match='no model.safetensors') as error:
+    load.from_pretrained(tied)
+  assert str(tied) in str(error.value)
+
+
+@pytest.mark.parametrize('text', ['', '{"model_type": "qwe', '[]', '"qwen3"'])
+def test_a_corrupt_config_is_named(tied, text):
+  (tied / 'config.json').write_text(text)
+  with pytest.raises(ValueError, match='config.json'):
+    load.from_pretrained(tied)
+
+
+def test_an_unsupported_architecture_lists_the_supported(tied):
+  edit_config(tied, model_type='qwen2')
+  with pytest.raises(
+      ValueError, match="'qwen2'. Did you mean 'qwen3'. Known: .*qwen3"
+  ):
+    load.from_pretrained(tied)
+  edit_config(tied, model_type='mamba')
+  with pytest.raises(ValueError, match="'mamba'. Known: .*qwen3"):
+    load.from_pretrained(tied)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'use_sliding_window': True, 'sliding_window': 8}, 'use_sliding_window'),
+    ({'attention_bias': True}, 'attention_bias'),
+    (
+        {'rope_parameters': {
+            'rope_type': 'yarn',
+            'rope_theta': 1e4,
+            'factor': 4.0,
+            'original_max_position_embeddings': 16,
+        }},
+        "rope_type='yarn'",
+    ),
+])
+def test_a_variant_that_is_not_built_is_refused(tied, change, message):
+  edit_config(tied, **change)
+  with pytest.raises(ValueError, match=f'{message}.*not supported'):
+    load.from_pretrained(tied)
+
+
+def test_a_missing_tensor_is_named(tied):
+  edit_tensors(tied, lambda tensors: tensors.pop(FIRST))
+  # 2 layers of 11 tensors, embedding and last norm: 24.
+  with pytest.raises(ValueError, match=f"1 of 24 .*'{FIRST}'"):
+    load.from_pretrained(tied)
+
+
+def test_a_tensor_of_another_shape_is_named(tied):
+  edit_tensors(
+      tied, lambda tensors: tensors.update({FIRST: np.zeros((3, 32), 'f4')})
+  )
+  # 4 heads of 16.
+  with pytest.raises(ValueError, match=rf"'{FIRST}'.*\(3, 32\).*\(64, 32\)"):
+    load.from_pretrained(tied)
+
+
+@pytest.mark.parametrize('keep', [0, 5, 0.5, 0.999])
+def test_truncated_weights_are_named(tied, keep):
+  path = tied / 'model.safetensors'
+  data = path.read_bytes()
+  path.write_bytes(data[: int(keep * len(data)) if 0 < keep < 1 else keep])
+  with pytest.raises(ValueError, match='model.safetensors is damaged'):
+    load.from_pretrained(tied)
+
+
+def test_a_tokenizer_that_cannot_end_is_refused(tmp_path):
+  for source in load.EMBEDDED.iterdir():
+    shutil.copy(source, tmp_path / source.name)
+  path = tmp_path / 'tokenizer_config.json'
+  settings = json.loads(path.read_text())
+  del settings['eos_token']
+  path.write_text(json.dumps(settings))
+  with pytest.raises(ValueError, match='no eos_token.*tokenizer_config.json'):
+    load.load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_named(tied):
+  with pytest.raises(FileNotFoundError, match='tokenizer.json'):
+    load.load_tokenizer(tied)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+  for source in load.EMBEDDED.iterdir():
+    shutil.copy(source, tmp_path / source.name)
+  path = tmp_path / 'tokenizer_config.json'
+  settings = json.loads(path.read_text())
+  del settings['pad_token']
+  path.write_text(json.dumps(settings))
+  tokenizer = load.load_tokenizer(tmp_path)
+  assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_saving_a_model_without_params_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='params'):
+    load.save_pretrained(tiny_model.MODEL, tmp_path / 'model')
+  assert not (tmp_path / 'model').exists()
