@@ -24,13 +24,11 @@ def describe() -> dict[str, Any]:
       'date': datetime.date.today().isoformat(),
       'commit': _commit(),
       'cpu': _cpu_model(),
-      'cpus': len(os.sched_getaffinity(0))
-      if hasattr(os, 'sched_getaffinity')
-      else os.cpu_count(),
+      'cpus': os.cpu_count(),
       'device': jax.devices()[0].device_kind,
       'devices': jax.device_count(),
       'load_average': round(os.getloadavg()[0], 2),
-      'platform': platform.platform(terse=True),
+      'platform': f'{platform.system()} {platform.machine()}',
       'python': platform.python_version(),
       'versions': {x: importlib.metadata.version(x) for x in _PACKAGES},
   }
@@ -50,8 +48,11 @@ def peak_device_bytes() -> int | None:
 
 def spread(seconds: list[float]) -> dict[str, float]:
   """Median, smallest and largest of some times."""
-  values = {'median': np.median(seconds), 'min': min(seconds)}
-  values['max'] = max(seconds)
+  values = {
+      'median': np.median(seconds),
+      'min': min(seconds),
+      'max': max(seconds),
+  }
   return {name: float(f'{value:.4g}') for name, value in values.items()}
 
 
@@ -66,9 +67,12 @@ def report(result: dict[str, Any], output: str | None) -> None:
 
 def _commit() -> str | None:
   """The commit that was measured, with '-dirty' if files differ from it."""
-  command = ['git', 'describe', '--always', '--dirty', '--abbrev=12']
+  # Read only: no lock, so it never disturbs a git command beside it.
+  command = ['git', '--no-optional-locks', 'describe', '--always', '--dirty']
   try:
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=_ROOT, capture_output=True, text=True, check=False
+    )
   except FileNotFoundError:
     return None
   return done.stdout.strip() or None

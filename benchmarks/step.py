@@ -5,42 +5,44 @@
 
 The compiled step learns and samples in one program, so nobody can stop a watch
 between the two. Training splits its time by a call that only samples
-(`dppo_jax.logbook`); here the same split is made and then checked against both
-halves compiled and timed on their own:
+(`dppo_jax.logbook`): decode steps times the seconds per decode step of that
+call are sampling, the rest is learning. So does `split` here. `check` then
+puts next to each other, in turns on the same arrays,
 
-  blank_call  as in metrics.jsonl: decode steps times seconds per decode step,
-              measured once before training; the rest of the step is learning.
-  alone       the step with a sampler that samples nothing, and the sampler
-              jitted by itself, on the arrays of that very step.
+  step     the compiled step,
+  blank    the same program with nothing to learn from,
+  learn    the step with a sampler that samples nothing,
+  sample   the sampler, jitted by itself.
 
-A `check` near 1 says that alone, learning and sampling add up to the step.
+If the split is right, all three ratios are near 1.
 Every option of the config is a flag, for example --config.num_prompts=8.
 """
 
+# ruff: noqa: E402
 import time
 
 _START = time.perf_counter()  # Before the imports: they are in the cold start.
 
-# pylint: disable=wrong-import-position
-import contextlib  # noqa: E402
-import pathlib  # noqa: E402
-import sys  # noqa: E402
-from typing import Any, NamedTuple  # noqa: E402
+import contextlib
+import pathlib
+import sys
+from typing import Any
+from typing import NamedTuple
 
 # Neither configs/ nor benchmarks/ is installed.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-from absl import app  # noqa: E402
-from absl import flags  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from benchmarks import machine  # noqa: E402
-from dppo_jax import divergences  # noqa: E402
-from dppo_jax import main as main_lib  # noqa: E402
-from dppo_jax import optim  # noqa: E402
-from dppo_jax import train_step as train_step_lib  # noqa: E402
+from benchmarks import machine
+from dppo_jax import divergences
+from dppo_jax import main as main_lib
+from dppo_jax import optim
+from dppo_jax import train_step as train_step_lib
 
 _IMPORTED = time.perf_counter()
 
@@ -48,6 +50,12 @@ _IMPORTED = time.perf_counter()
 _OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
 _STEPS = flags.DEFINE_integer(
     'steps', 20, 'Training steps to time, twice.', lower_bound=1
+)
+_SIZES = (
+    'num_prompts',
+    'group_size',
+    'max_prompt_length',
+    'max_completion_length',
 )
 
 
@@ -77,19 +85,13 @@ def measure(config: Any, *, num_steps: int) -> dict[str, Any]:
       run, step = timed_step(run)
       steps.append(step)
     result |= summarize(steps, result['seconds_per_decode_step'])
-    result['memory'] = {
+    memory = {
         'peak_host_bytes': machine.peak_host_bytes(),
         'peak_device_bytes': machine.peak_device_bytes(),
     }
-    run, result['alone'] = compare_with_alone(config, run, num_steps)
-    result['alone']['learn_vs_blank_call'] = _ratio(
-        result['alone']['learn_s'], result['learn_s']
-    )
-    result['alone']['sample_vs_blank_call'] = _ratio(
-        result['alone']['sample_s'], result['sample_s']
-    )
-    result['memory']['step_temporary_bytes'] = temporary_bytes(run)
-  return result
+    run, check = check_split(config, run, num_steps)
+    memory['step_temporary_bytes'] = temporary_bytes(run)
+  return result | {'memory': memory, 'check': check}
 
 
 def cold_start(config: Any) -> tuple[Run, dict[str, Any]]:
@@ -152,9 +154,11 @@ def summarize(steps: list[Timed], seconds_per_decode_step: float):
   # What is learned from was sampled one step before: as many, on average.
   return {
       'step_s': machine.spread(step),
-      'learn_s': machine.spread(learn),
-      'sample_s': machine.spread(sample),
-      'score_s': machine.spread([x.score_s for x in steps]),
+      'split': {
+          'learn_s': machine.spread(learn),
+          'sample_s': machine.spread(sample),
+          'score_s': machine.spread([x.score_s for x in steps]),
+      },
       'decode_steps': machine.spread([x.decode_steps for x in steps]),
       'tokens_per_step': tokens / len(steps),
       'tokens_per_s': {
@@ -165,40 +169,32 @@ def summarize(steps: list[Timed], seconds_per_decode_step: float):
   }
 
 
-def compare_with_alone(config: Any, run: Run, num_steps: int):
-  """Whole steps, each followed by its halves on their own."""
+def check_split(config: Any, run: Run, num_steps: int):
+  """Whole steps, each beside the same step in parts."""
   learn_alone, sample_alone = halves(config, run)
-  seconds: dict[str, list[float]] = {'step': [], 'learn': [], 'sample': []}
-  decode_steps = []
-  for index in range(num_steps + 1):  # The first one compiles.
-    prompts = next(run.parts.prompts).prompts
-    times = {
-        # Each half sees what the step after it sees.
-        'learn': _time(
-            learn_alone, jax.tree.map(jnp.copy, run.state), run.pending, prompts
-        )[0]
-    }
+  parts = run.parts
+  blank = main_lib._blank(parts._replace(state=run.state))
+  rounds = []
+  for _ in range(num_steps + 1):
+    prompts = next(parts.prompts).prompts
+    copied = jax.tree.map(jnp.copy, (run.state, run.state))  # Both donated.
+    key = jax.random.fold_in(run.state.key, run.state.step)
+    # Before the step, which donates the state.
+    sample = _time(sample_alone, run.state.params, prompts, key, jnp.int32(0))
+    blank_call = _time(parts.train_step, copied[0], blank, prompts)
+    learn = _time(learn_alone, copied[1], run.pending, prompts)
     run, step = timed_step(run)
-    times['step'] = step.device_s
-    times['sample'], (_, steps) = _time(
-        sample_alone,
-        run.state.params,
-        prompts,
-        jax.random.fold_in(run.state.key, run.state.step),
-        run.state.policy_version,
-    )
-    if index:
-      decode_steps.append(int(steps))
-      for name, values in seconds.items():
-        values.append(times[name])
-  sums = [a + b for a, b in zip(seconds['learn'], seconds['sample'])]
-  ratios = [a / b for a, b in zip(sums, seconds['step'])]
+    rounds.append((step.device_s, blank_call, learn, sample))
+  del rounds[0]  # It compiled.
+  step, blank_call, learn, sample = np.array(rounds).T
   return run, {
-      'learn_s': machine.spread(seconds['learn']),
-      'sample_s': machine.spread(seconds['sample']),
-      'step_without_score_s': machine.spread(seconds['step']),
-      'decode_steps': machine.spread(decode_steps),
-      'check': machine.spread(ratios),
+      'step_s': machine.spread(step),
+      'blank_s': machine.spread(blank_call),
+      'learn_s': machine.spread(learn),
+      'sample_s': machine.spread(sample),
+      'learn / (step - blank)': machine.spread(learn / (step - blank_call)),
+      'sample / blank': machine.spread(sample / blank_call),
+      '(learn + sample) / step': machine.spread((learn + sample) / step),
   }
 
 
@@ -233,16 +229,12 @@ def temporary_bytes(run: Run) -> int | None:
   return analysis and int(analysis.temp_size_in_bytes)
 
 
-def _time(function, *arguments) -> tuple[float, Any]:
-  """Seconds of a call, and what it returned."""
+def _time(function, *arguments) -> float:
+  """Seconds of a call."""
   jax.block_until_ready(arguments)
   start = time.perf_counter()
-  returned = jax.block_until_ready(function(*arguments))
-  return time.perf_counter() - start, returned
-
-
-def _ratio(a: dict[str, float], b: dict[str, float]) -> float:
-  return _round(a['median'] / b['median']) if b['median'] else float('nan')
+  jax.block_until_ready(function(*arguments))
+  return time.perf_counter() - start
 
 
 def _round(value: float) -> float:
@@ -254,18 +246,12 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
   config = flags.FLAGS.config
-  result = {'benchmark': 'step', 'algorithm': config.algorithm}
-  result |= {'model': config.model.name, 'steps': _STEPS.value}
-  result |= {
-      'sizes': {
-          name: config[name]
-          for name in (
-              'num_prompts',
-              'group_size',
-              'max_prompt_length',
-              'max_completion_length',
-          )
-      }
+  result = {
+      'benchmark': 'step',
+      'algorithm': config.algorithm,
+      'model': config.model.name,
+      'steps': _STEPS.value,
+      'sizes': {name: config[name] for name in _SIZES},
   }
   result |= measure(config, num_steps=_STEPS.value)
   machine.report(result | {'machine': machine.describe()}, _OUTPUT.value)

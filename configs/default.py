@@ -31,15 +31,17 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
 
   # How: divergence, loss, advantage and normalizer come from the table.
   config.update(algorithms.config(algorithm))
-  config.optimizer = optim.config('adamw', learning_rate=3e-4)
+  config.optimizer = optim.config(
+      'adamw', learning_rate=3e-4, schedule='linear'
+  )
 
   # A step: roll out num_prompts * group_size completions, then learn from them
   # in num_epochs * num_minibatches optimizer updates.
-  config.total_steps = 60
+  config.total_steps = 100
   config.num_prompts = 32
   config.group_size = 8
-  config.max_prompt_length = 8  # Tokens; longer prompts are refused.
-  config.max_completion_length = 24  # Tokens; longer ones are truncated.
+  config.max_prompt_length = 4  # Tokens; longer prompts are refused.
+  config.max_completion_length = 20  # Tokens; longer ones are truncated.
   config.sampling = {
       'temperature': 1.0,
       'top_p': 1.0,  # Training takes no other value, see main.check.

@@ -202,7 +202,7 @@ def make_learner(
   def update(state, batch, rows):
     """One optimizer update, or none if it would not be finite."""
     loss, gradients, stats = accumulate(state.params, batch, rows)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     changes, opt_state = optimizer.transformation.update(
         gradients, state.opt_state, state.params

@@ -74,10 +74,9 @@ PLOTS = (
     ),
     Plot(
         'Policy gap |pi - mu|',
-        'Between the learner (pi) and the sampler (mu), on sampled tokens. '
+        'Means over sampled tokens, pi of the learner, mu of the sampler. '
         'First update: same weights on both sides, so numerics alone, the '
-        'training-inference mismatch. All updates: mean. Max: the largest '
-        'pi - mu.',
+        'training-inference mismatch. Max: the largest pi - mu of all updates.',
         {
             'on_policy/prob_gap_mean': 'first update',
             'mismatch/prob_gap_mean': 'all updates',
@@ -151,7 +150,7 @@ _COLORS = {
     'c4': ('#c94f7c', '#ee86ab'),
     'c5': ('#7b8794', '#a0aab8'),
 }
-_NUM_CURVE_COLORS = 6
+_NUM_CURVE_COLORS = 6  # c0 to c5.
 _INK = {name: light for name, (light, _) in _COLORS.items()}
 
 
@@ -178,8 +177,12 @@ def write_report(
       _samples(metrics.read_samples(workdir)),
       _config(config),
   ]
-  page = _PAGE.substitute(
-      title=_escape(title), style=_style(), body='\n'.join(filter(None, body))
+  light, dark = (
+      ' '.join(f'--{name}: {inks[i]};' for name, inks in _COLORS.items())
+      for i in range(2)
+  )
+  page = string.Template(_PAGE.read_text(encoding='utf-8')).substitute(
+      title=_escape(title), light=light, dark=dark, body='\n'.join(body)
   )
   path = workdir / 'report.html'
   # Completions may hold half a surrogate pair, which UTF-8 cannot.
@@ -200,7 +203,7 @@ def _header(title: str, rows: list[dict], config: dict) -> str:
       _tile('Reward', _before_after(_finite(rows, 'reward/mean'))),
       _tile('Steps', f'{rows[-1]["step"]:,}' if rows else '0'),
       _tile('Tokens/s', f'{np.median(speeds):,.0f}' if len(speeds) else ''),
-      _tile('Wall time', _number(minutes) + ' min' if minutes else ''),
+      _tile('Wall time', f'{minutes:,.1f} min' if minutes else ''),
       _tile('Device', run.get('device')),
   ]
   threshold = ' / '.join(f'{t:g}' for t in _thresholds(config))
@@ -258,70 +261,55 @@ def _tile(label: str, value: str | None, kind: str = '') -> str:
 
 
 def _plots(rows: list[dict], config: dict) -> str:
-  figures, notes = [], []
+  figures, left_out = [], []
   for plot in PLOTS:
     lines = _lines(plot, rows)
-    drawn = {line.pattern for line in lines}
-    missing = [key for key in plot.curves if key not in drawn]
     if lines:
-      thresholds = _thresholds(config) if plot.threshold else []
-      span = rows[0]['step'], max(rows[-1]['step'], rows[0]['step'] + 1)
-      figures.append(_figure(plot, lines, missing, thresholds, span))
+      figures.append(_figure(plot, lines, rows, config))
     else:
-      keys = ', '.join(f'<code>{_escape(key)}</code>' for key in missing)
-      notes.append(f'<li>{_escape(plot.title)}: {keys}</li>')
+      keys = ', '.join(f'<code>{key}</code>' for key in plot.curves)
+      left_out.append(f'<li>{_escape(plot.title)}: {keys}</li>')
   text = f'<section class="plots">{"".join(figures)}</section>'
-  if notes:
+  if left_out:
     text += (
-        f'<details class="note"><summary>{len(notes)} of {len(PLOTS)} plots '
-        'left out: this run did not log their keys</summary>'
-        f'<ul>{"".join(notes)}</ul></details>'
+        f'<details class="note"><summary>Not plotted: {len(left_out)} of '
+        f'{len(PLOTS)} plots, whose keys this run did not log</summary>'
+        f'<ul>{"".join(left_out)}</ul></details>'
     )
   return text
 
 
 def _samples(samples: list[dict]) -> str:
   """Completions of the first and of the last step that has some."""
-  if not samples:
-    return ''
-  steps = [row['step'] for row in samples]
-  ends = sorted({min(steps), max(steps)})
-  groups = [
-      _sample_group(step, [row for row in samples if row['step'] == step])
-      for step in ends
-  ]
-  return f'<section><h2>Samples</h2>{"".join(groups)}</section>'
-
-
-def _sample_group(step: int, rows: list[dict]) -> str:
-  num_correct = sum(_is_correct(row) for row in rows)
-  shown = rows[:MAX_SAMPLES]
-  more = f', the first {len(shown)} shown' if len(shown) < len(rows) else ''
-  head = ''.join(
-      f'<th>{name}</th>'
-      for name in ('Prompt', 'Completion', 'Answer', 'Reward')
-  )
-  return (
-      f'<h3>Step {step} <span class="note">{num_correct} of {len(rows)} '
-      f'correct{more}</span></h3><table class="samples"><thead><tr>{head}</tr>'
-      f'</thead><tbody>{"".join(map(_sample_row, shown))}</tbody></table>'
-  )
+  text = ''
+  steps = {row['step'] for row in samples}
+  for step in sorted({min(steps), max(steps)}) if steps else ():
+    rows = [row for row in samples if row['step'] == step]
+    shown = rows[:MAX_SAMPLES]
+    more = f', the first {len(shown)} shown' if len(shown) < len(rows) else ''
+    names = ('Prompt', 'Completion', 'Answer', 'Reward')
+    text += (
+        f'<h3>Step {step} <span class="note">{sum(map(_is_correct, rows))} of '
+        f'{len(rows)} correct{more}</span></h3><table class="samples"><thead>'
+        f'<tr>{"".join(f"<th>{name}</th>" for name in names)}</tr></thead>'
+        f'<tbody>{"".join(map(_sample_row, shown))}</tbody></table>'
+    )
+  return text and f'<section><h2>Samples</h2>{text}</section>'
 
 
 def _sample_row(row: dict) -> str:
-  correct = _is_correct(row)
+  kind, mark = ('correct', '✓') if _is_correct(row) else ('wrong', '✗')
+  cells = ''.join(
+      f'<td data-label="{name}">'
+      f'<div>{_escape(row.get(name.lower()))}</div></td>'
+      for name in ('Prompt', 'Completion', 'Answer')
+  )
   reward = row.get('reward')
-  score = 'nan' if reward is None else f'{reward:g}'
-  split = f'<span class="note">{_escape(row.get("split", ""))}</span>'
-  verdict = '✓ correct' if correct else '✗ wrong'
   return (
-      f'<tr class="{"correct" if correct else "wrong"}">'
-      f'<td data-label="Prompt"><div>{_escape(row.get("prompt"))}</div></td>'
-      '<td data-label="Completion">'
-      f'<div>{_escape(row.get("completion"))}</div></td>'
-      f'<td data-label="Answer"><div>{_escape(row.get("answer"))}</div></td>'
-      f'<td data-label="Reward"><b>{score}</b> '
-      f'<span class="verdict">{verdict}</span> {split}</td></tr>'
+      f'<tr class="{kind}">{cells}<td data-label="Reward">'
+      f'<b>{"nan" if reward is None else f"{reward:g}"}</b> '
+      f'<span class="verdict">{mark} {kind}</span> '
+      f'<span class="note">{_escape(row.get("split"))}</span></td></tr>'
   )
 
 
@@ -332,8 +320,8 @@ def _is_correct(row: dict) -> bool:
 def _masked_tokens(counts: dict) -> str:
   """Which tokens the trust region silences, by sign of the advantage."""
   tables = [
-      _token_table('Advantage > 0', counts.get('positive') or [], 0),
-      _token_table('Advantage < 0', counts.get('negative') or [], 1),
+      _token_table('Advantage > 0', counts.get('positive') or [], 'c0'),
+      _token_table('Advantage < 0', counts.get('negative') or [], 'c1'),
   ]
   if not any(tables):
     return ''
@@ -343,20 +331,18 @@ def _masked_tokens(counts: dict) -> str:
   )
 
 
-def _token_table(title: str, counts: Sequence, color: int) -> str:
-  if not counts:
-    return ''
+def _token_table(title: str, counts: Sequence, color: str) -> str:
   counts = sorted(counts, key=lambda pair: -pair[1])[:MAX_MASKED_TOKENS]
-  most = max(counts[0][1], 1)
+  most = max([1] + [count for _, count in counts])
   rows = ''.join(
       # Spaces and line breaks are tokens too: shown as Python writes them.
-      f'<tr><td><code>{_escape(_visible(token))}</code></td>'
+      f'<tr><td><code>{_escape(repr(token))}</code></td>'
       f'<td class="number">{count:,}</td><td class="bar"><i style="background:'
-      f'var(--c{color});width:{100 * count / most:.1f}%"></i></td></tr>'
+      f'var(--{color});width:{count / most:.1%}"></i></td></tr>'
       for token, count in counts
   )
   caption = f'<caption>{_escape(title)}</caption>'
-  return f'<table class="tokens">{caption}{rows}</table>'
+  return rows and f'<table class="tokens">{caption}{rows}</table>'
 
 
 def _config(config: dict) -> str:
@@ -382,6 +368,11 @@ class _Line:
   steps: np.ndarray
   values: np.ndarray
   smooth: np.ndarray  # The values themselves where there is nothing to smooth.
+
+  @property
+  def last(self) -> float:
+    """Where the run ends, as the plot shows it."""
+    return float(self.smooth[np.isfinite(self.smooth)][-1])
 
 
 def _lines(plot: Plot, rows: list[dict]) -> list[_Line]:
@@ -419,21 +410,20 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _figure(
-    plot: Plot,
-    lines: list[_Line],
-    missing: list[str],
-    thresholds: list[float],
-    span: tuple[float, float],
+    plot: Plot, lines: list[_Line], rows: list[dict], config: dict
 ) -> str:
   """Title, legend with last values, drawing and caption."""
+  thresholds = _thresholds(config) if plot.threshold else []
+  span = rows[0]['step'], max(rows[-1]['step'], rows[0]['step'] + 1)
   svg, note = _draw(plot, lines, thresholds, span)
-  caption = ' '.join(filter(None, [plot.caption, note]))
+  caption = f'{plot.caption} {note}'.strip()
+  drawn = {line.pattern for line in lines}
+  missing = [key for key in plot.curves if key not in drawn]
   if missing:
     caption += f' Not logged: {", ".join(missing)}.'
-  unit = f' <span class="note">{_escape(plot.unit)}</span>' if plot.unit else ''
   legend = [
       f'<span><i class="swatch" style="background:var(--{line.color})"></i>'
-      f'{_escape(line.label)} <b>{_number(_last(line.smooth))}</b></span>'
+      f'{_escape(line.label)} <b>{_number(line.last)}</b></span>'
       for line in lines
   ]
   legend += [
@@ -441,7 +431,8 @@ def _figure(
       for threshold in thresholds
   ]
   return (
-      f'<figure><h2>{_escape(plot.title)}{unit}</h2>'
+      f'<figure><h2>{_escape(plot.title)} <span class="note">'
+      f'{_escape(plot.unit)}</span></h2>'
       f'<div class="legend">{"".join(legend)}</div>'
       f'{svg}<figcaption>{_escape(caption)}</figcaption></figure>'
   )
@@ -460,34 +451,48 @@ def _draw(
   # Slow to import.
   from matplotlib import figure
   from matplotlib import style
-  from matplotlib import ticker
 
   options = {
       'font.size': 11,
       'path.simplify_threshold': 1.0,  # Pixels: keeps pages of long runs small.
       'svg.fonttype': 'none',  # Text stays text, in the font of the page.
-      'svg.hashsalt': plot.title,  # The same ids each time.
+      'svg.hashsalt': plot.title,  # The same page each time.
   }
   with style.context(['default', options]):
     canvas = figure.Figure(figsize=(5, 2.6), dpi=72)
     axes = canvas.add_axes((0.12, 0.12, 0.86, 0.85), frameon=False)
     axes.set_xlim(span)
     if plot.stacked:
-      note = _draw_areas(axes, lines, plot.unit)
+      note = _draw_areas(axes, plot, lines)
     else:
-      note = _draw_lines(axes, lines, thresholds, plot)
-    axes.grid(axis='y', color=_INK['rule'])
-    axes.set_axisbelow(True)
-    axes.minorticks_off()
-    axes.tick_params(length=0, labelcolor=_INK['soft'])
-    if axes.get_yscale() == 'linear':
-      axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
-    for axis in (axes.xaxis, axes.yaxis):
-      axis.set_major_formatter(lambda value, _: _plain(f'{value:.6g}'))
+      note = _draw_lines(axes, plot, lines, thresholds)
+    _draw_grid(axes)
     file = io.StringIO()
-    canvas.savefig(file, format='svg', transparent=True, metadata=_NO_METADATA)
+    no_metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+    canvas.savefig(file, format='svg', transparent=True, metadata=no_metadata)
   return _inline(file.getvalue(), plot.title), note
+
+
+def _draw_grid(axes: Any) -> None:
+  """About five round numbers on each axis, and lines across for those of y."""
+  from matplotlib import ticker
+
+  axes.grid(axis='y', color=_INK['rule'])
+  axes.set_axisbelow(True)
+  axes.minorticks_off()
+  axes.tick_params(length=0, pad=5, labelcolor=_INK['soft'])
+  corner = {'xy': (0, 0), 'xycoords': 'axes fraction', 'ha': 'right'}
+  offset = {'xytext': (-10, -13), 'textcoords': 'offset points'}
+  axes.annotate('step', **corner, **offset, color=_INK['soft'])
+  rounded: dict[str, Any] = {'nbins': 5, 'steps': [1, 2, 5, 10]}
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(**rounded, integer=True))
+  low, high = axes.get_ylim()
+  if axes.get_yscale() == 'linear':
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(**rounded))
+  elif high < 100 * low:
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter(lambda value, _: _plain(f'{value:.6g}'))
 
 
 def _draw_lines(
@@ -507,17 +512,16 @@ def _draw_lines(
   for line in lines:
     ink = _INK[line.color]
     raw, smooth = (np.maximum(y, floor) for y in (line.values, line.smooth))
-    # A single point makes no line, and two or three look like many.
-    few = plot.markers or np.isfinite(line.values).sum() < 10
-    options = {'markersize': 4.5, 'marker': 'o' if few else None}
     if line.smooth is not line.values:
-      axes.plot(line.steps, raw, color=ink, linewidth=1, alpha=0.3)
-    axes.plot(
-        line.steps, smooth, color=ink, linewidth=2, clip_on=False, **options
-    )
+      width = 1 if len(raw) < 1000 else 0.5
+      axes.plot(line.steps, raw, color=ink, linewidth=width, alpha=0.3)
+    # A single point makes no line, and two or three look like many.
+    few = np.isfinite(raw).sum() < (50 if plot.markers else 10)
+    dots = {'marker': 'o' if few else '', 'markersize': 5}
+    axes.plot(line.steps, smooth, color=ink, linewidth=2, clip_on=False, **dots)
   for threshold in thresholds:
     axes.axhline(threshold, color=_INK['bad'], linewidth=1, linestyle='--')
-  if floor < 0 and 0 <= values.min() < 0.6 * values.max():
+  if floor < 0 and 0 <= values.min() <= 0.6 * values.max():
     axes.set_ylim(bottom=0)
   return note
 
@@ -532,7 +536,7 @@ def _draw_areas(axes: Any, plot: Plot, lines: list[_Line]) -> str:
   totals = np.sum(parts, axis=0)
 
   def binned(values: np.ndarray) -> np.ndarray:
-    bins = np.array_split(values, min(len(values), _MAX_BINS))
+    bins = np.array_split(values, min(len(values), 200))
     return np.array([part.mean() for part in bins])
 
   axes.stackplot(
@@ -545,7 +549,7 @@ def _draw_areas(axes: Any, plot: Plot, lines: list[_Line]) -> str:
   axes.set_ylim(bottom=0)
   # The first step may compile, for minutes: it would flatten all others.
   limit = 1.5 * np.quantile(totals, 0.9)
-  if len(steps) < 10 or totals.max() < 2 * limit:
+  if len(steps) < 10 or totals.max() <= 2 * limit:
     return ''
   axes.set_ylim(top=limit)
   worst = totals.argmax()
@@ -555,13 +559,14 @@ def _draw_areas(axes: Any, plot: Plot, lines: list[_Line]) -> str:
 def _inline(svg: str, title: str) -> str:
   """Makes part of a page of what was a file: own ids, the page's colors."""
   svg = svg[svg.index('<svg') :]
+  prefix = re.sub(r'\W+', '-', title.lower())
   for pattern, replacement in (
       (r'<style.*?</style>', ''),  # Would be the style of the whole page.
-      (r' (xmlns(:xlink)?|version|width|height)="[^"]*"(?=[^<]*viewBox)', ''),
-      (r' xmlns(:xlink)?="[^"]*"| version="1.1"', ''),
+      (r' (xmlns|xmlns:xlink|version)="[^"]*"', ''),
+      (r' (width|height)="[\d.]+pt"', ''),
       (r'xlink:href=', 'href='),
       (r'font-family: [^;]*; ', ''),
-      (r'(\bid="|href="#|url\(#)', rf'\g<1>{_slug(title)}-'),
+      (r'(\bid="|href="#|url\(#)', rf'\g<1>{prefix}-'),
       (r'^<svg', f'<svg role="img" aria-label="{_escape(title)}"'),
   ):
     svg = re.sub(pattern, replacement, svg, flags=re.DOTALL)
@@ -573,24 +578,22 @@ def _inline(svg: str, title: str) -> str:
 # --- Small helpers ----------------------------------------------------------
 
 
-def _matching(key: str, rows: list[dict]) -> list[str]:
-  """The logged keys that `key` means, pass@8 before pass@16."""
-  known = {name for row in rows for name in row}
-  if not key.endswith('*'):
-    return [key] if key in known else []
-  found = (name for name in known if name.startswith(key[:-1]))
-  return sorted(found, key=lambda name: (len(name), name))
-
-
-def _drawable(rows: list[dict], key: str) -> bool:
-  return any(
-      np.isfinite(_values(rows, name)).any() for name in _matching(key, rows)
-  )
+def _matching(pattern: str, rows: list[dict]) -> list[str]:
+  """The logged keys that `pattern` means, pass@8 before pass@16."""
+  known = {key for row in rows for key in row}
+  found = fnmatch.filter(known, pattern)
+  return sorted(found, key=lambda key: (len(key), key))
 
 
 def _values(rows: list[dict], key: str) -> np.ndarray:
-  """[number of rows] float64, NaN where a row has no such key."""
-  return np.array([row.get(key, math.nan) for row in rows], np.float64)
+  """[number of rows] float64, NaN where a row has no finite such value."""
+  values = np.array([row.get(key, math.nan) for row in rows], np.float64)
+  return np.where(np.isfinite(values), values, math.nan)
+
+
+def _finite(rows: list[dict], key: str) -> np.ndarray:
+  values = _values(rows, key)
+  return values[np.isfinite(values)]
 
 
 def _thresholds(config: dict) -> list[float]:
@@ -603,39 +606,30 @@ def _thresholds(config: dict) -> list[float]:
   return sorted(float(v) for v in numbers if 0 < v < math.inf)
 
 
-def _total_seconds(rows: list[dict]) -> float:
-  """Sum of the step times; a logged step stands for those since the last."""
-  parts = [c.key for p in PLOTS if p.stacked for c in p.curves]
-  seconds = _values(rows, 'time/step_s')
-  if not np.isfinite(seconds).any():
-    seconds = sum((_values(rows, key) for key in parts), np.zeros(len(rows)))
-  logged = np.isfinite(seconds)
-  steps = np.array([row['step'] for row in rows], np.float64)[logged]
-  return float(np.sum(np.diff(steps, prepend=0.0) * seconds[logged]))
+def _wall_minutes(rows: list[dict]) -> float:
+  """Compilation, steps and evaluations.
+
+  The time of a logged step stands for all steps since the one logged before.
+  """
+  per_step = _values(rows, 'time/step_s')
+  timed = np.isfinite(per_step)
+  steps = np.array([row['step'] for row in rows], np.float64)[timed]
+  seconds = np.sum(np.diff(steps, prepend=0) * per_step[timed])
+  for key in ('time/compile_s', 'time/eval_s'):
+    seconds += np.sum(_finite(rows, key))
+  return float(seconds) / 60
 
 
-def _duration(seconds: float) -> str:
-  if seconds <= 0:
-    return ''
-  if seconds < 120:
-    return f'{seconds:.0f} s'
-  if seconds < 7200:
-    return f'{seconds / 60:.0f} min'
-  return f'{seconds / 3600:.1f} h'
-
-
-def _short(value: float) -> str:
-  """At most four characters of digits: 0.0021, 12k."""
+def _number(value: float) -> str:
+  """Three digits, or all of those before the point: 0.00214, 12,345."""
   if not math.isfinite(value):
     return '–'
-  if abs(value) >= 10_000:
-    return f'{value / 1000:.3g}k'
-  text = f'{value:.3g}'
-  return text.replace('e-0', 'e-')
+  return f'{value:,.0f}' if 1e3 <= abs(value) < 1e7 else _plain(f'{value:.3g}')
 
 
-def _visible(token: Any) -> str:
-  return repr(token) if isinstance(token, str) else str(token)
+def _plain(text: str) -> str:
+  """1e-08 as 1e-8."""
+  return re.sub(r'e([+-])0?', lambda match: 'e' + match[1].strip('+'), text)
 
 
 def _name(value: Any) -> str:
@@ -657,144 +651,7 @@ def _read_json(path: Path) -> dict:
   return _as_dict(json.loads(path.read_text(encoding='utf-8')))
 
 
-_PAGE = string.Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<main>
-$body
-</main>
-</body>
-</html>
-""")
-
-_STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #f6f7f9; --card: #fff; --text: #1c2128; --soft: #667080;
-  --rule: #e3e6ea; --good: #1a7f4b; --bad: #c2412d;
-  --c0: #2f6fdb; --c1: #e0812b; --c2: #2a9d78; --c3: #8e5bd0; --c4: #c94f7c;
-  --c5: #7b8794;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14171c; --card: #1d2128; --text: #e4e7ec; --soft: #97a1b0;
-    --rule: #313742; --good: #4cc38a; --bad: #f2705c;
-    --c0: #6ea3ff; --c1: #f2a65a; --c2: #4fc3a1; --c3: #b794f6; --c4: #ee86ab;
-    --c5: #a0aab8;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--page); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-}
-main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 28px; line-height: 1.2; margin: 0; letter-spacing: -.02em; }
-h2 { font-size: 19px; margin: 40px 0 12px; letter-spacing: -.01em; }
-h3 { font-size: 15px; margin: 20px 0 8px; }
-h1, td, code { overflow-wrap: anywhere; }
-.subtitle { margin: 4px 0 0; color: var(--soft); }
-.note { color: var(--soft); font-size: 13px; font-weight: 400; }
-code, pre { font: 12.5px/1.5 ui-monospace, Menlo, Consolas, monospace; }
-pre {
-  background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
-  padding: 10px 14px; margin: 8px 0; overflow-x: auto;
-}
-.command { white-space: pre-wrap; overflow-wrap: anywhere; }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 12px; }
-.tile {
-  background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
-  padding: 10px 16px; flex: 1 1 auto;
-}
-.tile .value {
-  font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums;
-}
-.tile.strong .value { color: var(--good); }
-.tile .label { color: var(--soft); font-size: 12.5px; }
-.plots {
-  display: grid; gap: 16px; margin-top: 20px;
-  grid-template-columns: repeat(auto-fill, minmax(min(350px, 100%), 1fr));
-}
-figure {
-  display: flex; flex-direction: column; margin: 0; padding: 14px 16px 12px;
-  background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
-}
-figure h2 { font-size: 15px; margin: 0; }
-figure svg { width: 100%; height: auto; }
-figcaption { color: var(--soft); font-size: 12.5px; line-height: 1.4; }
-.legend {
-  display: flex; flex-wrap: wrap; gap: 0 14px; margin: 2px 0 6px;
-  font-size: 12.5px; color: var(--soft);
-}
-.legend b { color: var(--text); font-variant-numeric: tabular-nums; }
-.swatch {
-  display: inline-block; width: 10px; height: 10px; border-radius: 3px;
-  margin-right: 5px;
-}
-.dash {
-  display: inline-block; width: 14px; margin-right: 5px; vertical-align: middle;
-  border-top: 2px dashed var(--bad);
-}
-svg text { fill: var(--soft); font-size: 11px; }
-svg .left { text-anchor: end; }
-svg .below { text-anchor: middle; }
-.grid { stroke: var(--rule); fill: none; }
-.threshold { stroke: var(--bad); stroke-dasharray: 5 4; fill: none; }
-.line, .raw { fill: none; stroke-linejoin: round; stroke-linecap: round; }
-.line { stroke-width: 2; }
-.raw { stroke-width: 1; opacity: .3; }
-.area { opacity: .75; }
-.missing ul { margin: 4px 0; padding-left: 20px; }
-table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
-th { text-align: left; color: var(--soft); font-weight: 500; }
-th, td { padding: 6px 10px; vertical-align: top; }
-tbody tr { border-top: 1px solid var(--rule); }
-.samples { background: var(--card); border-radius: 10px; table-layout: fixed; }
-.samples td:first-child { border-left: 3px solid var(--c5); }
-.samples .correct td:first-child { border-left-color: var(--good); }
-.samples .wrong td:first-child { border-left-color: var(--bad); }
-.samples th:nth-child(3) { width: 12%; }
-.samples th:nth-child(4) { width: 13%; }
-.samples td div { white-space: pre-wrap; max-height: 15em; overflow-y: auto; }
-.correct .verdict { color: var(--good); }
-.wrong .verdict { color: var(--bad); }
-.pair {
-  display: grid; gap: 16px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(350px, 100%), 1fr));
-}
-.tokens { background: var(--card); border-radius: 10px; }
-.tokens caption { text-align: left; padding: 4px 0; color: var(--soft); }
-.tokens td { padding: 3px 10px; }
-.tokens .number { text-align: right; font-variant-numeric: tabular-nums; }
-.tokens .bar { width: 45%; vertical-align: middle; }
-.tokens .bar i { display: block; height: 8px; border-radius: 4px; }
-summary { cursor: pointer; font-weight: 600; margin-top: 32px; }
-@media (max-width: 640px) {
-  main { padding: 20px 12px 40px; }
-  .samples thead { display: none; }
-  .samples tr, .samples td { display: block; }
-  .samples tr { padding: 8px 0; border-left: 3px solid var(--c5); }
-  .samples tr.correct { border-left-color: var(--good); }
-  .samples tr.wrong { border-left-color: var(--bad); }
-  .samples td, .samples td:first-child { border: 0; padding: 3px 12px; }
-  .samples td::before {
-    content: attr(data-label); display: block; color: var(--soft);
-    font-size: 11.5px;
-  }
-}
-""" + ''.join(
-    f'.c{i} {{ stroke: var(--c{i}); }} .f{i} {{ fill: var(--c{i}); }} '
-    f'.bar{i} {{ background: var(--c{i}); }}\n'
-    for i in range(6)
-)
+_PAGE = Path(__file__).parent / 'assets' / 'report' / 'page.html'
 
 
 def main(argv: Sequence[str] | None = None) -> None:

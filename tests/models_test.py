@@ -26,7 +26,7 @@ def apply(model, params, tokens, **options):
 
 @functools.cache
 def _compiled(model):
-  return jax.jit(model.apply)
+  return tiny_model.jit(model.apply)
 
 
 def positions_and_segments(mask):
@@ -140,13 +140,13 @@ def test_cached_decoding_equals_the_full_forward():
       np.concatenate([rows, completions], axis=1),
       np.concatenate([np.repeat(mask, 2, 0), np.ones((4, 5), bool)], axis=1),
   )
-  logits, prompt_cache = jax.jit(MODEL.prefill)(
+  logits, prompt_cache = tiny_model.jit(MODEL.prefill)(
       params, jnp.asarray(prompts), mask=jnp.asarray(mask)
   )
   np.testing.assert_allclose(
       jnp.repeat(logits, 2, axis=0), full[:, 3], rtol=0, atol=1e-5
   )
-  decode, unstacked = jax.jit(MODEL.decode), MODEL.unstacked(params)
+  decode, unstacked = tiny_model.jit(MODEL.decode), MODEL.unstacked(params)
   cache = MODEL.empty_cache(4, 5, jnp.float32)
   for i in range(5):
     logits, cache = decode(
@@ -166,7 +166,7 @@ def test_recomputing_activations_gives_the_same_gradient():
 
   def gradient(model):
     loss = lambda p: jnp.sum(jax.nn.log_softmax(model.apply(p, tokens)) ** 2)
-    return jax.jit(jax.grad(loss))(params)
+    return tiny_model.jit(jax.grad(loss))(params)
 
   tiny_model.assert_trees_close(
       gradient(MODEL.replace(remat=True)), gradient(MODEL), rtol=1e-4, atol=1e-3

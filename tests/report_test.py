@@ -19,13 +19,11 @@ from dppo_jax import report
 KEYS = [
     key.replace('*', k)
     for plot in report.PLOTS
-    for curve in plot.curves
-    for key in [curve.key]
+    for key in plot.curves
     for k in (('8', '16') if key.endswith('*') else ('',))
 ]
 
 CONFIG = {
-    'name': 'gsm8k_tv_topk',
     'algorithm': 'dppo_topk_tv',
     'divergence': {'name': 'topk_tv', 'threshold': 0.125},
     'run': {
@@ -101,17 +99,47 @@ def test_is_self_contained(tmp_path):
   run = make_run(tmp_path, config=CONFIG, samples=[(1, [sample(link, 1.0)])])
   page = page_of(run)
   for tag, attributes in Tags(page).tags:
-    assert tag not in ('script', 'link', 'iframe', 'img', 'object', 'use')
+    assert tag not in ('script', 'link', 'iframe', 'img', 'object', 'metadata')
     for name, value in attributes.items():
-      assert name not in ('src', 'href', 'srcset', 'data', 'xlink:href')
-      assert 'url(' not in (value or '')
+      assert name not in ('src', 'srcset', 'data', 'xmlns', 'xlink:href')
+      assert 'http' not in (value or '')
+      # A plot may refer to its own parts and to nothing else.
+      if name == 'href' or 'url(' in (value or ''):
+        assert re.fullmatch(r'#[\w-]+|url\(#[\w-]+\)', value)
+  assert page.count('<style') == 1  # One inside a plot would be everybody's.
   style = page[page.index('<style>') : page.index('</style>')]
   assert 'url(' not in style and '@import' not in style and 'http' not in style
 
 
+def test_ids_are_unique_and_those_referred_to_exist(tmp_path):
+  # The eval curves have markers, which refer to their shape.
+  tags = Tags(page_of(make_run(tmp_path))).tags
+  ids = [attributes['id'] for _, attributes in tags if 'id' in attributes]
+  assert len(ids) == len(set(ids))
+  values = ' '.join(v or '' for _, attributes in tags
+                    for name, v in attributes.items() if name != 'id')
+  referred = set(re.findall(r'#([a-z][\w-]+-[mp]\w+)', values))
+  assert referred and referred <= set(ids)
+
+
+def test_every_color_of_a_plot_follows_the_color_scheme(tmp_path):
+  run = make_run(tmp_path, config=CONFIG)
+  for svg in re.findall('<svg.*?</svg>', page_of(run), re.DOTALL):
+    assert not re.search(r'(fill|stroke|color): *(#|rgb|black|white)', svg)
+    assert 'var(--c0)' in svg and 'var(--soft)' in svg
+
+
+def test_the_same_logs_make_the_same_page(tmp_path):
+  run = make_run(tmp_path, config=CONFIG)
+  assert page_of(run) == page_of(run)
+
+
 def test_escapes_html_wherever_text_comes_from_outside(tmp_path):
   attack = '"\'><script>alert(1)</script>$body'
-  config = {'name': attack, 'run': {'command': attack, 'device': attack}}
+  config = {
+      'algorithm': attack + '2',
+      'run': {'command': attack, 'device': attack},
+  }
   rows = [sample(attack, 1.0, prompt=attack)]
   run = make_run(
       tmp_path,
@@ -135,6 +163,7 @@ def test_skips_a_plot_without_data_and_names_the_missing_keys(tmp_path):
   assert '<li>Entropy: <code>entropy/mean</code></li>' in page
   assert '<code>eval/avg@*</code>, <code>eval/pass@*</code>' in page
   assert page.count('<svg') == len(report.PLOTS) - 2
+  assert f'Not plotted: 2 of {len(report.PLOTS)} plots' in page
 
 
 def test_draws_what_there_is_and_names_the_rest(tmp_path):
@@ -144,29 +173,29 @@ def test_draws_what_there_is_and_names_the_rest(tmp_path):
   assert 'Not logged: time/learn_s, time/sample_s.' in page
 
 
-@pytest.mark.parametrize(
-    'values',
-    [
-        [],
-        [0.5],
-        [math.nan] * 3,
-        [math.inf, 1.0, -math.inf],
-        [0.0] * 50,
-        [-1.0, 1.0] * 30,
-        [1e-9, 1e9] * 30,
-        [1e30] * 2,
-        [1.0] + [math.nan] * 3000 + [1.0],
-    ],
-    ids=str,
-)
+ODD_VALUES = {
+    'none': [],
+    'one': [0.5],
+    'only nan': [math.nan] * 3,
+    'infinite': [math.inf, 1.0, -math.inf],
+    'only zero': [0.0] * 50,
+    'both signs': [-1.0, 1.0] * 30,
+    'many decades': [1e-9, 1e9] * 30,
+    'huge': [1e30] * 2,
+    'long gap': [1.0] + [math.nan] * 3000 + [1.0],
+}
+
+
+@pytest.mark.parametrize('values', ODD_VALUES.values(), ids=ODD_VALUES.keys())
 def test_survives_odd_values_in_every_plot(tmp_path, values):
   with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
     for step, value in enumerate(values):
       writer.write(step, dict.fromkeys(KEYS, value))
   page = page_of(tmp_path)
   for _, attributes in Tags(page).tags:
-    drawn = attributes.get('d', '') + attributes.get('cy', '')
-    assert 'nan' not in drawn and 'inf' not in drawn
+    for name in ('d', 'x', 'y', 'transform'):
+      value = attributes.get(name, '')
+      assert 'nan' not in value and 'inf' not in value
 
 
 def test_survives_an_empty_workdir(tmp_path):
@@ -192,20 +221,29 @@ def test_headline_is_accuracy_before_and_after(tmp_path):
   assert 'Held-out avg@8' in page
 
 
-def test_headline_time_counts_the_steps_between_logged_ones(tmp_path):
-  # 3 rows, each for 10 steps of 60 s: 30 min.
+def test_headline_time_is_compilation_steps_and_evaluations(tmp_path):
+  # 3 rows, each for 10 steps of 60 s: 30 min; 90 s + 2 * 15 s: 2 min.
   with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(0, {'time/compile_s': 90.0, 'time/eval_s': 15.0})
     for step in (10, 20, 30):
       writer.write(step, {'time/step_s': 60.0})
-  assert '>30 min<' in page_of(tmp_path)
+    writer.write(30, {'time/eval_s': 15.0})
+  assert '>32.0 min<' in page_of(tmp_path)
+
+
+def test_headline_speed_is_that_of_a_typical_step(tmp_path):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    for step, speed in enumerate((10.0, 5000.0, 5200.0, 5100.0, 5300.0)):
+      writer.write(step, {'tokens/s': speed})
+  assert re.search('>5,100</div><div class="note">Tokens/s<', page_of(tmp_path))
 
 
 def test_header_says_where_the_run_comes_from(tmp_path):
-  page = page_of(make_run(tmp_path, config=CONFIG))
+  page = page_of(make_run(tmp_path, config=CONFIG), title='first try')
   header = page[page.index('<header>') : page.index('</header>')]
   for text in (
-      'gsm8k_tv_topk',
-      'dppo_topk_tv',
+      'first try',
+      'algorithm dppo_topk_tv · divergence topk_tv · threshold 0.125',
       '1 x H200',
       'commit abc1234def56',
       'jax 0.10.2',
@@ -213,6 +251,13 @@ def test_header_says_where_the_run_comes_from(tmp_path):
   ):
     assert text in header
   assert '&quot;threshold&quot;: 0.125' in page[page.index('<details>') :]
+
+
+def test_heading_is_the_directory_and_subtitle_does_not_repeat_it(tmp_path):
+  run = tmp_path / 'dppo_topk_tv'
+  page = page_of(make_run(run, config=CONFIG))
+  assert '<h1>dppo_topk_tv</h1>' in page
+  assert 'algorithm' not in page[: page.index('</header>')]
 
 
 @pytest.mark.parametrize(
@@ -269,15 +314,53 @@ def test_lists_the_most_frequently_masked_tokens(tmp_path):
   assert '&#x27; wait&#x27;' in page
 
 
+def plot_of(page, title):
+  start = page.index(f'aria-label="{title}"')
+  return page[start : page.index('</figure>', start)]
+
+
+def heights(svg, color):
+  """The y coordinates of all lines of that color, larger further down."""
+  paths = re.findall(f'd="([^"]*)"[^>]*stroke: var.--{color}', svg)
+  return [float(y) for d in paths for y in re.findall(r'[ML] \S+ (\S+)', d)]
+
+
 def test_a_long_run_makes_a_small_page_that_keeps_every_spike(tmp_path):
-  y = np.sin(np.arange(20_000.0))
-  y[12_345] = 100.0
-  kept = report._thinned(y)
-  assert len(kept) <= report.MAX_POINTS
-  assert {0, 12_345, 19_999} <= set(kept.tolist())
+  rng = np.random.default_rng(0)
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    for step in range(5_000):
+      values = dict.fromkeys(KEYS, rng.uniform(0.4, 0.6))
+      writer.write(step, values | {'reward/mean': 1.0 + 9 * (step == 1234)})
+  page = page_of(tmp_path)
+  assert len(page) < 1_000_000
+  # The axis ends a twentieth above the spike, on a canvas 187 high.
+  assert min(heights(plot_of(page, 'Reward'), 'c0')) < 20
 
 
-def test_reading_a_run_does_not_wait_for_jax():
+def test_zeros_of_a_logarithmic_plot_lie_on_its_lower_edge(tmp_path):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    for step in range(40):
+      writer.write(
+          step,
+          {
+              'on_policy/prob_gap_mean': 0.0,
+              'mismatch/prob_gap_mean': 0.01,
+              'mismatch/prob_gap_max': 0.5,
+          },
+      )
+  figure = plot_of(page_of(tmp_path), 'Policy gap |pi - mu|')
+  assert 'A value of 0 or less lies on the lower edge.' in figure
+  first, mean, largest = (heights(figure, f'c{i}') for i in range(3))
+  assert min(first) == max(first) > max(mean) > max(largest)
+
+
+@pytest.mark.parametrize('num_steps', [1, 2])
+def test_the_first_steps_are_drawn_with_markers(tmp_path, num_steps):
+  page = page_of(make_run(tmp_path, num_steps=num_steps, keys=['reward/mean']))
+  assert plot_of(page, 'Reward').count('<use') == num_steps
+
+
+def test_importing_the_report_waits_for_no_big_package():
   # The package is entered by its path, so that only the report's own imports
   # count and not those of `dppo_jax/__init__.py`.
   code = textwrap.dedent(f"""
@@ -286,7 +369,7 @@ def test_reading_a_run_does_not_wait_for_jax():
       package.__path__ = [{str(Path(report.__file__).parent)!r}]
       sys.modules['dppo_jax'] = package
       import dppo_jax.report
-      assert 'jax' not in sys.modules
+      assert not {{'jax', 'matplotlib'}} & set(sys.modules)
   """)
   subprocess.run([sys.executable, '-c', code], check=True)
 

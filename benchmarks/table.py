@@ -1,0 +1,107 @@
+"""Writes the tables of benchmarks/README.md from benchmarks/results/.
+
+    python benchmarks/table.py
+"""
+
+import json
+import pathlib
+
+_HERE = pathlib.Path(__file__).parent
+_START, _END = '<!-- results -->\n', '<!-- end of results -->'
+
+
+def machine_line(result: dict) -> str:
+  """Where and when a result was measured."""
+  m = result['machine']
+  return (
+      f'{m["date"]}, commit {m["commit"]}, {m["cpus"]} x {m["cpu"]}, '
+      f'{m["devices"]} x {m["device"]}, Python {m["python"]}, '
+      f'jax {m["versions"]["jax"]}, load average {m["load_average"]}.'
+  )
+
+
+def range_of(spread: dict, unit: str = '') -> str:
+  """'1.58 s (1.54 to 2.20)'."""
+  low, high = spread['min'], spread['max']
+  return f'{spread["median"]:.3g}{unit} ({low:.3g} to {high:.3g})'
+
+
+def step_table(result: dict) -> str:
+  """One column of numbers for a step."""
+  check, memory = result['check'], result['memory']
+  split, cold = result['split'], result['cold_start_s']
+  tokens = result['tokens_per_s']
+  device = memory['peak_device_bytes']
+  parts = [x for x in cold if x != 'total']
+  spelled = ', '.join(f'{x.replace("_", " ")} {cold[x]:.1f}' for x in parts)
+  rows = {
+      'step': range_of(result['step_s'], ' s'),
+      '— learn': range_of(split['learn_s'], ' s'),
+      '— sample': range_of(split['sample_s'], ' s'),
+      '— score': range_of(split['score_s'], ' s'),
+      'tokens of a step': f'{result["tokens_per_step"]:.0f}',
+      'tokens/s, whole step': tokens['whole_step'],
+      'tokens/s, sampling': tokens['sampled'],
+      'tokens/s, learning': tokens['learned'],
+      'compilation of the step': f'{result["compile_s"]:.1f} s',
+      'cold start to the first update': f'{cold["total"]:.1f} s ({spelled})',
+      'peak host memory': _megabytes(memory['peak_host_bytes']),
+      'peak device memory': _megabytes(device) if device else 'not counted',
+      'temporary memory of the step': _megabytes(
+          memory['step_temporary_bytes']
+      ),
+  }
+  for name, value in check.items():
+    if '/' in name:
+      rows[f'check: {name}'] = range_of(value)
+  lines = [f'| {name} | {value} |' for name, value in rows.items()]
+  title = f'### A step of `{result["algorithm"]}`, model `{result["model"]}`'
+  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  head = f'{title}\n\n{sizes}. {machine_line(result)}\n\n| | median |\n|---|---|'
+  return '\n'.join([head, *lines])
+
+
+def divergences_table(result: dict) -> str:
+  """One row for each divergence and loss."""
+  lines = []
+  for row in result['rows']:
+    names = f'| `{row["divergence"]}` | `{row["loss"]}` |'
+    if 'skipped' in row:
+      lines.append(f'{names} skipped: {row["skipped"]} | | | |')
+      continue
+    lines.append(
+        f'{names} {range_of(row["learn_ratio"])} '
+        f'| {range_of(row["sample_ratio"])} '
+        f'| {row.get("temporary_ratio", "")} '
+        f'| {row["record_bytes_per_token"]:.0f} |'
+    )
+  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  head = (
+      '### Divergences and losses, relative to `ratio_gap`\n\n'
+      f'{sizes}. {machine_line(result)}\n\n'
+      '| divergence | loss | learn | sample | temporary memory '
+      '| record, bytes a token |\n|---|---|---|---|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
+def _megabytes(count: int) -> str:
+  return f'{count / 1e6:.0f} MB'
+
+
+def main():
+  """Replaces what stands between the two marks."""
+  tables = {'step': step_table, 'divergences': divergences_table}
+  results = [
+      json.loads(path.read_text())
+      for path in sorted((_HERE / 'results').glob('*.json'))
+  ]
+  text = '\n\n'.join(tables[x['benchmark']](x) for x in results)
+  readme = _HERE / 'README.md'
+  before, _, rest = readme.read_text().partition(_START)
+  after = rest.partition(_END)[2]
+  readme.write_text(f'{before}{_START}\n{text}\n\n{_END}{after}')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,74 @@
+"""The benchmarks run and say what they promise; no test asserts a time."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+def run(script, *options, data_dir):
+  """The JSON object on the last line that a benchmark prints."""
+  done = subprocess.run(
+      [sys.executable, f'benchmarks/{script}', *options],
+      cwd=ROOT,
+      env=os.environ | {'TFDS_DATA_DIR': str(data_dir)},
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_step_splits_its_time_and_describes_the_machine(tmp_path):
+  output = tmp_path / 'step.json'
+  result = run(
+      'step.py',
+      '--config=configs/tv_topk.py',
+      '--steps=1',
+      f'--output={output}',
+      '--config.num_prompts=4',
+      '--config.group_size=2',
+      '--config.max_completion_length=4',
+      '--config.learner.num_minibatches=2',
+      '--config.eval.num_prompts=2',
+      '--config.eval.num_samples=2',
+      data_dir=tmp_path / 'data',
+  )
+  assert result == json.loads(output.read_text())
+  assert result['algorithm'] == 'dppo_topk_tv'
+  assert result['split'].keys() == {'learn_s', 'sample_s', 'score_s'}
+  assert result['cold_start_s'].keys() >= {'first_update', 'total'}
+  assert result['check'].keys() >= {'sample / blank', 'learn / (step - blank)'}
+  assert result['tokens_per_s'].keys() == {'whole_step', 'sampled', 'learned'}
+  assert result['memory']['peak_host_bytes'] > 0
+  assert result['machine'].keys() >= {'cpu', 'device', 'versions', 'commit'}
+
+
+def test_divergences_are_compared_or_say_why_not(tmp_path):
+  from dppo_jax import divergences
+
+  result = run(
+      'divergences.py',
+      '--tokens=16',
+      '--vocab=64',
+      '--hidden=4',
+      '--chunk=8',
+      '--rounds=1',
+      '--record_limit=3e-6',  # GB; full records need 16 * 64 * 4 = 4096 bytes.
+      data_dir=tmp_path / 'data',
+  )
+  rows = {row['divergence']: row for row in result['rows']}
+  assert set(rows) == set(divergences.names())
+  skipped = {name for name, row in rows.items() if 'skipped' in row}
+  assert skipped == {'full_kl', 'full_tv', 'topk_kl', 'topk_tv'}
+  compared = rows['binary_tv']
+  assert compared.keys() >= {'learn_ratio', 'sample_ratio', 'temporary_ratio'}
+  assert compared['record_bytes_per_token'] == 4

@@ -1,0 +1,313 @@
+"""One compiled step: learn from the last rollout, then sample the next."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from dppo_jax import optim
+from dppo_jax import sharding
+from dppo_jax import train_step
+from dppo_jax.types import ScoredRollout
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# What report.html plots.
+REPORTED = (
+    'completion/length_mean',
+    'divergence/max',
+    'divergence/mean',
+    'entropy/mean',
+    'loss',
+    'mask/negative',
+    'mask/positive',
+    'mismatch/prob_gap_mean',
+    'optimizer/grad_norm',
+    'reward/mean',
+    'sample/decode_steps',
+    'tokens/sampled',
+)
+
+
+class Parts:
+  """A step of the tiny model and what it starts from."""
+
+  def __init__(self):
+    divergence = tiny_model.topk_tv()
+    optimizer = optim.build('adamw', total_updates=20, learning_rate=0.01)
+    self.mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, expert=1)
+    self.rollout_fn = tiny_model.make_rollout_fn(divergence)
+    self.make_state = lambda: train_step.init_state(
+        # Copied: the step gives its state's memory away.
+        jax.tree.map(jnp.copy, tiny_model.params()),
+        optimizer,
+        jax.random.key(0),
+    )
+    self.shardings = train_step.state_shardings(self.make_state(), self.mesh)
+    self.step = train_step.make_train_step(
+        learn=tiny_model.make_learner(
+            divergence, optimizer=optimizer, num_minibatches=2
+        ),
+        rollout_fn=self.rollout_fn,
+        threshold=divergence.threshold,
+        group_size=tiny_model.GROUP_SIZE,
+        vocab_size=tiny_model.CONFIG.vocab_size,
+        state_shardings=self.shardings,
+        mesh=self.mesh,
+    )
+    self.prompts = tiny_model.prompts()
+
+  def start(self):
+    """A state, and a rollout in which nothing was sampled."""
+    state = jax.device_put(self.make_state(), self.shardings)
+    blank = train_step.blank(self.rollout_fn, state, self.prompts)
+    return state, jax.device_put(blank, sharding.batch(self.mesh))
+
+  def score(self, rollout):
+    """Reward 1 for an even first token."""
+    first = rollout.tokens[:, tiny_model.PROMPT_LENGTH]
+    rewards = np.asarray(first % 2 == 0, np.float32)
+    return ScoredRollout(
+        rollout, jax.device_put(rewards, sharding.batch(self.mesh))
+    )
+
+  def run(self, num_steps):
+    """A blank call, then `num_steps` that learn; all that was returned."""
+    state, pending = self.start()
+    outputs = []
+    for i in range(1 + num_steps):
+      prompts = tiny_model.prompts(seed=i)
+      state, rollout, metrics = self.step(state, pending, prompts)
+      pending = self.score(rollout)
+      outputs.append((jax.device_get(rollout), jax.device_get(metrics)))
+    return state, outputs
+
+
+@pytest.fixture(scope='module')
+def parts():
+  return Parts()
+
+
+@pytest.fixture(scope='module')
+def three_steps(parts):
+  return parts.run(3)
+
+
+def test_compiles_exactly_once(parts, three_steps):
+  # Blank and learning calls, fresh and returned states, host and device arrays.
+  assert parts.step._cache_size() == 1
+  parts.run(1)
+  assert parts.step._cache_size() == 1
+
+
+def test_a_blank_call_leaves_the_state_and_samples_the_same_twice(parts):
+  state, blank = parts.start()
+  before = parts.make_state()
+  state, first, metrics = parts.step(state, blank, parts.prompts)
+  tiny_model.assert_trees_equal(state, before)
+  state, second, _ = parts.step(state, blank, parts.prompts)
+  tiny_model.assert_trees_equal(state, before)
+  tiny_model.assert_trees_equal(second, first)
+  assert first.token_mask.any()
+  assert metrics['loss'] == metrics['tokens/sampled'] == 0
+  assert metrics['sample/decode_steps'] > 0
+
+
+def test_the_state_is_donated(parts):
+  state, blank = parts.start()
+  old = jax.tree.leaves((state.params, state.opt_state, state.step))
+  parts.step(state, blank, parts.prompts)
+  assert all(x.is_deleted() for x in old)
+
+
+def test_the_rollout_learned_from_is_not_donated(parts):
+  # It waits for a checkpoint on the host's side.
+  state, blank = parts.start()
+  parts.step(state, blank, parts.prompts)
+  assert not any(x.is_deleted() for x in jax.tree.leaves(blank))
+
+
+def test_the_same_start_gives_the_same_bits(parts, three_steps):
+  state, outputs = parts.run(3)
+  tiny_model.assert_trees_equal(state, three_steps[0])
+  tiny_model.assert_trees_equal(outputs, three_steps[1])
+
+
+def test_counts_steps_and_updates(three_steps):
+  state, outputs = three_steps
+  # Three rollouts learned from, two mini-batches each; the blank one is none.
+  assert int(state.step) == 3
+  assert int(state.policy_version) == 6
+  # Sampled with the weights after 0, 2, 4 and 6 updates.
+  versions = [int(rollout.policy_version[0]) for rollout, _ in outputs]
+  assert versions == [0, 2, 4, 6]
+  assert [int(m['policy/version']) for _, m in outputs] == [0, 2, 4, 6]
+  # Each rollout is learned from with the weights that sampled it.
+  assert [int(m['policy/age_max']) for _, m in outputs] == [0, 0, 0, 0]
+
+
+def test_every_step_samples_with_a_key_of_its_own(three_steps):
+  first = tiny_model.PROMPT_LENGTH
+  tokens = [rollout.tokens[:, first:] for rollout, _ in three_steps[1]]
+  for a, b in zip(tokens, tokens[1:]):
+    assert (a != b).any()
+
+
+def test_the_first_update_of_every_step_is_on_policy(three_steps):
+  for _, metrics in three_steps[1][1:]:
+    assert metrics['on_policy/log_ratio_max'] < 1e-5
+    assert metrics['on_policy/divergence_max'] < 1e-5
+    # The second update of a step is not.
+    assert metrics['divergence/max'] > 1e-3
+
+
+def test_metrics_are_finite_scalars_and_hold_what_is_reported(three_steps):
+  _, outputs = three_steps
+  for _, metrics in outputs:
+    assert set(REPORTED) <= set(metrics)
+    counts = metrics.pop('masked_tokens')
+    assert counts.shape == (2, tiny_model.CONFIG.vocab_size)
+    for name, value in metrics.items():
+      assert np.shape(value) == () and np.isfinite(value), name
+    metrics['masked_tokens'] = counts
+
+
+def test_metrics_are_those_of_the_rollout_learned_from(parts, three_steps):
+  # The metrics of call i + 1 are about the rollout of call i.
+  _, outputs = three_steps
+  for (rollout, _), (_, metrics) in zip(outputs, outputs[1:]):
+    lengths = rollout.token_mask.sum(1)
+    np.testing.assert_allclose(
+        metrics['completion/length_mean'], lengths.mean(), rtol=1e-6
+    )
+    assert metrics['tokens/sampled'] == lengths.sum()
+    rewards = np.asarray(parts.score(rollout).rewards)
+    np.testing.assert_allclose(metrics['reward/mean'], rewards.mean())
+
+
+def test_parameters_and_moments_are_split_alike():
+  # Shapes only, as on a pod: no device is touched.
+  devices = jax.sharding.AbstractMesh(
+      (2, 2, 2, 1), sharding.AXES,
+  )
+  optimizer = optim.build('adamw', total_updates=1)
+  make = lambda: train_step.init_state(
+      tiny_model.MODEL.init(jax.random.key(0)), optimizer, jax.random.key(0)
+  )
+  shardings = train_step.state_shardings(jax.eval_shape(make), devices)
+  specs = jax.tree.map(lambda x: x.spec, shardings.params)
+  moments = shardings.opt_state[1][0]
+  for moment in (moments.mu, moments.nu):
+    assert jax.tree.map(lambda x: x.spec, moment) == specs
+  P = jax.sharding.PartitionSpec
+  assert specs['embed']['embedding'] == P('tensor', 'fsdp')
+  layer = specs['layers']
+  assert layer['attention']['q']['kernel'] == P(None, 'fsdp', 'tensor')
+  assert layer['mlp']['down']['kernel'] == P(None, 'tensor', 'fsdp')
+  assert layer['norm_mlp']['scale'] == P()
+  assert shardings.key.spec == shardings.step.spec == P()
+
+
+def test_an_axis_that_does_not_divide_is_not_split():
+  mesh = jax.sharding.AbstractMesh((1, 3, 4, 1), sharding.AXES)
+  tree = {'embed': {'embedding': jax.ShapeDtypeStruct((64, 32), 'float32')}}
+  spec = sharding.of_params(tree, mesh)['embed']['embedding'].spec
+  # 64 tokens over 4, 32 numbers not over 3.
+  assert spec == jax.sharding.PartitionSpec('tensor', None)
+
+
+@pytest.mark.parametrize('sizes', [
+    {'data': 2, 'fsdp': 1}, {'data': -1, 'fsdp': 3}, {'data': -1, 'fsdp': -1},
+    {'data': 0, 'fsdp': 1},
+])
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
+  count = jax.device_count()
+  if sizes == {'data': count, 'fsdp': 1}:
+    pytest.skip('It does fit this machine.')
+  with pytest.raises(ValueError, match=f'{count} devices.*-1 for the rest'):
+    sharding.make_mesh(**sizes, tensor=1, expert=1)
+
+
+# The real program on several devices, in processes of their own.
+
+ONE_STEP = """
+    import json, sys
+    import jax, numpy as np
+    from configs import default
+    from dppo_jax import main, sharding
+    from dppo_jax.types import ScoredRollout
+
+    config = default.get_config('dppo_topk_tv')
+    config.num_prompts, config.group_size = 8, 4
+    config.eval.num_prompts, config.eval.num_samples = 8, 2
+    config.learner.num_minibatches = 2
+    config.task.data_dir = sys.argv[1]
+    config.mesh.update(json.loads(sys.argv[2]))
+    parts = main.build(config)
+    state, pending = parts.state, main._blank(parts)
+    for _ in range(2):
+      batch = next(parts.prompts)
+      state, rollout, metrics = parts.train_step(state, pending, batch.prompts)
+      pending, _ = main._score(parts, rollout, batch)
+      tokens = rollout.tokens if int(state.step) == 0 else tokens
+    metrics.pop('masked_tokens')
+    used = {d for x in jax.tree.leaves(state.params)
+            for d in x.sharding.device_set}
+    kernel = state.params['layers']['mlp']['up']['kernel']
+    print(json.dumps({
+        'devices': len(used),
+        'kernel': list(kernel.addressable_shards[0].data.shape),
+        'compilations': parts.train_step._cache_size(),
+        'tokens': np.asarray(tokens).tolist(),
+        'metrics': {k: float(v) for k, v in metrics.items()},
+    }))
+"""
+
+
+def run_on(num_devices, data_dir, mesh):
+  flags = f'--xla_force_host_platform_device_count={num_devices}'
+  done = subprocess.run(
+      [sys.executable, '-c', textwrap.dedent(ONE_STEP), str(data_dir),
+       json.dumps(mesh)],
+      cwd=ROOT, capture_output=True, text=True, check=False,
+      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope='module')
+def one_device(tmp_path_factory):
+  data_dir = tmp_path_factory.mktemp('tfds')
+  return data_dir, run_on(1, data_dir, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh, kernel', [
+    # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.
+    ({'data': 8}, [4, 160, 480]),
+    ({'data': 4, 'fsdp': 2}, [4, 80, 480]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, [4, 80, 240]),
+], ids=str)
+def test_eight_devices_compute_what_one_does(one_device, mesh, kernel):
+  data_dir, expected = one_device
+  actual = run_on(8, data_dir, mesh)
+  assert (expected['devices'], actual['devices']) == (1, 8)
+  assert actual['kernel'] == kernel
+  assert expected['compilations'] == actual['compilations'] == 1
+  assert actual['tokens'] == expected['tokens']
+  assert actual['metrics'].keys() == expected['metrics'].keys()
+  for name, value in expected['metrics'].items():
+    if not name.startswith('on_policy/'):  # Rounding itself.
+      np.testing.assert_allclose(
+          actual['metrics'][name], value, rtol=1e-4, atol=2e-6, err_msg=name
+      )
+  assert actual['metrics']['on_policy/log_ratio_max'] < 1e-5
