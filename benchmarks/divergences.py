@@ -48,7 +48,7 @@ _TOKENS = flags.DEFINE_integer('tokens', 1024, 'Tokens learned from.')
 _VOCAB = flags.DEFINE_integer('vocab', 32768, 'Vocabulary.')
 _HIDDEN = flags.DEFINE_integer('hidden', 64, 'Width of the hidden states.')
 _CHUNK = flags.DEFINE_integer('chunk', 256, 'Tokens whose logits exist.')
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Runs of each.', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 9, 'Runs of each.', lower_bound=1)
 _RECORD_LIMIT = flags.DEFINE_float(
     'record_limit', 2.0, 'Skip what remembers more, in GB.'
 )

@@ -1,6 +1,8 @@
 """Writes the tables of benchmarks/README.md from benchmarks/results/.
 
     python benchmarks/table.py
+
+Run it after a benchmark has written its result there.
 """
 
 import json
@@ -57,7 +59,8 @@ def step_table(result: dict) -> str:
   lines = [f'| {name} | {value} |' for name, value in rows.items()]
   title = f'### A step of `{result["algorithm"]}`, model `{result["model"]}`'
   sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
-  head = f'{title}\n\n{sizes}. {machine_line(result)}\n\n| | median |\n|---|---|'
+  about = f'{sizes}. {machine_line(result)}'
+  head = f'{title}\n\n{about}\n\n| | median |\n|---|---|'
   return '\n'.join([head, *lines])
 
 
@@ -72,7 +75,7 @@ def divergences_table(result: dict) -> str:
     lines.append(
         f'{names} {range_of(row["learn_ratio"])} '
         f'| {range_of(row["sample_ratio"])} '
-        f'| {row.get("temporary_ratio", "")} '
+        f'| {row.get("temporary_ratio", float("nan")):.2f} '
         f'| {row["record_bytes_per_token"]:.0f} |'
     )
   sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
@@ -96,6 +99,7 @@ def main():
       json.loads(path.read_text())
       for path in sorted((_HERE / 'results').glob('*.json'))
   ]
+  results.sort(key=lambda x: list(tables).index(x['benchmark']))
   text = '\n\n'.join(tables[x['benchmark']](x) for x in results)
   readme = _HERE / 'README.md'
   before, _, rest = readme.read_text().partition(_START)

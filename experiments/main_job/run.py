@@ -1,0 +1,68 @@
+"""Runs every algorithm's config with several seeds and writes `results.csv`.
+
+    python experiments/main_job/run.py --runs=runs/main_job --seeds=0,1,2
+
+Each run is a process of its own with the command that a user would type. Runs
+that are complete are not repeated, so the sweep may be stopped and started.
+"""
+
+import csv
+import pathlib
+import subprocess
+import sys
+
+from absl import app
+from absl import flags
+
+from dppo_jax import metrics
+
+_RUNS = flags.DEFINE_string('runs', 'runs/main_job', 'Where the runs go.')
+_SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds of every config.')
+_CONFIGS = flags.DEFINE_list(
+    'configs',
+    [
+        'tv_topk', 'kl_topk', 'tv_binary', 'kl_binary', 'grpo',
+        'grpo_clip_higher', 'cispo', 'pg_is',
+    ],
+    'Names in configs/.',
+)
+
+HERE = pathlib.Path(__file__).parent
+COLUMNS = (
+    'reward/mean', 'eval/avg@8', 'eval/pass@8', 'divergence/mean',
+    'divergence/max', 'mismatch/prob_gap_mean', 'mask/fraction',
+    'entropy/mean', 'tokens/s', 'time/step_s', 'time/compile_s',
+)
+
+
+def main(_):
+  rows = []
+  for seed in _SEEDS.value:
+    for name in _CONFIGS.value:
+      workdir = pathlib.Path(_RUNS.value, f'{name}-{seed}')
+      print(f'{name}, seed {seed} -> {workdir}', flush=True)
+      if not (workdir / 'report.html').exists():
+        subprocess.run(
+            [
+                sys.executable, '-m', 'dppo_jax.main',
+                f'--config=configs/{name}.py', f'--config.seed={seed}',
+                f'--workdir={workdir}', '--config.tensorboard=False',
+            ],
+            check=True,
+        )
+      for row in metrics.read(workdir):
+        kept = {key: row.get(key, '') for key in COLUMNS}
+        rows.append({'config': name, 'seed': seed, 'step': row['step']} | kept)
+  with open(HERE / 'results.csv', 'w', newline='') as file:
+    writer = csv.DictWriter(file, ['config', 'seed', 'step', *COLUMNS])
+    writer.writeheader()
+    for row in rows:
+      writer.writerow({k: _short(v) for k, v in row.items()})
+
+
+def _short(value):
+  return f'{value:.6g}' if isinstance(value, float) else value
+
+
+if __name__ == '__main__':
+  app.run(main)
