@@ -113,14 +113,13 @@ def _divergence_metrics(stats, masked, logprobs, behaviour):
 def _ratio_metrics(log_ratio, mask):
   ratio = jnp.exp(log_ratio)
   mean = masked_mean(ratio, mask)
-  second_moment = masked_mean(jnp.square(ratio - 1), mask)
   return {
       'ratio/mean': mean,
       'ratio/max': masked_max(ratio, mask),
       'ratio/log_abs_max': masked_max(jnp.abs(log_ratio), mask),
       # E(r - 1)^2 and Var(r) differ where the sample mean of r is not 1.
-      'ratio/second_moment': second_moment,
-      'ratio/variance': second_moment - jnp.square(mean - 1),
+      'ratio/second_moment': masked_mean(jnp.square(ratio - 1), mask),
+      'ratio/variance': masked_mean(jnp.square(ratio - mean), mask),
       # One-sample estimate of kl(behaviour || target) that is never negative.
       'ratio/k3': masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
   }

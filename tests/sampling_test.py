@@ -24,7 +24,8 @@ def record_logprobs(logits, tokens):
 
 @functools.cache
 def compiled(**options):
-  return tiny_model.jit(tiny_model.make_sampler(record=record_logprobs, **options))
+  sampler = tiny_model.make_sampler(record=record_logprobs, **options)
+  return tiny_model.jit(sampler)
 
 
 def sample(prompts, keys, **options):
@@ -45,6 +46,10 @@ def keys():
 def grouped(keys):
   """Four completions of each of four prompts."""
   return sample(tiny_model.prompts(), keys)
+
+
+def rows_of(completions, rows):
+  return jax.tree.map(lambda x: x[rows] if x.ndim else x, completions)
 
 
 def assert_same_rows(actual, expected):
@@ -119,8 +124,7 @@ def test_rows_do_not_depend_on_their_batch_mates(grouped, keys):
     two = slice(first, first + 2)
     rows = slice(first * G, (first + 2) * G)
     part = sample(Prompts(prompts.tokens[two], prompts.mask[two]), keys[rows])
-    expected = jax.tree.map(lambda x: x[rows] if x.ndim else x, grouped)
-    assert_same_rows(part, expected)
+    assert_same_rows(part, rows_of(grouped, rows))
 
 
 def test_rows_do_not_depend_on_the_batch_order(grouped, keys):
@@ -130,9 +134,7 @@ def test_rows_do_not_depend_on_the_batch_order(grouped, keys):
   shuffled = sample(
       Prompts(prompts.tokens[order], prompts.mask[order]), keys[rows]
   )
-  assert_same_rows(
-      shuffled, jax.tree.map(lambda x: x[rows] if x.ndim else x, grouped)
-  )
+  assert_same_rows(shuffled, rows_of(grouped, rows))
 
 
 def test_a_key_does_not_depend_on_the_number_of_rows():

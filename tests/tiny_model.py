@@ -3,6 +3,7 @@
 N prompts, G completions of each, P prompt tokens, C completion tokens.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -49,10 +50,20 @@ NUM_PROMPTS, GROUP_SIZE = 4, 4
 PROMPT_LENGTH, COMPLETION_LENGTH = 5, 6
 
 
+@contextlib.contextmanager
+def quick_compilation():
+  """What `jit` does, for code that calls `jax.jit` itself."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
 @functools.cache
 def params():
   """Random ones; logits spread by about 2, as those of a trained model do."""
-  tree = MODEL.init(jax.random.key(0))
+  tree = jit(MODEL.init)(jax.random.key(0))
   tree['embed']['embedding'] *= 20
   return tree
 
@@ -130,7 +141,7 @@ def assert_trees_close(actual, expected, **tolerance):
   flat, _ = jax.tree_util.tree_flatten_with_path(actual)
   others = jax.tree.leaves(expected)
   assert len(flat) == len(others)
-  for (path, a), b in zip(flat, others):
+  for (path, a), b in zip(flat, others, strict=True):
     np.testing.assert_allclose(
         a, b, err_msg=jax.tree_util.keystr(path), **tolerance
     )
@@ -144,7 +155,8 @@ def assert_trees_equal(actual, expected):
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
+  leaves = jax.tree.leaves(actual), jax.tree.leaves(expected)
+  for a, b in zip(*leaves, strict=True):
     a, b = number(a), number(b)
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
     assert a.tobytes() == b.tobytes()

@@ -1,5 +1,6 @@
 """One compiled step: learn from the last rollout, then sample the next."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -93,7 +94,10 @@ class Parts:
 
 @pytest.fixture(scope='module')
 def parts():
-  return Parts()
+  with tiny_model.quick_compilation():
+    parts = Parts()
+    parts.run(0)
+  return parts
 
 
 @pytest.fixture(scope='module')
@@ -157,7 +161,7 @@ def test_counts_steps_and_updates(three_steps):
 def test_every_step_samples_with_a_key_of_its_own(three_steps):
   first = tiny_model.PROMPT_LENGTH
   tokens = [rollout.tokens[:, first:] for rollout, _ in three_steps[1]]
-  for a, b in zip(tokens, tokens[1:]):
+  for a, b in itertools.pairwise(tokens):
     assert (a != b).any()
 
 
@@ -183,7 +187,7 @@ def test_metrics_are_finite_scalars_and_hold_what_is_reported(three_steps):
 def test_metrics_are_those_of_the_rollout_learned_from(parts, three_steps):
   # The metrics of call i + 1 are about the rollout of call i.
   _, outputs = three_steps
-  for (rollout, _), (_, metrics) in zip(outputs, outputs[1:]):
+  for (rollout, _), (_, metrics) in itertools.pairwise(outputs):
     lengths = rollout.token_mask.sum(1)
     np.testing.assert_allclose(
         metrics['completion/length_mean'], lengths.mean(), rtol=1e-6
@@ -273,7 +277,10 @@ ONE_STEP = """
 
 
 def run_on(num_devices, data_dir, mesh):
-  flags = f'--xla_force_host_platform_device_count={num_devices}'
+  flags = (
+      f'--xla_force_host_platform_device_count={num_devices} '
+      '--xla_backend_optimization_level=0'  # Half of the compile time.
+  )
   done = subprocess.run(
       [sys.executable, '-c', textwrap.dedent(ONE_STEP), str(data_dir),
        json.dumps(mesh)],
@@ -294,7 +301,6 @@ def one_device(tmp_path_factory):
 @pytest.mark.parametrize('mesh, kernel', [
     # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.
     ({'data': 8}, [4, 160, 480]),
-    ({'data': 4, 'fsdp': 2}, [4, 80, 480]),
     ({'data': 2, 'fsdp': 2, 'tensor': 2}, [4, 80, 240]),
 ], ids=str)
 def test_eight_devices_compute_what_one_does(one_device, mesh, kernel):

@@ -100,7 +100,7 @@ def write_tiny(folder, *, tied):
 
 
 def batches(vocab_size):
-  """Tokens and mask [4, 12]: whole, padded left, padded right, on both sides."""
+  """Tokens and mask [4, 12]: whole, padded left, right and on both sides."""
   rng = np.random.RandomState(1)
   tokens = rng.randint(2, vocab_size, (4, 12)).astype(np.int32)
   place = np.arange(12)
@@ -123,7 +123,7 @@ def main():
     rows = []
     with torch.no_grad():
       # One row at a time and without its padding: nothing to get wrong.
-      for row, keep in zip(tokens, mask):
+      for row, keep in zip(tokens, mask, strict=True):
         ids = torch.tensor(row[keep][None], dtype=torch.int64)
         rows.append(model(input_ids=ids).logits[0].numpy())
     return np.concatenate(rows)

@@ -1,0 +1,219 @@
+"""What cannot work is said before anything compiles: value and way out."""
+
+import contextlib
+import importlib
+import pathlib
+
+import jax
+import pytest
+
+from configs import default
+from dppo_jax import algorithms
+from dppo_jax import checks
+from dppo_jax import main
+
+CONFIGS = sorted(
+    path.stem
+    for path in (pathlib.Path(__file__).parents[1] / 'configs').glob('*.py')
+)
+
+
+@contextlib.contextmanager
+def nothing_compiles():
+  """Fails if a model is so much as traced in here."""
+
+  def refuse(*args, **kwargs):
+    raise AssertionError('The model was traced.')
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('dppo_jax.models.causal_lm.CausalLM.trunk', refuse)
+    yield
+
+
+def refused(match, algorithm='dppo_topk_tv', **changes):
+  """The config with `changes` is refused with this message."""
+  config = default.get_config(algorithm)
+  config.update_from_flattened_dict(changes)
+  with nothing_compiles(), pytest.raises(ValueError, match=match):
+    main.build(config)
+
+
+@pytest.mark.parametrize('name', checks._POSITIVE)
+def test_sizes_and_intervals_are_at_least_one(name):
+  refused(rf'config\.{name}=0 must be at least 1', **{name: 0})
+
+
+def test_sizes_that_do_not_divide_are_named_with_their_neighbours():
+  refused(
+      'num_prompts=5 times group_size=5 makes 25 completions, not divisible by '
+      'learner.num_minibatches=4; for num_prompts, try 4 or 8',
+      num_prompts=5, group_size=5,
+  )
+  refused(
+      'num_prompts=8 times group_size=3 makes 24 completions.*'
+      'num_minibatches=4 times num_microbatches=4, 16; for num_prompts, try 16',
+      num_prompts=8, group_size=3, **{'learner.num_microbatches': 4},
+  )
+
+
+def test_fewer_completions_than_mini_batches_suggest_the_next_number():
+  # 2 prompts of 2 completions are 4, one for each mini-batch.
+  refused(
+      'makes 2 completions.*for num_prompts, try 2', num_prompts=1, group_size=2
+  )
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'num_prompts': 12}, 'config.num_prompts=12 .* 8 devices .* try 8 or 16'),
+    ({'eval.num_prompts': 100}, 'eval.num_prompts=100 .* try 96 or 104'),
+    # 8 * 2 rows in 4 mini-batches: 4 rows on 8 devices.
+    ({'num_prompts': 8, 'group_size': 2}, 'micro-batch=4 .* try 8'),
+])
+def test_sizes_that_the_devices_do_not_divide_are_named(change, message):
+  config = default.get_config()
+  config.update_from_flattened_dict(change)
+  checks.check(config, num_batch_shards=1)
+  with pytest.raises(ValueError, match=message):
+    checks.check(config, num_batch_shards=8)
+
+
+def test_a_mesh_that_does_not_fit_is_refused():
+  count = jax.device_count()
+  refused(f'does not fit {count} devices', **{'mesh.tensor': 7 * count})
+
+
+@pytest.mark.parametrize('algorithm, vocabulary', [
+    ('dppo_topk_tv', 454), ('dppo_topk_kl', 454)
+])
+def test_k_is_at_most_the_vocabulary(algorithm, vocabulary):
+  k = {'divergence.k': vocabulary + 1}
+  refused(
+      f'config.divergence.k={vocabulary + 1} .* vocabulary of {vocabulary} '
+      f'tokens; use at most {vocabulary}',
+      algorithm, **k,
+  )
+
+
+def test_k_is_positive():
+  refused('k=0 is not positive; the paper uses k=20', **{'divergence.k': 0})
+
+
+@pytest.mark.parametrize('algorithm', [
+    name for name in algorithms.names()
+    if algorithms.row(name).divergence != 'none'
+])
+@pytest.mark.parametrize('threshold', [0.0, -0.2, float('nan')])
+def test_a_threshold_is_positive(algorithm, threshold):
+  refused(
+      f'threshold={threshold} is not positive.*divergence none',
+      algorithm, **{'divergence.threshold': threshold},
+  )
+
+
+@pytest.mark.parametrize('name', ['threshold_low', 'threshold_high'])
+def test_a_threshold_of_one_sign_is_positive_too(name):
+  refused(f'{name}=-1.0 is not positive', **{f'divergence.{name}': -1.0})
+
+
+def test_a_ratio_cap_is_positive():
+  refused('ratio_cap=0.0 .* use inf for no cap', **{'loss.ratio_cap': 0.0})
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'temperature': 0.0}, 'temperature=0.0 must be positive.*greedy'),
+    ({'temperature': -1.0}, 'temperature=-1.0 must be positive'),
+    ({'temperature': float('nan')}, 'temperature=nan must be positive'),
+    ({'top_p': 0.9}, 'top_p=0.9 must be 1.0 in training.*eval.top_p is free'),
+    ({'top_k': 20}, 'top_k=20 must be 0 in training.*eval.top_k is free'),
+])
+def test_training_samples_from_the_distribution_it_learns(change, message):
+  refused(message, **{f'sampling.{k}': v for k, v in change.items()})
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'temperature': -0.5}, 'eval.temperature=-0.5 must be 0 .greedy. or more'),
+    ({'top_p': 0.0}, 'eval.top_p=0.0 must be above 0 and at most 1'),
+    ({'top_p': 1.5}, 'eval.top_p=1.5'),
+    ({'top_k': -1}, 'eval.top_k=-1 must be 0'),
+    ({'top_k': 455}, 'eval.top_k=455 is larger than the vocabulary of 454'),
+])
+def test_evaluation_may_truncate_but_not_nonsense(change, message):
+  refused(message, **{f'eval.{k}': v for k, v in change.items()})
+
+
+@pytest.mark.parametrize('name', ['model.dtype', 'sampling.dtype'])
+def test_a_dtype_is_one_of_the_known(name):
+  refused(
+      rf"config\.{name}='float8' is not one of .*bfloat16", **{name: 'float8'}
+  )
+
+
+def test_a_sequence_fits_the_models_positions():
+  refused(
+      'max_prompt_length=8 and max_completion_length=505 make 513 tokens, but '
+      'the model has 512 positions',
+      max_prompt_length=8, max_completion_length=505,
+  )
+
+
+def test_a_prompt_that_is_longer_than_the_limit_is_named():
+  config = default.get_config()
+  config.max_prompt_length = 3
+  with pytest.raises(ValueError, match='prompt .* has . tokens, more than '
+                     'max_prompt_length=3; raise config.max_prompt_length'):
+    main.build(config)
+
+
+@pytest.mark.parametrize('section, kind', [
+    ('divergence', 'divergence'), ('loss', 'loss'), ('advantage', 'advantage'),
+    ('normalizer', 'normalizer'), ('optimizer', 'optimizer'), ('task', 'task'),
+])
+def test_an_unknown_name_is_refused_with_what_is_known(section, kind):
+  config = default.get_config()
+  wrong = config[section].name + 'x'
+  config[section].name = wrong
+  with pytest.raises(ValueError, match=f"Unknown {kind} '{wrong}'. Did you "
+                     f"mean '{wrong[:-1]}'"):
+    main.build(config)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'learning_rate': 0.0}, 'learning_rate=0.0 is not positive'),
+    ({'max_grad_norm': -1.0}, 'max_grad_norm=-1.0 .* use inf for none'),
+    ({'schedule': 'cosin'}, "schedule 'cosin'. Did you mean 'cosine'"),
+])
+def test_an_impossible_optimizer_is_refused(change, message):
+  refused(message, **{f'optimizer.{k}': v for k, v in change.items()})
+
+
+def test_an_unknown_algorithm_is_refused_with_the_nearest():
+  with pytest.raises(ValueError, match="algorithm 'dppo_topk_tvv'. Did you "
+                     "mean 'dppo_topk_tv'.*Known: .*grpo_clip_higher"):
+    default.get_config('dppo_topk_tvv')
+
+
+def test_an_unknown_field_is_refused_with_the_nearest():
+  config = default.get_config()
+  with pytest.raises(AttributeError, match='Did you mean "total_steps"'):
+    config.total_step = 3
+  with pytest.raises(AttributeError, match='Did you mean "threshold"'):
+    config.divergence.treshold = 0.1
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_is_locked_says_how_to_run_it_and_passes(name):
+  module = importlib.import_module(f'configs.{name}')
+  config = module.get_config()
+  assert config.is_locked
+  checks.check(config, num_batch_shards=1)
+  if config.model.name == 'embedded':
+    checks.check_model(config, vocab_size=454, max_positions=512)
+  documentation = (module.__doc__ or '') + (module.get_config.__doc__ or '')
+  assert f'configs/{name}.py' in documentation
+
+
+@pytest.mark.parametrize('name', algorithms.names())
+def test_every_algorithm_is_a_config_that_passes(name):
+  config = default.get_config(name)
+  assert config.algorithm == name
+  checks.check(config, num_batch_shards=1)

@@ -1,0 +1,226 @@
+"""Metrics of the trust region, by hand."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dppo_jax import diagnostics
+from dppo_jax import divergences
+
+pytestmark = pytest.mark.usefixtures('no_nans')
+
+# One update of one row of eight tokens; the last two were not sampled. mu and
+# pi are probabilities of the sampled token, TV = |mu - pi|, threshold 0.15.
+#
+#   token           0     1     2     3     4     5    | 6     7
+#   mu             0.50  0.50  0.50  0.80  0.90  0.50  |
+#   pi             0.70  0.40  0.60  0.50  0.30  0.20  |
+#   TV             0.20  0.10  0.10  0.30  0.60  0.30  |
+#   A               +1    +1    -1    +1    -1     0   |
+#   moves          out   back  back  back  out    -    |
+#   outside        yes   no    no    yes   yes   yes   |
+#   masked         yes   no    no    no    yes   no    |
+MU = np.array([0.5, 0.5, 0.5, 0.8, 0.9, 0.5])
+PI = np.array([0.7, 0.4, 0.6, 0.5, 0.3, 0.2])
+ADVANTAGES = np.array([1.0, 1.0, -1.0, 1.0, -1.0, 0.0])
+TARGETS = np.array([3, 3, 1, 0, 2, 2])
+ENTROPY = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def padded(values, fill):
+  """[1, 1, 8]; what was not sampled holds `fill`."""
+  values = np.concatenate([values, np.full(2, fill)])
+  return jnp.asarray(values.astype(np.float32))[None, None]
+
+
+def make_stats(fill=0.0, threshold=0.15):
+  logprobs, behaviour = padded(np.log(PI), fill), padded(np.log(MU), fill)
+  divergence = padded(np.abs(PI - MU), fill)
+  advantages = padded(ADVANTAGES, 0.0)
+  mask = padded(np.ones(6), 0.0) > 0
+  region = divergences.trust_region(
+      divergence=divergence,
+      log_ratio=logprobs - behaviour,
+      advantages=advantages,
+      threshold=threshold,
+  )
+  return diagnostics.TokenStats(
+      targets=padded(TARGETS, 0).astype(jnp.int32),
+      token_mask=mask,
+      logprobs=logprobs,
+      behaviour_logprobs=behaviour,
+      divergence=divergence,
+      trust_region=region,
+      advantages=advantages,
+      entropy=padded(ENTROPY, fill),
+      surrogate=padded(PI / MU * ADVANTAGES, fill),
+      capped=padded(np.array([0, 0, 0, 1, 0, 0]), fill),
+  )
+
+
+def metrics_of(stats, threshold=0.15):
+  metrics = diagnostics.token_metrics(stats, threshold=threshold)
+  return {name: float(value) for name, value in metrics.items()}
+
+
+def test_shares_of_masked_tokens_by_hand():
+  metrics = metrics_of(make_stats())
+  expected = {
+      'mask/fraction': 2 / 6,  # Tokens 0 and 4.
+      'mask/of_nonzero': 2 / 5,  # Token 5 has no advantage.
+      'mask/positive': 1 / 3,  # 0 of 0, 1, 3.
+      'mask/negative': 1 / 2,  # 4 of 2, 4.
+      'mask/outside': 4 / 6,  # 0, 3, 4, 5.
+      'mask/coming_back': 1 / 6,  # 3.
+      'mask/bad_updates': 1 / 6,  # 4: A < 0 and pi - mu = -0.6 <= -0.5.
+      'mask/bad_updates_kept': 0.0,  # It is masked.
+      'mask/zero_gradient': 3 / 6,  # 0, 4 and, without advantage, 5.
+  }
+  for name, value in expected.items():
+    assert metrics[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_bad_update_inside_the_region_is_kept():
+  # With threshold 0.7 nothing is outside, and so nothing is masked.
+  metrics = metrics_of(make_stats(threshold=0.7), threshold=0.7)
+  assert metrics['mask/fraction'] == metrics['mask/outside'] == 0
+  assert metrics['mask/bad_updates'] == pytest.approx(1 / 6)
+  assert metrics['mask/bad_updates_kept'] == pytest.approx(1 / 6)
+
+
+def test_two_thresholds_are_low_for_negative_and_high_for_positive():
+  # Low 0.5: token 4 (0.6, A < 0) is outside. High 0.25: of A > 0 only token 3
+  # (0.3), which comes back; token 5 (0.3, A = 0) counts as low.
+  threshold = (0.5, 0.25)
+  metrics = metrics_of(make_stats(threshold=threshold), threshold=threshold)
+  assert metrics['mask/outside'] == pytest.approx(2 / 6)
+  assert metrics['mask/coming_back'] == pytest.approx(1 / 6)
+  assert metrics['mask/positive'] == 0
+  assert metrics['mask/negative'] == pytest.approx(1 / 2)
+
+
+def test_divergences_by_hand():
+  metrics = metrics_of(make_stats())
+  # Sorted: 0.1 0.1 0.2 0.3 0.3 0.6, mean 1.6 / 6.
+  expected = {
+      'divergence/mean': 1.6 / 6,
+      'divergence/max': 0.6,
+      'divergence/q50': 0.2,  # ceil(0.5 * 6) = 3rd.
+      'divergence/q90': 0.6,  # ceil(5.4) = 6th.
+      'divergence/q99': 0.6,
+      'divergence/mean_masked': (0.2 + 0.6) / 2,
+      'divergence/mean_kept': (0.1 + 0.1 + 0.3 + 0.3) / 4,
+      # Here the divergence is the binary TV.
+      'binary_tv/mean': 1.6 / 6,
+      'binary_tv/max': 0.6,
+      # Token 4: 0.9 log(0.9 / 0.3) + 0.1 log(0.1 / 0.7).
+      'binary_kl/max': 0.9 * math.log(3) + 0.1 * math.log(1 / 7),
+      'mismatch/prob_gap_mean': 1.6 / 6,
+      'mismatch/prob_gap_max': 0.2,  # Token 0: 0.7 - 0.5.
+      'mismatch/prob_gap_min': -0.6,  # Token 4: 0.3 - 0.9.
+      'entropy/mean': 2.1 / 6,
+      'loss/capped': 1 / 6,
+  }
+  for name, value in expected.items():
+    assert metrics[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_moments_of_the_ratio_by_hand():
+  # pi / mu: 1.4, 0.8, 1.2, 0.625, 1/3, 0.4.
+  ratio = np.array([1.4, 0.8, 1.2, 0.625, 1 / 3, 0.4])
+  np.testing.assert_allclose(PI / MU, ratio)
+  metrics = metrics_of(make_stats())
+  # 4.758333 / 6 = 0.793056.
+  assert metrics['ratio/mean'] == pytest.approx(0.793056, rel=1e-5)
+  assert metrics['ratio/max'] == pytest.approx(1.4)
+  assert metrics['ratio/log_abs_max'] == pytest.approx(math.log(3))
+  # (0.16 + 0.04 + 0.04 + 0.140625 + 0.444444 + 0.36) / 6 = 0.197512.
+  assert metrics['ratio/second_moment'] == pytest.approx(0.197512, rel=1e-5)
+  # 0.197512 - (0.793056 - 1)^2 = 0.154686.
+  assert metrics['ratio/variance'] == pytest.approx(0.154686, rel=1e-4)
+  # r - 1 - log r, averaged.
+  k3 = np.mean(ratio - 1 - np.log(ratio))
+  assert metrics['ratio/k3'] == pytest.approx(k3, rel=1e-5)
+  # Surrogate: (1.4 + 0.8 - 1.2 + 0.625 - 1/3 + 0) / 6.
+  assert metrics['loss/surrogate'] == pytest.approx(1.2916667 / 6, rel=1e-5)
+
+
+def test_equal_policies_have_no_mismatch_and_mask_nothing():
+  stats = make_stats()
+  same = stats._replace(
+      logprobs=stats.behaviour_logprobs,
+      divergence=jnp.zeros_like(stats.divergence),
+      trust_region=jnp.ones_like(stats.trust_region),
+  )
+  metrics = metrics_of(same)
+  for name in (
+      'mask/fraction', 'mask/outside', 'mask/bad_updates', 'divergence/max',
+      'binary_tv/max', 'binary_kl/max', 'mismatch/prob_gap_mean',
+      'on_policy/log_ratio_max', 'on_policy/divergence_max', 'ratio/k3',
+      'ratio/second_moment',
+  ):
+    assert metrics[name] == pytest.approx(0, abs=1e-6), name
+  assert metrics['ratio/mean'] == pytest.approx(1)
+
+
+def test_on_policy_metrics_look_at_the_first_update_only():
+  off = make_stats()
+  on = off._replace(
+      logprobs=off.behaviour_logprobs, divergence=jnp.zeros((1, 1, 8))
+  )
+  join = lambda *x: jax.tree.map(lambda *y: jnp.concatenate(y), *x)
+  metrics = metrics_of(join(on, off))
+  assert metrics['on_policy/log_ratio_max'] == 0
+  assert metrics['on_policy/divergence_max'] == 0
+  assert metrics['divergence/max'] == pytest.approx(0.6)
+  metrics = metrics_of(join(off, on))
+  assert metrics['on_policy/log_ratio_max'] == pytest.approx(math.log(3))
+  assert metrics['on_policy/divergence_max'] == pytest.approx(0.6)
+  assert metrics['on_policy/prob_gap_mean'] == pytest.approx(1.6 / 6)
+
+
+def test_what_was_not_sampled_may_hold_anything():
+  expected = metrics_of(make_stats())
+  with jax.debug_nans(False):
+    for fill in (np.nan, np.inf, -1e30):
+      assert metrics_of(make_stats(fill=fill)) == expected
+
+
+def test_nothing_sampled_gives_zeros():
+  stats = make_stats()
+  empty = stats._replace(token_mask=jnp.zeros_like(stats.token_mask))
+  assert set(metrics_of(empty).values()) == {0.0}
+
+
+def test_masked_tokens_are_counted_by_sign():
+  # Masked: token 0 (A > 0, id 3) and token 4 (A < 0, id 2).
+  counts = diagnostics.masked_token_counts(make_stats(), vocab_size=5)
+  np.testing.assert_array_equal(counts, [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0]])
+  twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), make_stats())
+  counts = diagnostics.masked_token_counts(twice, vocab_size=5)
+  np.testing.assert_array_equal(counts, [[0, 0, 0, 2, 0], [0, 0, 2, 0, 0]])
+
+
+def test_metrics_of_a_rollout_by_hand():
+  # Two groups of three; rewards 1 0 0 and 1 1 1; lengths 1 2 3, 3 3 0.
+  lengths = np.array([1, 2, 3, 3, 3, 0])
+  metrics = diagnostics.rollout_metrics(
+      rewards=jnp.array([1.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
+      token_mask=jnp.asarray(np.arange(4)[None] < lengths[:, None]),
+      truncated=jnp.array([False, False, True, True, False, False]),
+      group_size=3,
+  )
+  expected = {
+      'reward/mean': 4 / 6,
+      'reward/std': math.sqrt(4 / 6 * 2 / 6),
+      'reward/groups_without_spread': 1 / 2,
+      'completion/length_mean': 12 / 6,
+      'completion/length_min': 0,
+      'completion/length_max': 3,
+      'completion/truncated': 2 / 6,
+      'tokens/sampled': 12,
+  }
+  assert {k: pytest.approx(float(v)) for k, v in metrics.items()} == expected

@@ -1,0 +1,399 @@
+"""The command line, from the first step to the last bit.
+
+Runs are tiny (four steps, a checkpoint every two) and share what XLA compiled
+through a cache on disk, which makes a run take a few seconds.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from dppo_jax import main
+from dppo_jax import metrics as metrics_lib
+from dppo_jax.models import load
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS = 4
+SIZES = {
+    'num_prompts': 8,
+    'group_size': 4,
+    'total_steps': STEPS,
+    'eval.every': 2,
+    'eval.num_prompts': 8,
+    'eval.num_samples': 4,
+    'checkpoint_every': 2,
+}
+
+
+@pytest.fixture(scope='module')
+def cli(tmp_path_factory):
+  """Runs a command in a process of its own; returns what became of it."""
+  shared = tmp_path_factory.mktemp('shared')
+  environment = os.environ | {
+      'HF_HUB_OFFLINE': '1',
+      'JAX_COMPILATION_CACHE_DIR': str(shared / 'xla'),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+      'PYTHONPATH': str(ROOT),
+      'TFDS_DATA_DIR': str(shared / 'tfds'),
+      # Half of the compile time.
+      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+  }
+
+  def run(*command, config='tv_topk.py', workdir=None, **options):
+    options = {**SIZES, **options}
+    config = config if '/' in config else f'{ROOT}/configs/{config}'
+    return subprocess.run(
+        [
+            sys.executable,
+            *(command or ['-m', 'dppo_jax.main']),
+            f'--config={config}',
+            *([f'--workdir={workdir}'] if workdir else []),
+            *(f'--config.{k}={v}' for k, v in options.items()),
+        ],
+        cwd=shared,  # Nothing may depend on where it is started.
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def finished(cli, tmp_path_factory):
+  """The work directory of a run that nobody disturbed."""
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  done = cli(workdir=workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return workdir
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+  return shutil.copytree(finished, tmp_path / 'run')
+
+
+def assert_one_line_error(done, message):
+  """Exit code 2 and one line, no stack trace."""
+  assert done.returncode == 2, (done.stdout, done.stderr[-3000:])
+  assert 'Traceback' not in done.stderr
+  [line] = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
+  assert done.stderr.splitlines()[-1] == line
+  assert re.search(message, line), line
+
+
+def weights(workdir):
+  return (workdir / 'model' / 'model.safetensors').read_bytes()
+
+
+def rows(workdir):
+  """Metrics without what a clock measured."""
+  return [
+      {k: v for k, v in row.items()
+       if not k.startswith('time/') and k != 'tokens/s'}
+      for row in metrics_lib.read(workdir)
+  ]
+
+
+def assert_same_run(actual, expected):
+  """Same weights and same metrics, bit for bit; also what was sampled."""
+  assert weights(actual) == weights(expected)
+  ours, theirs = rows(actual), rows(expected)
+  assert [row['step'] for row in ours] == list(range(STEPS + 1))
+  np.testing.assert_equal(ours, theirs)  # Takes NaN for equal.
+  assert metrics_lib.read_samples(actual) == metrics_lib.read_samples(expected)
+  masked = 'masked_tokens.json'
+  assert (actual / masked).read_text() == (expected / masked).read_text()
+
+
+def checkpoints(workdir):
+  return sorted(
+      int(p.name) for p in (workdir / 'checkpoints').iterdir()
+      if p.name.isdigit()
+  )
+
+
+# A run that nobody disturbs.
+
+
+@pytest.mark.slow
+def test_a_run_writes_everything(finished):
+  assert {path.name for path in finished.iterdir()} >= {
+      'checkpoints', 'config.json', 'metrics.jsonl', 'model', 'report.html',
+      'samples.jsonl', 'tensorboard',
+  }
+  assert checkpoints(finished) == [2, 4]
+  assert '<html' in (finished / 'report.html').read_text()
+  assert json.loads((finished / 'config.json').read_text())['num_prompts'] == 8
+  assert [row['step'] for row in metrics_lib.read(finished)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_every_step_has_its_metrics(finished):
+  for row in metrics_lib.read(finished):
+    if row['step'] % 2 == 0:  # eval.every=2, and before the first.
+      assert 0 <= row['eval/avg@4'] <= row['eval/pass@4'] <= 1
+    if row['step'] == 0:
+      assert row['time/compile_s'] > 0
+      continue
+    for name in (
+        'completion/length_mean', 'divergence/max', 'divergence/mean',
+        'entropy/mean', 'loss', 'mask/negative', 'mask/positive',
+        'mismatch/prob_gap_mean', 'optimizer/grad_norm', 'reward/mean',
+        'time/learn_s', 'time/sample_s', 'time/score_s', 'time/step_s',
+        'tokens/s',
+    ):
+      assert math.isfinite(row[name]), name
+    assert row['time/step_s'] == pytest.approx(
+        sum(row[f'time/{part}_s'] for part in ('learn', 'sample', 'score'))
+    )
+    assert row['on_policy/log_ratio_max'] < 1e-5
+    assert row['on_policy/divergence_max'] < 1e-5
+    assert row['policy/version'] == 4 * row['step']
+    assert row['policy/age_max'] == 0
+    assert row['optimizer/skipped'] == 0
+
+
+@pytest.mark.slow
+def test_the_saved_model_is_the_last_checkpoint_and_evaluates_the_same(
+    cli, finished
+):
+  last = metrics_lib.read(finished)[-1]
+  trained = load.from_pretrained(finished / 'model')
+  start = load.from_pretrained('embedded')
+  assert any(
+      (a != b).any() for a, b in zip(
+          jax.tree.leaves(trained.params),
+          jax.tree.leaves(start.params),
+          strict=True,
+      )
+  )
+  from_checkpoint = cli('-m', 'dppo_jax.evaluate', workdir=finished)
+  from_folder = cli(
+      '-m', 'dppo_jax.evaluate', **{'model.name': finished / 'model'}
+  )
+  for done, step in ((from_checkpoint, STEPS), (from_folder, 0)):
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed.pop('step') == step
+    assert printed == {k: last[k] for k in printed}
+    assert set(printed) >= {'eval/avg@4', 'eval/pass@1', 'eval/pass@4'}
+
+
+# A run that is disturbed.
+
+
+def without_results(workdir):
+  """Nothing that only the end of a run writes."""
+  shutil.rmtree(workdir / 'model')
+  (workdir / 'report.html').unlink()
+  (workdir / 'masked_tokens.json').unlink()
+
+
+@pytest.mark.slow
+def test_a_run_resumed_from_step_2_ends_bitwise_the_same(
+    cli, finished, copied
+):
+  without_results(copied)
+  files = (copied / 'checkpoints' / str(STEPS)).rglob('*')
+  largest = max(
+      (path for path in files if path.is_file()),
+      key=lambda path: path.stat().st_size,
+  )
+  largest.write_bytes(largest.read_bytes()[:-100])
+  done = cli(workdir=copied)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert re.search('step 4 is damaged.*falling back to step 2', done.stderr)
+  assert 'Continuing after step 2' in done.stderr
+  assert_same_run(copied, finished)
+
+
+# Does something to the run after step 3 has been computed.
+AT_STEP_3 = """
+    import os, signal, sys
+    from dppo_jax import main
+    refuse = main._refuse_nonfinite
+    def at_step_3(config, step, metrics):
+      refuse(config, step, metrics)
+      if step == 3:
+        os.kill(os.getpid(), signal.{signal})
+    main._refuse_nonfinite = at_step_3
+    main.run_train()
+"""
+
+
+def disturb(cli, workdir, name):
+  code = textwrap.dedent(AT_STEP_3.format(signal=name))
+  return cli('-c', code, workdir=workdir)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_and_ends_bitwise_the_same(
+    cli, finished, tmp_path
+):
+  workdir = tmp_path / 'run'
+  assert disturb(cli, workdir, 'SIGKILL').returncode == -signal.SIGKILL
+  assert not (workdir / 'model').exists()
+  assert max(checkpoints(workdir), default=0) <= 2
+  done = cli(workdir=workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_143_and_the_run_continues(
+    cli, finished, tmp_path
+):
+  workdir = tmp_path / 'run'
+  done = disturb(cli, workdir, 'SIGTERM')
+  assert done.returncode == 143
+  assert 'the same command continues' in done.stderr
+  assert max(checkpoints(workdir)) == 3  # Where it was, not step 2.
+  done = cli(workdir=workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert 'Continuing after step 3' in done.stderr
+  assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_left_as_it_is(cli, finished, copied):
+  done = cli(workdir=copied)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert_same_run(copied, finished)
+  assert metrics_lib.read(copied) == metrics_lib.read(finished)
+  assert checkpoints(copied) == checkpoints(finished)
+
+
+@pytest.mark.slow
+def test_another_config_does_not_touch_the_work_directory(cli, copied):
+  before = {p: p.read_bytes() for p in copied.rglob('*') if p.is_file()}
+  done = cli(workdir=copied, seed=1)
+  assert_one_line_error(done, 'different config: seed was 0 and is 1 now')
+  assert before == {p: p.read_bytes() for p in copied.rglob('*') if p.is_file()}
+
+
+@pytest.mark.slow
+def test_updates_that_are_not_finite_stop_the_run_with_a_good_checkpoint(
+    cli, tmp_path
+):
+  # The first update at this rate throws the weights far out, all later ones
+  # have no finite loss: 3 of step 1 and 4 of step 2 are 7 in a row. The
+  # checkpoint of step 1 is from before they were too many.
+  workdir = tmp_path / 'run'
+  options = {
+      'optimizer.learning_rate': 1e38,
+      'optimizer.schedule': 'constant',
+      'optimizer.warmup_updates': 0,
+      'max_nonfinite_updates': 5,
+      'checkpoint_every': 1,
+      'eval.every': 100,
+  }
+  done = cli(workdir=workdir, **options)
+  assert_one_line_error(done, 'in a row .* not finite.* Lower config.optimizer')
+  last = rows(workdir)[-1]
+  assert last['optimizer/nonfinite_in_a_row'] >= 5
+  assert last['optimizer/skipped'] == 4
+  assert checkpoints(workdir) == list(range(1, last['step']))
+
+
+# Other data.
+
+
+@pytest.fixture
+def data(tmp_path):
+  """Twenty sums to learn from and eight to be tested on, as files."""
+  sums = [(a, b) for a in range(20, 27) for b in range(30, 34)]
+  for name, part in (('train', sums[:20]), ('test', sums[20:])):
+    lines = [
+        json.dumps({'prompt': f'{a}+{b}=', 'answer': a + b}) for a, b in part
+    ]
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
+  return {
+      f'task.{name}_path': tmp_path / f'{name}.jsonl'
+      for name in ('train', 'test')
+  }
+
+
+@pytest.mark.slow
+def test_a_run_on_json_lines_from_end_to_end(cli, data, tmp_path):
+  done = cli(config='jsonl.py', workdir=tmp_path / 'run', **data)
+  assert done.returncode == 0, done.stderr[-3000:]
+  samples = metrics_lib.read_samples(tmp_path / 'run')
+  assert {row['split'] for row in samples} == {'train', 'test'}
+  for row in samples:
+    a, b = re.fullmatch(r'(\d+)\+(\d+)=', row['prompt']).groups()
+    assert row['answer'] == str(int(a) + int(b))
+  # The embedded model can add.
+  assert metrics_lib.read(tmp_path / 'run')[-1]['reward/mean'] > 0
+
+
+@pytest.mark.slow
+def test_a_malformed_row_is_named_by_file_and_line(cli, data, tmp_path):
+  path = data['task.train_path']
+  lines = path.read_text().splitlines()
+  lines[6] = '{"prompt": "1+1="}'
+  path.write_text('\n'.join(lines))
+  done = cli(config='jsonl.py', workdir=tmp_path / 'run', **data)
+  assert_one_line_error(done, "train.jsonl, line 7: field 'answer' is missing")
+
+
+# Mistakes on the command line.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('arguments, message', [
+    ({'total_step': 3}, 'total_step.*Did you mean.*total_steps'),
+    ({'config': 'default.py:grpoo'}, "'grpoo'. Did you mean 'grpo'"),
+    ({'divergence.k': 455}, 'k=455 .* vocabulary of 454 tokens'),
+    ({'model.name': './nowhere'}, "Model folder './nowhere' does not exist"),
+    ({'config': '/nowhere/config.py'}, '/nowhere/config.py'),
+], ids=lambda x: next(iter(x)) if isinstance(x, dict) else '')
+def test_a_mistake_is_one_line_and_exit_code_2(
+    cli, tmp_path, arguments, message
+):
+  done = cli(workdir=tmp_path / 'run', **arguments)
+  assert_one_line_error(done, message)
+
+
+@pytest.mark.slow
+def test_a_missing_config_flag_is_named(cli):
+  done = subprocess.run(
+      [sys.executable, '-m', 'dppo_jax.main'], cwd=ROOT, capture_output=True,
+      text=True, check=False,
+  )
+  assert_one_line_error(done, '--config')
+
+
+@pytest.mark.slow
+def test_evaluating_a_directory_without_a_run_is_refused(cli, tmp_path):
+  done = cli('-m', 'dppo_jax.evaluate', workdir=tmp_path / 'nothing')
+  assert_one_line_error(done, 'no run to evaluate.*Leave out --workdir')
+
+
+# In this process.
+
+
+def test_a_signal_asks_once_and_the_handlers_come_back():
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  with main._stop_on_signals() as stop:
+    assert not stop.requested
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGTERM)
+      signal.sigtimedwait([], 0)  # Lets the handler run.
+  assert before == (
+      signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  )

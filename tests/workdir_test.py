@@ -1,0 +1,123 @@
+"""A work directory belongs to one config and says what ran in it."""
+
+import json
+import os
+
+import pytest
+
+from configs import default
+from dppo_jax import workdir
+
+
+def config_with(**changes):
+  config = default.get_config()
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_a_new_directory_is_made_and_described(tmp_path):
+  folder = workdir.prepare(tmp_path / 'a' / 'b', default.get_config())
+  described = json.loads((folder / 'config.json').read_text())
+  assert described['divergence']['name'] == 'topk_tv'
+  assert described['sampling']['temperature'] == 1.0
+  run = described['run']
+  assert set(run) >= {'command', 'commit', 'device', 'cpu_count', 'versions'}
+  assert run['versions']['jax']
+  assert [path.name for path in folder.iterdir()] == ['config.json']
+
+
+def test_infinity_is_standard_json(tmp_path):
+  config = default.get_config('pg_is')
+  assert config.loss.ratio_cap == float('inf')
+  folder = workdir.prepare(tmp_path, config)
+
+  def refuse(constant):
+    raise AssertionError(constant)
+
+  text = (folder / 'config.json').read_text()
+  described = json.loads(text, parse_constant=refuse)
+  assert described['loss']['ratio_cap'] == 'inf'
+  workdir.prepare(tmp_path, config)  # And is equal to itself.
+
+
+def test_the_same_config_may_come_back(tmp_path):
+  workdir.prepare(tmp_path, default.get_config())
+  workdir.prepare(tmp_path, default.get_config())
+
+
+@pytest.mark.parametrize('name, value', [
+    ('seed', 1),
+    ('divergence.threshold', 0.3),
+    ('learner.num_minibatches', 8),
+    ('eval.num_samples', 4),
+    ('model.name', 'elsewhere'),
+])
+def test_another_config_is_refused_by_field_and_both_values(
+    tmp_path, name, value
+):
+  first = default.get_config()
+  workdir.prepare(tmp_path, first)
+  before = (tmp_path / 'config.json').read_bytes()
+  section, _, field = name.rpartition('.')
+  old = (first[section] if section else first)[field]
+  with pytest.raises(
+      ValueError,
+      match=f'belongs to a different config: {name} was {old!r} and is '
+      f'{value!r} now.*--workdir',
+  ):
+    workdir.prepare(tmp_path, config_with(**{name: value}))
+  assert (tmp_path / 'config.json').read_bytes() == before
+
+
+def test_another_algorithm_is_refused(tmp_path):
+  workdir.prepare(tmp_path, default.get_config())
+  with pytest.raises(ValueError, match="algorithm was 'dppo_topk_tv' and is "
+                     "'grpo' now"):
+    workdir.prepare(tmp_path, default.get_config('grpo'))
+
+
+@pytest.mark.parametrize('name, value', [
+    ('total_steps', 7),
+    ('checkpoint_every', 1),
+    ('keep_checkpoints', 1),
+    ('eval.every', 5),
+    ('tensorboard', False),
+    ('scoring.num_workers', 2),
+])
+def test_what_does_not_change_the_run_may_change(tmp_path, name, value):
+  constant = {'optimizer.schedule': 'constant'}
+  workdir.prepare(tmp_path, config_with(**constant))
+  workdir.prepare(tmp_path, config_with(**constant, **{name: value}))
+  described = json.loads((tmp_path / 'config.json').read_text())
+  section, _, field = name.rpartition('.')
+  assert (described[section] if section else described)[field] == value
+
+
+def test_the_end_of_a_decaying_schedule_may_not_move(tmp_path):
+  cosine = {'optimizer.schedule': 'cosine'}
+  workdir.prepare(tmp_path, config_with(**cosine))
+  with pytest.raises(ValueError, match='total_steps was .* and is 7 now'):
+    workdir.prepare(tmp_path, config_with(total_steps=7, **cosine))
+
+
+def test_a_damaged_description_is_named(tmp_path):
+  (tmp_path / 'config.json').write_text('{"seed": 0,')
+  with pytest.raises(ValueError, match='config.json is damaged.*--workdir'):
+    workdir.prepare(tmp_path, default.get_config())
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+  # Root may write anywhere, so a file stands where a directory should be.
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(PermissionError, match='file/run.*--workdir'):
+    workdir.prepare(tmp_path / 'file' / 'run', default.get_config())
+  with pytest.raises(PermissionError, match='cannot be written'):
+    workdir.prepare(tmp_path / 'file', default.get_config())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='Root may write anywhere.')
+def test_a_directory_without_permission_is_named(tmp_path):
+  tmp_path.chmod(0o500)
+  with pytest.raises(PermissionError, match='cannot be written'):
+    workdir.prepare(tmp_path, default.get_config())
+  tmp_path.chmod(0o700)
