@@ -36,10 +36,10 @@ COLUMNS = (
 
 
 def main(_):
-  rows = []
+  runs = pathlib.Path(_RUNS.value)
   for seed in _SEEDS.value:
     for name in _CONFIGS.value:
-      workdir = pathlib.Path(_RUNS.value, f'{name}-{seed}')
+      workdir = runs / f'{name}-{seed}'
       print(f'{name}, seed {seed} -> {workdir}', flush=True)
       if not (workdir / 'report.html').exists():
         subprocess.run(
@@ -50,14 +50,20 @@ def main(_):
             ],
             check=True,
         )
-      for row in metrics.read(workdir):
-        kept = {key: row.get(key, '') for key in COLUMNS}
-        rows.append({'config': name, 'seed': seed, 'step': row['step']} | kept)
+  collect(runs)
+
+
+def collect(runs):
+  """All complete runs of the folder, whichever call made them."""
   with open(HERE / 'results.csv', 'w', newline='') as file:
     writer = csv.DictWriter(file, ['config', 'seed', 'step', *COLUMNS])
     writer.writeheader()
-    for row in rows:
-      writer.writerow({k: _short(v) for k, v in row.items()})
+    for report in sorted(runs.glob('*/report.html')):
+      name, _, seed = report.parent.name.rpartition('-')
+      for row in metrics.read(report.parent):
+        kept = {key: row.get(key, '') for key in COLUMNS}
+        row = {'config': name, 'seed': seed, 'step': row['step']} | kept
+        writer.writerow({k: _short(v) for k, v in row.items()})
 
 
 def _short(value):
