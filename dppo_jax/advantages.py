@@ -84,3 +84,29 @@ def leave_one_out(*, group_size: int) -> AdvantageFn:
     return mean_fn(rewards) * (group_size / (group_size - 1))
 
   return advantage_fn
+
+
+@register
+def batch_zscore(*, group_size: int, epsilon: float = 1e-6) -> AdvantageFn:
+  """Reward minus group mean, over the deviation of the whole batch.
+
+  REINFORCE++ with baseline (arXiv:2501.03262): what a prompt's difficulty does
+  to the scale is left in, what the reward's unit does to it is not.
+  """
+  _needs_others(group_size, 'batch_zscore')
+
+  def advantage_fn(rewards: jax.Array) -> jax.Array:
+    centred = _centred(rewards, group_size)
+    return (centred / (jnp.std(centred) + epsilon)).reshape(rewards.shape)
+
+  return advantage_fn
+
+
+@register
+def raw() -> AdvantageFn:
+  """The reward itself, no baseline. For rewards that are advantages already."""
+
+  def advantage_fn(rewards: jax.Array) -> jax.Array:
+    return rewards
+
+  return advantage_fn

@@ -31,13 +31,16 @@ from dppo_jax import evaluate
 from dppo_jax import learner
 from dppo_jax import losses
 from dppo_jax import normalizers
+from dppo_jax import objective
 from dppo_jax import optim
 from dppo_jax import report
 from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
+from dppo_jax import shaping
 from dppo_jax import sharding
 from dppo_jax import tasks
 from dppo_jax import train_step as train_step_lib
+from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.logbook import Logbook
@@ -100,7 +103,12 @@ def build(config: Any) -> Parts:
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval = jax.random.split(jax.random.key(config.seed))
-  state = train_step_lib.init_state(params, optimizer, key_state)
+  state = train_step_lib.init_state(
+      params,
+      optimizer,
+      key_state,
+      with_reference=objective.Extras(**config.extras).needs_reference,
+  )
   shardings = train_step_lib.state_shardings(state, mesh)
   rollout_fn = _make_rollout_fn(config, model, tokenizer, divergence)
   return Parts(
@@ -181,6 +189,7 @@ def train(config: Any, workdir: str) -> bool:
         return False
 
     logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
+    logbook.write_scatter(workdir / 'scatter.json')
     _export(parts, state, workdir / 'model')
   path = report.write_report(workdir)
   logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
@@ -354,19 +363,42 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
 
 
 def _make_learner(config, model, divergence: Divergence, optimizer):
+  known = {
+      'group_size': config.group_size,
+      'horizon': config.max_completion_length,
+  }
+  extras = objective.Extras(**config.extras)
+  options = {
+      'temperature': config.sampling.temperature,
+      'chunk_size': config.learner.chunk_size,
+  }
   return learner.make_learner(
-      model=model,
-      divergence=divergence,
-      loss_fn=_build(losses, config.loss),
-      advantage_fn=_build(
-          advantages, config.advantage, group_size=config.group_size
+      weighted_loss=objective.make_loss_fn(
+          model=model,
+          divergence=divergence,
+          region_fn=_build(trust_regions, config.trust_region),
+          loss_fn=_build(losses, config.loss),
+          extras=extras,
+          **options,
       ),
-      normalizer=_build(
-          normalizers, config.normalizer, horizon=config.max_completion_length
+      prepare=objective.make_prepare_fn(
+          model=model,
+          divergence=divergence,
+          advantage_fn=_build(advantages, config.advantage, **known),
+          shaping_fn=_build(shaping, config.shaping, **known),
+          normalizer=_build(normalizers, config.normalizer, **known),
+          anchor=config.anchor,
+          extras=extras,
+          group_size=config.group_size,
+          num_groups=config.num_groups,
+          mask_truncated=config.mask_truncated,
+          num_microbatches=config.learner.num_microbatches,
+          **options,
       ),
       optimizer=optimizer,
-      temperature=config.sampling.temperature,
-      **config.learner,
+      num_epochs=config.learner.num_epochs,
+      num_minibatches=config.learner.num_minibatches,
+      num_microbatches=config.learner.num_microbatches,
   )
 
 
