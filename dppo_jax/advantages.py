@@ -35,7 +35,7 @@ def _needs_others(group_size: int, name: str) -> None:
   if group_size < 2:
     raise ValueError(
         f'group_size={group_size}: {name} needs others to compare with; use '
-        'group_size >= 2.'
+        'group_size >= 2, or advantage raw.'
     )
 
 
@@ -47,6 +47,8 @@ def group_mean(*, group_size: int) -> AdvantageFn:
   standard deviation, as Dr. GRPO (arXiv:2503.20783) proposed: dividing makes
   prompts count more that are almost always or almost never solved.
   """
+
+  _needs_others(group_size, 'group_mean')
 
   def advantage_fn(rewards: jax.Array) -> jax.Array:
     return _centred(rewards, group_size).reshape(rewards.shape)

@@ -347,4 +347,5 @@ def as_markdown() -> str:
 
 
 if __name__ == '__main__':
-  print(as_markdown() if '--markdown' in sys.argv[1:] else as_text(), end='\n')
+  markdown = '--markdown' in sys.argv[1:]
+  sys.stdout.write(as_markdown() if markdown else as_text() + '\n')

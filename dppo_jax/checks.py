@@ -37,6 +37,11 @@ def check(config: Any, *, num_batch_shards: int) -> None:
     value = _get(config, name)
     if value < 1:
       raise ValueError(f'config.{name}={value} must be at least 1.')
+  if config.learner.chunk_size < 0:
+    raise ValueError(
+        f'config.learner.chunk_size={config.learner.chunk_size} must be 0 (all '
+        'at once) or more.'
+    )
   for name in ('model.dtype', 'sampling.dtype'):
     if _get(config, name) not in _DTYPES:
       raise ValueError(

@@ -171,29 +171,36 @@ def record_metrics(rollout: Rollout) -> dict[str, jax.Array]:
   }
 
 
-def scatter(stats: TokenStats, *, num_points: int = 256) -> jax.Array:
+def scatter(stats: TokenStats, *, num_points: int = 512) -> jax.Array:
   """Tokens to plot ratio and total variation against mu (Fig. 2).
 
+  Half of them are those that moved most, the other half are spread evenly over
+  all sampled tokens; most of those are nearly certain and hardly move.
+
   Returns:
-    [num_points, 4] float32: mu, ratio, |pi - mu|, 1 where dropped; spread
-    evenly over the sampled tokens, rows of 0 where there are none.
+    [num_points, 4] float32: mu, ratio, |pi - mu|, 1 where dropped; rows of 0
+    where nothing was sampled.
   """
   mask = stats.token_mask.ravel()
   log_mu = where_valid(stats.behaviour_logprobs.ravel(), mask)
   log_pi = where_valid(stats.logprobs.ravel(), mask)
-  columns = jnp.stack(
-      [
-          jnp.exp(log_mu),
-          jnp.exp(log_pi - log_mu),
-          jnp.abs(jnp.exp(log_pi) - jnp.exp(log_mu)),
-          (~(stats.trust_region.ravel() > 0)).astype(jnp.float32),
-      ],
-      axis=-1,
-  )
-  valid_first = jnp.argsort(~mask, stable=True)
-  spread = jnp.arange(num_points) * jnp.sum(mask) // num_points
-  rows = jnp.take(columns, jnp.take(valid_first, spread), axis=0)
-  return jnp.where(jnp.any(mask), rows, 0.0)
+  gap = jnp.abs(jnp.exp(log_pi) - jnp.exp(log_mu))
+  dropped = (~(stats.trust_region.ravel() > 0)).astype(jnp.float32)
+  columns = (jnp.exp(log_mu), jnp.exp(log_pi - log_mu), gap, dropped)
+  columns = jnp.stack(columns, axis=-1)
+  half = jnp.arange(num_points // 2)
+  count = jnp.sum(mask)
+  # half * count would leave int32 at eight million tokens.
+  whole, rest = jnp.divmod(count, len(half))
+  evenly = half * whole + half * rest // len(half)
+  by_gap = jnp.argsort(where_valid(-gap, mask, jnp.inf))
+  in_order = jnp.argsort(~mask, stable=True)
+  chosen = jnp.concatenate([
+      jnp.take(by_gap, jnp.minimum(half, jnp.maximum(count - 1, 0))),
+      jnp.take(in_order, evenly),
+  ])
+  rows = jnp.take(columns, chosen, axis=0, mode='clip')
+  return jnp.where(count > 0, rows, 0.0)
 
 
 def masked_token_counts(stats: TokenStats, *, vocab_size: int) -> jax.Array:

@@ -57,7 +57,11 @@ class Logbook:
     metrics = jax.device_get(metrics)
     self._masked += metrics.pop('masked_tokens')
     self._scatter = metrics.pop('scatter')
-    scalars = {name: float(value) for name, value in metrics.items()}
+    scalars = {
+        name: float(value)
+        for name, value in metrics.items()
+        if not _of_no_tokens(name, metrics)
+    }
     sample_s = min(
         device_s, self._seconds_per_decode_step * scalars['sample/decode_steps']
     )
@@ -126,3 +130,9 @@ class Logbook:
           [tokenizer.decode([i]), int(row[i])] for i in ids if row[i]
       ]
     path.write_text(json.dumps(most_frequent, indent=2) + '\n')
+
+
+def _of_no_tokens(name: str, metrics: dict[str, Any]) -> bool:
+  """Whether a metric is about tokens of an age that no token has."""
+  group, _, age = name.rpartition('/')[0].partition('/')
+  return group == 'by_age' and not metrics[f'by_age/{age}/tokens']

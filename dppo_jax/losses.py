@@ -56,7 +56,8 @@ def _score_function(
   log_ratio = jnp.where(keep, log_ratio_fn(jax.lax.stop_gradient(log_ratio)), 0)
   advantages = jnp.where(keep, inputs.advantages, 0.0)
   ratio = jnp.exp(log_ratio)
-  weight = weight_fn(ratio, advantages) * inputs.trust_region
+  region = jnp.where(keep, inputs.trust_region, False)
+  weight = weight_fn(ratio, advantages) * region
   return -weight * logprobs, ratio, advantages
 
 

@@ -95,11 +95,31 @@ def make_prepare_fn(
     group_size: int,
     num_groups: int,
     mask_truncated: bool,
-    num_microbatches: int,
+    num_parts: int,
     temperature: float,
     chunk_size: int,
 ) -> Callable[[TrainState, ScoredRollout], Batch]:
-  """What is computed once on the whole rollout; see `make_learner`."""
+  """What is computed once on the whole rollout.
+
+  Args:
+    model: the architecture.
+    divergence: its record is taken anew where the anchor is recomputed.
+    advantage_fn: rewards [B] -> advantages [B].
+    shaping_fn: rewards and lengths [B] -> rewards [B].
+    normalizer: token_mask [B, T] -> weights [B, T].
+    anchor: 'behaviour', the policy that sampled; or 'recomputed', the learner's
+      own numerics with the parameters before the first update.
+    extras: terms that need a reference policy.
+    group_size: G.
+    num_groups: learn from that many, those with spread first; 0 for all.
+    mask_truncated: whether truncated completions teach nothing.
+    num_parts: into which the rollout is split where a policy runs over it.
+    temperature: that of the sampler.
+    chunk_size: see `target.make_token_map`.
+
+  Returns:
+    `prepare(state, scored) -> Batch`.
+  """
   if anchor not in ('behaviour', 'recomputed'):
     raise ValueError(
         registry.unknown('anchor', anchor, ('behaviour', 'recomputed'))
@@ -111,7 +131,7 @@ def make_prepare_fn(
   def in_parts(fn, params, rollout):
     """token_map of the whole rollout, a few rows at a time."""
     parts = jax.tree.map(
-        lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), rollout
+        lambda x: x.reshape(num_parts, -1, *x.shape[1:]), rollout
     )
     out = jax.lax.map(lambda part: token_map(fn, params, part), parts)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
@@ -133,10 +153,10 @@ def make_prepare_fn(
 
   def prepare(state, scored):
     rollout = scored.rollout
+    lengths = jnp.sum(rollout.token_mask, axis=-1)
     if mask_truncated:
       ended = ~rollout.truncated[:, None]
       rollout = rollout._replace(token_mask=rollout.token_mask & ended)
-    lengths = jnp.sum(rollout.token_mask, axis=-1)
     rewards = shaping_fn(scored.rewards, lengths)
     rollout, rewards = choose_groups(ScoredRollout(rollout, rewards))
     mask = rollout.token_mask
@@ -203,9 +223,11 @@ def make_loss_fn(
 
       estimate = token_map(of_tokens, params, batch.rollout, hidden)
     else:
+      # Before the exponential: padding may be certain under one of the two.
+      mask = batch.rollout.token_mask
       estimate = penalties.reference_kl(
-          logprobs=target.logprobs,
-          reference_logprobs=batch.reference_logprobs,
+          logprobs=jnp.where(mask, target.logprobs, 0.0),
+          reference_logprobs=jnp.where(mask, batch.reference_logprobs, 0.0),
           estimator=extras.kl_estimator,
       )
     return added + extras.kl_coefficient * estimate

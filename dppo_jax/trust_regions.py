@@ -249,13 +249,16 @@ def second_moment(*, limit: float = 0.04) -> RegionFn:
     # Within a sequence: what must stay first, then candidates from below.
     order = jnp.lexsort((jnp.where(candidate, moment, -1.0), ids), axis=-1)
     take = lambda x: jnp.take_along_axis(x, order, axis=-1)
-    sorted_mean = segments.prefix(
-        take(moment), take(mask), take(ids)
-    ) / jnp.maximum(
-        segments.prefix(jnp.ones_like(moment), take(mask), take(ids)), 1
+    rank = segments.prefix(jnp.ones_like(moment), take(mask), take(ids))
+    mean = segments.prefix(take(moment), take(mask), take(ids))
+    mean /= jnp.maximum(rank, 1)
+    # Dropping from above ends at the last candidate up to which the mean is
+    # within the limit; below it the mean may be larger again.
+    within = take(candidate) & (mean <= limit)
+    last = segments.largest(rank, within, take(ids))
+    kept = jnp.take_along_axis(
+        rank <= last, jnp.argsort(order, axis=-1), axis=-1
     )
-    back = jnp.argsort(order, axis=-1)
-    mean = jnp.take_along_axis(sorted_mean, back, axis=-1)
-    return ~(candidate & (mean > limit))
+    return ~candidate | kept
 
   return region_fn
