@@ -100,10 +100,10 @@ def cold_start(config: Any) -> tuple[Run, dict[str, Any]]:
   parts = main_lib.build(config)
   built = time.perf_counter()
   batch = next(parts.prompts)
-  state, rollout, times = main_lib._warm_up(
-      parts, parts.state, main_lib._blank(parts), batch
+  state, rollout, times = main_lib.warm_up(
+      parts, parts.state, main_lib.blank_rollout(parts), batch
   )
-  pending, _ = main_lib._score(parts, rollout, batch)
+  pending, _ = main_lib.score(parts, rollout, batch)
   warm = time.perf_counter()
   parts.evaluate_fn(state.params)
   evaluated = time.perf_counter()
@@ -133,7 +133,7 @@ def timed_step(run: Run) -> tuple[Run, Timed]:
   )
   jax.block_until_ready(rollout)
   sampled = time.perf_counter()
-  pending, _ = main_lib._score(parts, rollout, batch)
+  pending, _ = main_lib.score(parts, rollout, batch)
   end = time.perf_counter()
   return Run(parts, state, pending), Timed(
       device_s=sampled - start,
@@ -173,7 +173,7 @@ def check_split(config: Any, run: Run, num_steps: int):
   """Whole steps, each beside the same step in parts."""
   learn_alone, sample_alone = halves(config, run)
   parts = run.parts
-  blank = main_lib._blank(parts._replace(state=run.state))
+  blank = main_lib.blank_rollout(parts._replace(state=run.state))
   rounds = []
   for _ in range(num_steps + 1):
     prompts = next(parts.prompts).prompts
@@ -201,16 +201,10 @@ def check_split(config: Any, run: Run, num_steps: int):
 def halves(config: Any, run: Run):
   """The learner and the sampler of a run, each as a program of its own."""
   parts = run.parts
-  divergence = main_lib._build(divergences, config.divergence)
-  optimizer = main_lib._build(
-      optim,
-      config.optimizer,
-      total_updates=main_lib._total_updates(config),
-  )
   learn_alone = train_step_lib.make_train_step(
-      learn=main_lib._make_learner(config, parts.model, divergence, optimizer),
+      learn=parts.learn,
       rollout_fn=lambda *_: ((), jnp.int32(0)),
-      threshold=divergence.threshold,
+      threshold=parts.method.divergence.threshold,
       group_size=config.group_size,
       vocab_size=parts.model.config.vocab_size,
       state_shardings=train_step_lib.state_shardings(run.state, parts.mesh),

@@ -9,6 +9,7 @@ import ml_collections
 
 from dppo_jax import algorithms
 from dppo_jax import optim
+from dppo_jax import shaping
 from dppo_jax import tasks
 
 
@@ -29,8 +30,18 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   }
   config.seed = 0
 
-  # How: divergence, loss, advantage and normalizer come from the table.
+  # How: divergence, trust region, anchor, loss, advantage and normalizer come
+  # from the table.
   config.update(algorithms.config(algorithm))
+  config.shaping = shaping.config('unshaped')
+  config.extras = {
+      'entropy_bonus': 0.0,
+      'kl_coefficient': 0.0,  # Of kl(target || start model); 0 keeps no copy.
+      'kl_estimator': 'k3',  # k1, k2, k3 or full.
+      'kl_where': 'loss',  # Or reward.
+  }
+  config.mask_truncated = False  # True: such completions teach nothing.
+  config.num_groups = 0  # Learn from that many, those with spread first; 0: all.
   config.optimizer = optim.config(
       'adamw', learning_rate=3e-4, schedule='linear'
   )

@@ -1,18 +1,15 @@
 """Divergence Proximal Policy Optimization of language models, in JAX.
 
-The mathematics (`divergences`, `losses`, `advantages`, `normalizers`,
-`algorithms`) are pure functions of arrays that work in any JAX program:
+The mathematics (`divergences`, `trust_regions`, `losses`, `advantages`,
+`normalizers`, `algorithms`) are pure functions of arrays that work in any JAX
+program:
 
     from dppo_jax import divergences, losses
 
 Everything else builds one compiled training step around them.
 """
 
-from dppo_jax import advantages
-from dppo_jax import algorithms
-from dppo_jax import divergences
-from dppo_jax import losses
-from dppo_jax import normalizers
+import importlib
 
 __version__ = '0.1.0'
 __all__ = [
@@ -21,4 +18,12 @@ __all__ = [
     'divergences',
     'losses',
     'normalizers',
+    'trust_regions',
 ]
+
+
+def __getattr__(name: str):
+  """Imports a module when it is first used: reports need no JAX."""
+  if name in __all__:
+    return importlib.import_module(f'{__name__}.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -35,7 +35,7 @@ def _needs_others(group_size: int, name: str) -> None:
   if group_size < 2:
     raise ValueError(
         f'group_size={group_size}: {name} needs others to compare with; use '
-        'group_size >= 2.'
+        'group_size >= 2, or advantage raw.'
     )
 
 
@@ -47,6 +47,8 @@ def group_mean(*, group_size: int) -> AdvantageFn:
   standard deviation, as Dr. GRPO (arXiv:2503.20783) proposed: dividing makes
   prompts count more that are almost always or almost never solved.
   """
+
+  _needs_others(group_size, 'group_mean')
 
   def advantage_fn(rewards: jax.Array) -> jax.Array:
     return _centred(rewards, group_size).reshape(rewards.shape)
@@ -82,5 +84,31 @@ def leave_one_out(*, group_size: int) -> AdvantageFn:
 
   def advantage_fn(rewards: jax.Array) -> jax.Array:
     return mean_fn(rewards) * (group_size / (group_size - 1))
+
+  return advantage_fn
+
+
+@register
+def batch_zscore(*, group_size: int, epsilon: float = 1e-6) -> AdvantageFn:
+  """Reward minus group mean, over the deviation of the whole batch.
+
+  REINFORCE++ with baseline (arXiv:2501.03262): what a prompt's difficulty does
+  to the scale is left in, what the reward's unit does to it is not.
+  """
+  _needs_others(group_size, 'batch_zscore')
+
+  def advantage_fn(rewards: jax.Array) -> jax.Array:
+    centred = _centred(rewards, group_size)
+    return (centred / (jnp.std(centred) + epsilon)).reshape(rewards.shape)
+
+  return advantage_fn
+
+
+@register
+def raw() -> AdvantageFn:
+  """The reward itself, no baseline. For rewards that are advantages already."""
+
+  def advantage_fn(rewards: jax.Array) -> jax.Array:
+    return rewards
 
   return advantage_fn

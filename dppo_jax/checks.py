@@ -37,6 +37,11 @@ def check(config: Any, *, num_batch_shards: int) -> None:
     value = _get(config, name)
     if value < 1:
       raise ValueError(f'config.{name}={value} must be at least 1.')
+  if config.learner.chunk_size < 0:
+    raise ValueError(
+        f'config.learner.chunk_size={config.learner.chunk_size} must be 0 (all '
+        'at once) or more.'
+    )
   for name in ('model.dtype', 'sampling.dtype'):
     if _get(config, name) not in _DTYPES:
       raise ValueError(
@@ -111,11 +116,17 @@ def _check_eval_sampling(settings):
 
 
 def _check_sizes(config, num_batch_shards):
-  batch = config.num_prompts * config.group_size
+  if not 0 <= config.num_groups <= config.num_prompts:
+    raise ValueError(
+        f'config.num_groups={config.num_groups} must be between 0 (all) and '
+        f'num_prompts={config.num_prompts}.'
+    )
+  groups = 'num_groups' if config.num_groups else 'num_prompts'
+  batch = config[groups] * config.group_size
   updates = config.learner.num_minibatches
   parts = updates * config.learner.num_microbatches
   sizes = (
-      f'config.num_prompts={config.num_prompts} times '
+      f'config.{groups}={config[groups]} times '
       f'group_size={config.group_size} makes {batch} completions'
   )
   for size, name in (
@@ -126,8 +137,8 @@ def _check_sizes(config, num_batch_shards):
     if batch % size:
       multiple = size // math.gcd(size, config.group_size)
       raise ValueError(
-          f'{sizes}, not divisible by {name}; for num_prompts, '
-          f'{_nearest(config.num_prompts, multiple)}.'
+          f'{sizes}, not divisible by {name}; for {groups}, '
+          f'{_nearest(config[groups], multiple)}.'
       )
   for name, rows in (
       ('num_prompts', config.num_prompts),

@@ -17,6 +17,8 @@ from dppo_jax.masking import masked_mean
 from dppo_jax.masking import masked_min
 from dppo_jax.masking import masked_quantile
 from dppo_jax.masking import where_valid
+from dppo_jax.types import Rollout
+from dppo_jax.types import Threshold
 
 
 class TokenStats(NamedTuple):
@@ -27,15 +29,17 @@ class TokenStats(NamedTuple):
   logprobs: jax.Array  # float32
   behaviour_logprobs: jax.Array  # float32
   divergence: jax.Array  # float32
-  trust_region: jax.Array  # bool
+  direction: jax.Array  # float32, > 0 where raising the token moves out
+  trust_region: jax.Array  # float32, 1 kept, 0 dropped, between where soft
   advantages: jax.Array  # float32
   entropy: jax.Array  # float32, nats
   surrogate: jax.Array  # float32, ratio * advantage of kept tokens
   capped: jax.Array  # float32, 1 where the ratio was truncated
+  age: jax.Array  # int32, optimizer updates since the row was sampled
 
 
 def token_metrics(
-    stats: TokenStats, *, threshold: float | tuple[float, float]
+    stats: TokenStats, *, threshold: Threshold
 ) -> dict[str, jax.Array]:
   """Scalars of the trust region, the mismatch and the ratio.
 
@@ -50,10 +54,11 @@ def token_metrics(
   behaviour = where_valid(stats.behaviour_logprobs, mask)
   log_ratio = logprobs - behaviour
   gap = jnp.exp(logprobs) - jnp.exp(behaviour)  # pi - mu
-  masked = mask & ~stats.trust_region
-  metrics = _mask_metrics(stats, masked, log_ratio, gap, threshold)
+  masked = mask & ~(stats.trust_region > 0)
+  metrics = _mask_metrics(stats, masked, gap, threshold)
   metrics |= _divergence_metrics(stats, masked, logprobs, behaviour)
   metrics |= _ratio_metrics(log_ratio, mask)
+  metrics |= _by_age(stats, masked, log_ratio, gap)
   return metrics | {
       'mismatch/prob_gap_mean': masked_mean(jnp.abs(gap), mask),
       'mismatch/prob_gap_max': masked_max(gap, mask),
@@ -67,14 +72,14 @@ def token_metrics(
   }
 
 
-def _mask_metrics(stats, masked, log_ratio, gap, threshold):
-  low, high = threshold if isinstance(threshold, tuple) else (threshold,) * 2
+def _mask_metrics(stats, masked, gap, threshold):
+  low, high = divergences.low_high(threshold)
   mask, advantages = stats.token_mask, stats.advantages
   positive = mask & (advantages > 0)
   negative = mask & (advantages < 0)
   limit = jnp.where(advantages > 0, high, low)
   outside = mask & (stats.divergence > limit)
-  coming_back = outside & (advantages * log_ratio < 0)
+  coming_back = outside & (advantages * stats.direction < 0)
   # What Sec. 5.3 of arXiv:2602.04879 blames for instability.
   bad = negative & (gap <= -0.5)
   return {
@@ -82,6 +87,8 @@ def _mask_metrics(stats, masked, log_ratio, gap, threshold):
       'mask/of_nonzero': masked_mean(masked, positive | negative),
       'mask/positive': masked_mean(masked, positive),
       'mask/negative': masked_mean(masked, negative),
+      # Below 1 where a soft rule weighs tokens down.
+      'mask/weight_mean': masked_mean(stats.trust_region, mask),
       'mask/outside': masked_mean(outside, mask),
       'mask/coming_back': masked_mean(coming_back, mask),
       'mask/bad_updates': masked_mean(bad, mask),
@@ -125,12 +132,82 @@ def _ratio_metrics(log_ratio, mask):
   }
 
 
+# Optimizer updates since sampling; the last bucket has no end.
+_AGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, None))
+
+
+def _by_age(stats, masked, log_ratio, gap):
+  """The most telling numbers, split by staleness."""
+  metrics = {}
+  for first, last in _AGES:
+    name = str(first) if first == last else f'{first}-{last or ""}'
+    chosen = stats.token_mask & (stats.age >= first)
+    if last is not None:
+      chosen &= stats.age <= last
+    second_moment = jnp.square(jnp.expm1(log_ratio))
+    metrics |= {
+        f'by_age/{name}/tokens': jnp.sum(chosen),
+        f'by_age/{name}/mask_fraction': masked_mean(masked, chosen),
+        f'by_age/{name}/divergence_mean': masked_mean(stats.divergence, chosen),
+        f'by_age/{name}/divergence_max': masked_max(stats.divergence, chosen),
+        f'by_age/{name}/prob_gap_mean': masked_mean(jnp.abs(gap), chosen),
+        f'by_age/{name}/second_moment': masked_mean(second_moment, chosen),
+    }
+  return metrics
+
+
+def record_metrics(rollout: Rollout) -> dict[str, jax.Array]:
+  """The behaviour policy's mass on explicit buckets, if it has such (Fig. 12).
+
+  The nearer to 1, the tighter a Top-K divergence bounds the full one.
+  """
+  if not isinstance(rollout.record, divergences.TopK):
+    return {}
+  mass = divergences.explicit_mass(rollout.record)
+  return {
+      'topk/mass_mean': masked_mean(mass, rollout.token_mask),
+      'topk/mass_min': masked_min(mass, rollout.token_mask),
+  }
+
+
+def scatter(stats: TokenStats, *, num_points: int = 512) -> jax.Array:
+  """Tokens to plot ratio and total variation against mu (Fig. 2).
+
+  Half of them are those that moved most, the other half are spread evenly over
+  all sampled tokens; most of those are nearly certain and hardly move.
+
+  Returns:
+    [num_points, 4] float32: mu, ratio, |pi - mu|, 1 where dropped; rows of 0
+    where nothing was sampled.
+  """
+  mask = stats.token_mask.ravel()
+  log_mu = where_valid(stats.behaviour_logprobs.ravel(), mask)
+  log_pi = where_valid(stats.logprobs.ravel(), mask)
+  gap = jnp.abs(jnp.exp(log_pi) - jnp.exp(log_mu))
+  dropped = (~(stats.trust_region.ravel() > 0)).astype(jnp.float32)
+  columns = (jnp.exp(log_mu), jnp.exp(log_pi - log_mu), gap, dropped)
+  columns = jnp.stack(columns, axis=-1)
+  half = jnp.arange(num_points // 2)
+  count = jnp.sum(mask)
+  # half * count would leave int32 at eight million tokens.
+  whole, rest = jnp.divmod(count, len(half))
+  evenly = half * whole + half * rest // len(half)
+  by_gap = jnp.argsort(where_valid(-gap, mask, jnp.inf))
+  in_order = jnp.argsort(~mask, stable=True)
+  chosen = jnp.concatenate([
+      jnp.take(by_gap, jnp.minimum(half, jnp.maximum(count - 1, 0))),
+      jnp.take(in_order, evenly),
+  ])
+  rows = jnp.take(columns, chosen, axis=0, mode='clip')
+  return jnp.where(count > 0, rows, 0.0)
+
+
 def masked_token_counts(stats: TokenStats, *, vocab_size: int) -> jax.Array:
   """How often each token was masked. [2, V] int32: A > 0, then A < 0.
 
   The paper's Appendix D lists the most frequent ones as text.
   """
-  masked = stats.token_mask & ~stats.trust_region
+  masked = stats.token_mask & ~(stats.trust_region > 0)
 
   def count(chosen):
     zeros = jnp.zeros(vocab_size, jnp.int32)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from dppo_jax import registry
 from dppo_jax.types import Divergence
+from dppo_jax.types import Threshold
 
 register = registry.Registry('divergence')
 build = register.build
@@ -38,7 +39,7 @@ def trust_region(
     divergence: jax.Array,
     log_ratio: jax.Array,
     advantages: jax.Array,
-    threshold: float | tuple[float, float],
+    threshold: Threshold,
 ) -> jax.Array:
   """Keeps a token unless it is outside the trust region and moving further out.
 
@@ -56,13 +57,18 @@ def trust_region(
   Returns:
     [...] bool. Tokens that pull the policy back are always kept.
   """
-  low, high = threshold if isinstance(threshold, tuple) else (threshold,) * 2
+  low, high = low_high(threshold)
   moving_out = jnp.where(
       advantages > 0,
       (log_ratio > 0) & (divergence > high),
       (advantages < 0) & (log_ratio < 0) & (divergence > low),
   )
   return ~moving_out
+
+
+def low_high(threshold: Threshold) -> tuple[float, float]:
+  """The thresholds for negative and for positive advantages."""
+  return threshold if isinstance(threshold, tuple) else (threshold, threshold)
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -149,7 +155,7 @@ def _log1mexp(log_p: jax.Array) -> jax.Array:
 
 def _thresholds(
     threshold: float, low: float | None, high: float | None
-) -> float | tuple[float, float]:
+) -> Threshold:
   """One threshold, or (low, high) where either is given on its own."""
   given = {'threshold': threshold, 'threshold_low': low, 'threshold_high': high}
   for name, value in given.items():
@@ -256,6 +262,12 @@ class TopK(NamedTuple):
   valid: jax.Array  # [..., K + 1] bool, False on a bucket not in the set.
 
 
+def explicit_mass(recorded: TopK) -> jax.Array:
+  """The behaviour policy's probability of all explicit buckets. [...]."""
+  probs = jnp.where(recorded.valid, jnp.exp(recorded.logprobs), 0.0)
+  return jnp.sum(probs, axis=-1)
+
+
 def _top_k(k: int, construction: str):
   """`record` and a function from target logits to both policies' buckets."""
   if k < 1:
@@ -323,6 +335,48 @@ def topk_tv(
 
   limits = _thresholds(threshold, threshold_low, threshold_high)
   return Divergence(record, measure, limits)
+
+
+@register
+def predictive_kl(
+    *,
+    threshold: float = 0.05,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+    k: int = 20,
+    construction: str = 'union',
+) -> Divergence:
+  """`topk_kl` whose direction is that of the gradient step, not of the ratio.
+
+  A policy-gradient step with A > 0 adds e_a - pi to the logits and the gradient
+  of kl(mu || pi) with respect to them is pi - mu, so the step moves out iff
+  (pi - mu) . (e_a - pi) > 0, over the explicit buckets and the rest as one
+  (predictive divergence masks, arXiv:2607.10848; the derivation is ours). That
+  can differ from the ratio's sign: a token above its old probability may lie on
+  the way back where another token has grown more.
+  """
+  record, buckets = _top_k(k, construction)
+  base = topk_kl(
+      threshold=threshold,
+      threshold_low=threshold_low,
+      threshold_high=threshold_high,
+      k=k,
+      construction=construction,
+  )
+
+  def direction(logits, tokens, recorded):
+    target, behaviour = (
+        jnp.exp(masses)
+        for masses in map(buckets(logits, recorded).get, ('target', 'behaviour'))
+    )
+    gap = target - behaviour
+    sampled = jnp.where(
+        recorded.valid, recorded.tokens == tokens[..., None], False
+    )
+    at_sampled = jnp.sum(jnp.where(sampled, gap[..., :-1], 0.0), axis=-1)
+    return at_sampled - jnp.sum(target * gap, axis=-1)
+
+  return base._replace(record=record, direction=direction)
 
 
 @register

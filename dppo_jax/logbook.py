@@ -32,6 +32,7 @@ class Logbook:
     self._writer = writer
     self._seconds_per_decode_step = seconds_per_decode_step
     self._masked = np.zeros((2, vocab_size), np.int64)
+    self._scatter = np.zeros((0, 4), np.float32)
     self._waiting: dict[int, dict[str, float]] = {}
 
   def add(
@@ -55,7 +56,12 @@ class Logbook:
     """
     metrics = jax.device_get(metrics)
     self._masked += metrics.pop('masked_tokens')
-    scalars = {name: float(value) for name, value in metrics.items()}
+    self._scatter = metrics.pop('scatter')
+    scalars = {
+        name: float(value)
+        for name, value in metrics.items()
+        if not _of_no_tokens(name, metrics)
+    }
     sample_s = min(
         device_s, self._seconds_per_decode_step * scalars['sample/decode_steps']
     )
@@ -111,6 +117,10 @@ class Logbook:
       for token, count in state[sign].items():
         row[int(token)] = count
 
+  def write_scatter(self, path: pathlib.Path) -> None:
+    """Rows [mu, ratio, |pi - mu|, dropped] of the last step's tokens."""
+    path.write_text(json.dumps(np.round(self._scatter, 6).tolist()) + '\n')
+
   def write_masked_tokens(self, path: pathlib.Path, tokenizer: Any) -> None:
     """The most frequently masked tokens as text, by sign of the advantage."""
     most_frequent = {}
@@ -120,3 +130,9 @@ class Logbook:
           [tokenizer.decode([i]), int(row[i])] for i in ids if row[i]
       ]
     path.write_text(json.dumps(most_frequent, indent=2) + '\n')
+
+
+def _of_no_tokens(name: str, metrics: dict[str, Any]) -> bool:
+  """Whether a metric is about tokens of an age that no token has."""
+  group, _, age = name.rpartition('/')[0].partition('/')
+  return group == 'by_age' and not metrics[f'by_age/{age}/tokens']

@@ -25,19 +25,23 @@ from ml_collections import config_flags
 import numpy as np
 
 from dppo_jax import advantages
+from dppo_jax import algorithms
 from dppo_jax import checks
 from dppo_jax import divergences
 from dppo_jax import evaluate
 from dppo_jax import learner
 from dppo_jax import losses
 from dppo_jax import normalizers
+from dppo_jax import objective
 from dppo_jax import optim
 from dppo_jax import report
 from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
+from dppo_jax import shaping
 from dppo_jax import sharding
 from dppo_jax import tasks
 from dppo_jax import train_step as train_step_lib
+from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.logbook import Logbook
@@ -52,6 +56,7 @@ from dppo_jax.tasks.scoring import Scorer
 from dppo_jax.tasks.verify import make_verify_fn
 from dppo_jax.tasks.verify import VerifyFn
 from dppo_jax.types import Divergence
+from dppo_jax.types import LossFn
 from dppo_jax.types import Prompts
 from dppo_jax.types import Rollout
 from dppo_jax.types import ScoredRollout
@@ -67,10 +72,26 @@ _WORKDIR = flags.DEFINE_string(
 # What a shell reports for a process that SIGTERM ended: it did not finish.
 EXIT_INTERRUPTED = 128 + signal.SIGTERM
 
+_NUM_TIMED_CALLS = 3
+
+
+class Method(NamedTuple):
+  """What the config says about learning, built before any weights are read."""
+
+  divergence: Divergence
+  region_fn: trust_regions.RegionFn
+  loss_fn: LossFn
+  advantage_fn: advantages.AdvantageFn
+  shaping_fn: shaping.ShapingFn
+  normalizer: normalizers.NormalizerFn
+  extras: objective.Extras
+  optimizer: optim.Optimizer
+
 
 class Parts(NamedTuple):
   """Everything a run is made of, built from its config."""
 
+  method: Method
   model: CausalLM  # Without parameters: those are in the state.
   tokenizer: Any
   scorer: Scorer
@@ -78,6 +99,7 @@ class Parts(NamedTuple):
   prompts: PromptIterator
   evaluate_fn: Callable[..., Any]
   rollout_fn: rollout_lib.RolloutFn
+  learn: Callable[..., Any]
   train_step: train_step_lib.TrainStep
   state: TrainState  # Before the first update.
   prompt_shapes: Prompts
@@ -90,20 +112,26 @@ def build(config: Any) -> Parts:
   checks.check(
       config, num_batch_shards=mesh.shape['data'] * mesh.shape['fsdp']
   )
-  divergence = _build(divergences, config.divergence)
-  optimizer = _build(
-      optim, config.optimizer, total_updates=_total_updates(config)
-  )
+  method = _make_method(config)
   task = _build(tasks, config.task)
   tokenizer = load.load_tokenizer(config.model.name)
   model, params = _load_model(config)
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval = jax.random.split(jax.random.key(config.seed))
-  state = train_step_lib.init_state(params, optimizer, key_state)
+  state = train_step_lib.init_state(
+      params,
+      method.optimizer,
+      key_state,
+      with_reference=method.extras.needs_reference,
+  )
   shardings = train_step_lib.state_shardings(state, mesh)
-  rollout_fn = _make_rollout_fn(config, model, tokenizer, divergence)
+  rollout_fn = _make_rollout_fn(
+      config, model, tokenizer, method.divergence
+  )
+  learn = _make_learner(config, model, method)
   return Parts(
+      method=method,
       model=model,
       tokenizer=tokenizer,
       scorer=scorer,
@@ -119,10 +147,11 @@ def build(config: Any) -> Parts:
           config, model, tokenizer, task, verify, key_eval
       ),
       rollout_fn=rollout_fn,
+      learn=learn,
       train_step=train_step_lib.make_train_step(
-          learn=_make_learner(config, model, divergence, optimizer),
+          learn=learn,
           rollout_fn=rollout_fn,
-          threshold=divergence.threshold,
+          threshold=method.divergence.threshold,
           group_size=config.group_size,
           vocab_size=model.config.vocab_size,
           state_shardings=shardings,
@@ -162,7 +191,7 @@ def train(config: Any, workdir: str) -> bool:
       logbook.flush()  # The previous step, while the device works.
       jax.block_until_ready(rollout)
       sampled = time.perf_counter()
-      pending, texts = _score(parts, rollout, batch)
+      pending, texts = score(parts, rollout, batch)
       times = {
           'device_s': sampled - start,
           'score_s': time.perf_counter() - sampled,
@@ -181,6 +210,7 @@ def train(config: Any, workdir: str) -> bool:
         return False
 
     logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
+    logbook.write_scatter(workdir / 'scatter.json')
     _export(parts, state, workdir / 'model')
   path = report.write_report(workdir)
   logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
@@ -198,7 +228,7 @@ class _Run(NamedTuple):
 def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
   """The latest checkpoint, or step 0 with a first rollout and evaluation."""
   batch = next(parts.prompts)
-  state, blank = parts.state, _blank(parts)
+  state, blank = parts.state, blank_rollout(parts)
   pending = blank
   restored = checkpoints.restore_latest({'state': state, 'pending': pending})
   if restored is not None:
@@ -207,7 +237,7 @@ def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
     parts.prompts.set_state(host['prompts'])
     writer.truncate_after(step)
     logging.info('Continuing after step %d.', step)
-  state, rollout, times = _warm_up(parts, state, blank, batch)
+  state, rollout, times = warm_up(parts, state, blank, batch)
   logbook = Logbook(
       writer,
       vocab_size=parts.model.config.vocab_size,
@@ -216,7 +246,7 @@ def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
   if restored is not None:
     logbook.set_state(host['masked_tokens'])
   else:
-    pending, texts = _score(parts, rollout, batch)
+    pending, texts = score(parts, rollout, batch)
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(logbook, 0, batch, texts, pending)
     _evaluate(parts, state, logbook, 0)
@@ -224,7 +254,7 @@ def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
   return _Run(state, pending, logbook)
 
 
-def _blank(parts: Parts) -> ScoredRollout:
+def blank_rollout(parts: Parts) -> ScoredRollout:
   """A rollout in which nothing was sampled, on its devices."""
   return jax.device_put(
       train_step_lib.blank(parts.rollout_fn, parts.state, parts.prompt_shapes),
@@ -232,19 +262,19 @@ def _blank(parts: Parts) -> ScoredRollout:
   )
 
 
-def _warm_up(parts, state, blank, batch):
+def warm_up(parts, state, blank, batch):
   """Compiles the step, and times sampling alone. Leaves the state as it is.
 
-  Both calls learn from nothing, so they sample the same rollout twice.
+  All calls learn from nothing, so they sample the same rollout each time.
   """
-  start = time.perf_counter()
-  state, rollout, _ = parts.train_step(state, blank, batch.prompts)
-  jax.block_until_ready(rollout)
-  compiled = time.perf_counter()
-  state, rollout, metrics = parts.train_step(state, blank, batch.prompts)
-  jax.block_until_ready(rollout)
-  sampling_s = time.perf_counter() - compiled
-  compile_s = compiled - start - sampling_s
+  seconds = []
+  for _ in range(1 + _NUM_TIMED_CALLS):
+    start = time.perf_counter()
+    state, rollout, metrics = parts.train_step(state, blank, batch.prompts)
+    jax.block_until_ready(rollout)
+    seconds.append(time.perf_counter() - start)
+  sampling_s = min(seconds[1:])  # The others were disturbed.
+  compile_s = seconds[0] - sampling_s
   logging.info('Compiled the training step in %.1f s.', compile_s)
   return state, rollout, {
       'compile_s': compile_s,
@@ -253,7 +283,7 @@ def _warm_up(parts, state, blank, batch):
   }
 
 
-def _score(
+def score(
     parts: Parts, rollout: Rollout, batch: PromptBatch
 ) -> tuple[ScoredRollout, list[str]]:
   """Rewards of a rollout, on the devices, and its completions as text."""
@@ -353,20 +383,56 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
   return rollout_lib.make_rollout_fn(sampler, group_size=config.group_size)
 
 
-def _make_learner(config, model, divergence: Divergence, optimizer):
-  return learner.make_learner(
-      model=model,
-      divergence=divergence,
+def _make_method(config: Any) -> Method:
+  known = {
+      'group_size': config.group_size,
+      'horizon': config.max_completion_length,
+  }
+  updates = config.learner.num_epochs * config.learner.num_minibatches
+  return Method(
+      divergence=_build(divergences, config.divergence),
+      region_fn=_build(trust_regions, config.trust_region),
       loss_fn=_build(losses, config.loss),
-      advantage_fn=_build(
-          advantages, config.advantage, group_size=config.group_size
+      advantage_fn=_build(advantages, config.advantage, **known),
+      shaping_fn=_build(shaping, config.shaping, **known),
+      normalizer=_build(normalizers, config.normalizer, **known),
+      extras=objective.Extras(**config.extras),
+      optimizer=_build(
+          optim,
+          config.optimizer,
+          total_updates=config.total_steps * updates,
       ),
-      normalizer=_build(
-          normalizers, config.normalizer, horizon=config.max_completion_length
+  )
+
+
+def _make_learner(config: Any, model: CausalLM, method: Method):
+  sizes = config.learner
+  options = {
+      'model': model,
+      'divergence': method.divergence,
+      'extras': method.extras,
+      'temperature': config.sampling.temperature,
+      'chunk_size': sizes.chunk_size,
+  }
+  return learner.make_learner(
+      weighted_loss=objective.make_loss_fn(
+          region_fn=method.region_fn, loss_fn=method.loss_fn, **options
       ),
-      optimizer=optimizer,
-      temperature=config.sampling.temperature,
-      **config.learner,
+      prepare=objective.make_prepare_fn(
+          advantage_fn=method.advantage_fn,
+          shaping_fn=method.shaping_fn,
+          normalizer=method.normalizer,
+          anchor=config.anchor,
+          group_size=config.group_size,
+          num_groups=config.num_groups,
+          mask_truncated=config.mask_truncated,
+          num_parts=sizes.num_minibatches * sizes.num_microbatches,
+          **options,
+      ),
+      optimizer=method.optimizer,
+      num_epochs=sizes.num_epochs,
+      num_minibatches=sizes.num_minibatches,
+      num_microbatches=sizes.num_microbatches,
   )
 
 
@@ -416,11 +482,6 @@ def _prompt_shapes(config: Any) -> Prompts:
   return Prompts(
       jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
   )
-
-
-def _total_updates(config: Any) -> int:
-  per_step = config.learner.num_epochs * config.learner.num_minibatches
-  return config.total_steps * per_step
 
 
 def _repeat(values: list[str], length: int) -> list[str]:
@@ -490,7 +551,7 @@ def _latest_state(parts: Parts, workdir: pathlib.Path) -> TrainState:
         f'{folder} does not exist: no run to evaluate. Leave out --workdir to '
         'evaluate the model that the config starts from.'
     )
-  template = {'state': parts.state, 'pending': _blank(parts)}
+  template = {'state': parts.state, 'pending': blank_rollout(parts)}
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     restored = checkpoints.restore_latest(template)
   if restored is None:
@@ -509,7 +570,7 @@ def _run_cli(body: Callable[[Any], bool]) -> None:
     if len(argv) > 1:
       raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
     with _one_line_errors():
-      finished = body(_CONFIG.value)
+      finished = body(_config_from_flags())
     sys.exit(0 if finished else EXIT_INTERRUPTED)
 
   flags.mark_flag_as_required('config')
@@ -517,6 +578,19 @@ def _run_cli(body: Callable[[Any], bool]) -> None:
   for name in ('jax', 'orbax', 'tensorflow_datasets'):
     python_logging.getLogger(name).setLevel(python_logging.WARNING)
   app.run(main, flags_parser=parse)
+
+
+def _config_from_flags() -> Any:
+  """The config; --config.algorithm=NAME takes the row NAME, then the flags."""
+  config = _CONFIG.value
+  changed = config_flags.get_override_values(flags.FLAGS['config'])
+  if 'algorithm' in changed:
+    with config.unlocked():
+      for name, value in algorithms.config(config.algorithm).items():
+        config[name] = value
+    config.lock()
+    config.update_from_flattened_dict(changed)
+  return config
 
 
 @contextlib.contextmanager
@@ -550,6 +624,8 @@ def _one_line(error: Exception) -> str:
   if re.fullmatch(r'\W*\w+\W*', message):
     name = re.sub(r'\W', '', message)
     return f'Unknown config field {name!r}. configs/default.py lists them all.'
+  if unknown := re.match(r'Key "(.*?)" does not exist', message):
+    return f'Unknown config field {unknown[1]!r} for this algorithm or task.'
   if missing := re.search(r"No such file or directory: '(.*)'", message):
     return f'There is no file {missing[1]!r}. Configs are in configs/.'
   if '--config must have a value' in message:

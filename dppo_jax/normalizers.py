@@ -58,3 +58,30 @@ def sequence_mean() -> NormalizerFn:
     return token_mask / (lengths * token_mask.shape[0])
 
   return normalizer
+
+
+@register
+def sequence_sum() -> NormalizerFn:
+  """Token sum, then mean over sequences: Eq. 12 of arXiv:2602.04879 as it is.
+
+  `constant` without the division, so its learning rate is another.
+  """
+
+  def normalizer(token_mask: jax.Array) -> jax.Array:
+    return token_mask / float(token_mask.shape[0])
+
+  return normalizer
+
+
+@register
+def prompt_mean(*, group_size: int) -> NormalizerFn:
+  """Mean over all tokens of a prompt's completions, then over prompts."""
+
+  def normalizer(token_mask: jax.Array) -> jax.Array:
+    batch, length = token_mask.shape
+    groups = token_mask.reshape(-1, group_size * length)
+    counts = jnp.maximum(jnp.sum(groups, axis=-1, keepdims=True), 1)
+    weights = groups / (counts.astype(jnp.float32) * groups.shape[0])
+    return weights.reshape(batch, length)
+
+  return normalizer

@@ -9,6 +9,7 @@ note instead of the plot.
 """
 
 import argparse
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
@@ -92,6 +93,18 @@ PLOTS = (
         log=True,
     ),
     Plot(
+        'Divergence by age',
+        'Mean over tokens that were sampled so many optimizer updates ago.',
+        {'by_age/*/divergence_mean': 'age *'},
+        log=True,
+    ),
+    Plot(
+        'Top-K mass',
+        'Probability of the explicit buckets under the sampling policy: the '
+        'nearer to 1, the tighter the divergence.',
+        {'topk/mass_mean': 'mean', 'topk/mass_min': 'min'},
+    ),
+    Plot(
         'Entropy',
         'Mean entropy of the policy per sampled token.',
         {'entropy/mean': 'mean'},
@@ -159,8 +172,8 @@ def write_report(
 ) -> Path:
   """Writes `workdir/report.html` and returns its path.
 
-  Reads metrics.jsonl, samples.jsonl, config.json and masked_tokens.json, and
-  leaves out what is not there.
+  Reads metrics.jsonl, samples.jsonl, config.json, masked_tokens.json and
+  scatter.json, and leaves out what is not there.
 
   Args:
     workdir: directory of the run.
@@ -173,6 +186,7 @@ def write_report(
   body = [
       _header(title, rows, config),
       _plots(rows, config),
+      _scatter(_read_points(workdir / 'scatter.json')),
       _masked_tokens(_read_json(workdir / 'masked_tokens.json')),
       _samples(metrics.read_samples(workdir)),
       _config(config),
@@ -385,7 +399,7 @@ def _lines(plot: Plot, rows: list[dict]) -> list[_Line]:
         lines.append(
             _Line(
                 pattern,
-                label.replace('*', key[len(pattern) - 1 :]),
+                label.replace('*', _star(pattern, key)),
                 f'c{len(lines) % _NUM_CURVE_COLORS}',
                 np.array([row['step'] for row in logged]),
                 values,
@@ -393,6 +407,12 @@ def _lines(plot: Plot, rows: list[dict]) -> list[_Line]:
             )
         )
   return lines
+
+
+def _star(pattern: str, key: str) -> str:
+  """What the * of a pattern stands for in a key, if it has one."""
+  before, _, after = pattern.partition('*')
+  return key[len(before) : len(key) - len(after)]
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -448,6 +468,21 @@ def _draw(
 
   All plots share the x axis, so that what happens at once stands at one place.
   """
+
+  def paint(axes):
+    axes.set_xlim(span)
+    if plot.stacked:
+      note = _draw_areas(axes, plot, lines)
+    else:
+      note = _draw_lines(axes, plot, lines, thresholds)
+    _draw_grid(axes, 'step')
+    return note
+
+  return _svg(plot.title, paint)
+
+
+def _svg(title: str, paint: Callable[[Any], Any]) -> tuple[str, Any]:
+  """An SVG element with what `paint(axes)` drew, and what it returned."""
   # Slow to import.
   from matplotlib import figure
   from matplotlib import style
@@ -456,24 +491,66 @@ def _draw(
       'font.size': 11,
       'path.simplify_threshold': 1.0,  # Pixels: keeps pages of long runs small.
       'svg.fonttype': 'none',  # Text stays text, in the font of the page.
-      'svg.hashsalt': plot.title,  # The same page each time.
+      'svg.hashsalt': title,  # The same page each time.
   }
   with style.context(['default', options]):
     canvas = figure.Figure(figsize=(5, 2.6), dpi=72)
     axes = canvas.add_axes((0.12, 0.12, 0.86, 0.85), frameon=False)
-    axes.set_xlim(span)
-    if plot.stacked:
-      note = _draw_areas(axes, plot, lines)
-    else:
-      note = _draw_lines(axes, plot, lines, thresholds)
-    _draw_grid(axes)
+    painted = paint(axes)
     file = io.StringIO()
     no_metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
     canvas.savefig(file, format='svg', transparent=True, metadata=no_metadata)
-  return _inline(file.getvalue(), plot.title), note
+  return _inline(file.getvalue(), title), painted
 
 
-def _draw_grid(axes: Any) -> None:
+def _scatter(points: list[list[float]]) -> str:
+  """Ratio and total variation of tokens against mu (Fig. 2 of the paper)."""
+  if not points:
+    return ''
+  mu, ratio, gap, dropped = np.array(points, np.float64).T
+  figures = [
+      _scatter_figure(title, caption, mu, values, dropped > 0)
+      for title, caption, values in (
+          (
+              'Ratio against mu',
+              'pi / mu of tokens of the last step: half of them those that '
+              'moved most, half spread evenly.',
+              ratio,
+          ),
+          ('|pi - mu| against mu', 'Of the same tokens.', gap),
+      )
+  ]
+  return (
+      '<section><h2>Tokens of the last step</h2>'
+      f'<div class="plots">{"".join(figures)}</div></section>'
+  )
+
+
+def _scatter_figure(title, caption, mu, values, dropped) -> str:
+  def paint(axes):
+    axes.set_xlim(0, 1.02)
+    for chosen, color in ((~dropped, 'c0'), (dropped, 'c1')):
+      axes.plot(
+          mu[chosen], values[chosen], 'o', color=_INK[color], markersize=3,
+          alpha=0.6, markeredgewidth=0,
+      )
+    _draw_grid(axes, 'mu')
+
+  svg, _ = _svg(title, paint)
+  legend = ''.join(
+      f'<span><i class="swatch" style="background:var(--{color})"></i>'
+      f'{label} <b>{int(count)}</b></span>'
+      for label, color, count in (
+          ('kept', 'c0', np.sum(~dropped)), ('dropped', 'c1', np.sum(dropped))
+      )
+  )
+  return (
+      f'<figure><h2>{_escape(title)}</h2><div class="legend">{legend}</div>'
+      f'{svg}<figcaption>{_escape(caption)}</figcaption></figure>'
+  )
+
+
+def _draw_grid(axes: Any, label: str) -> None:
   """About five round numbers on each axis, and lines across for those of y."""
   from matplotlib import ticker
 
@@ -483,9 +560,10 @@ def _draw_grid(axes: Any) -> None:
   axes.tick_params(length=0, pad=5, labelcolor=_INK['soft'])
   corner = {'xy': (0, 0), 'xycoords': 'axes fraction', 'ha': 'right'}
   offset = {'xytext': (-10, -13), 'textcoords': 'offset points'}
-  axes.annotate('step', **corner, **offset, color=_INK['soft'])
+  axes.annotate(label, **corner, **offset, color=_INK['soft'])
   rounded: dict[str, Any] = {'nbins': 5, 'steps': [1, 2, 5, 10]}
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(**rounded, integer=True))
+  whole = label == 'step'
+  axes.xaxis.set_major_locator(ticker.MaxNLocator(**rounded, integer=whole))
   low, high = axes.get_ylim()
   if axes.get_yscale() == 'linear':
     axes.yaxis.set_major_locator(ticker.MaxNLocator(**rounded))
@@ -643,6 +721,10 @@ def _as_dict(value: Any) -> dict:
 
 def _escape(value: Any) -> str:
   return html.escape('' if value is None else str(value), quote=True)
+
+
+def _read_points(path: Path) -> list[list[float]]:
+  return json.loads(path.read_text()) if path.exists() else []
 
 
 def _read_json(path: Path) -> dict:

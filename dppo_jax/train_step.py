@@ -18,6 +18,7 @@ from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import ScoredRollout
+from dppo_jax.types import Threshold
 from dppo_jax.types import TrainState
 
 # train_step(state, scored, prompts) -> (state, rollout, metrics)
@@ -31,7 +32,7 @@ def make_train_step(
     *,
     learn: Callable[..., Any],
     rollout_fn: RolloutFn,
-    threshold: float | tuple[float, float],
+    threshold: Threshold,
     group_size: int,
     vocab_size: int,
     state_shardings: PyTree,
@@ -68,6 +69,8 @@ def make_train_step(
         scored.rollout.policy_version
     )
     metrics['optimizer/nonfinite_in_a_row'] = new_state.nonfinite_in_a_row
+    metrics |= diagnostics.record_metrics(scored.rollout)
+    metrics['scatter'] = diagnostics.scatter(stats)
     metrics['masked_tokens'] = diagnostics.masked_token_counts(
         stats, vocab_size=vocab_size
     )
@@ -109,8 +112,21 @@ def make_train_step(
   )
 
 
-def init_state(params: PyTree, optimizer: Any, key: jax.Array) -> TrainState:
-  """The state before the first update. `key` is a typed PRNG key."""
+def init_state(
+    params: PyTree,
+    optimizer: Any,
+    key: jax.Array,
+    *,
+    with_reference: bool = False,
+) -> TrainState:
+  """The state before the first update.
+
+  Args:
+    params: parameter tree.
+    optimizer: an `optim.Optimizer`.
+    key: typed PRNG key.
+    with_reference: keep a frozen copy of the parameters, for penalties.
+  """
   # Not one shared zero: donation refuses the same buffer twice.
   return TrainState(
       step=jnp.zeros((), jnp.int32),
@@ -119,6 +135,7 @@ def init_state(params: PyTree, optimizer: Any, key: jax.Array) -> TrainState:
       key=key,
       policy_version=jnp.zeros((), jnp.int32),
       nonfinite_in_a_row=jnp.zeros((), jnp.int32),
+      reference=jax.tree.map(jnp.copy, params) if with_reference else (),
   )
 
 
@@ -128,6 +145,7 @@ def state_shardings(state: TrainState, mesh: Any) -> TrainState:
   return jax.tree.map(lambda _: everywhere, state)._replace(
       params=sharding.of_params(state.params, mesh),
       opt_state=sharding.of_params(state.opt_state, mesh),
+      reference=sharding.of_params(state.reference, mesh),
   )
 
 

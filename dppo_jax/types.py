@@ -13,6 +13,10 @@ import jax
 
 PyTree = Any
 
+# Largest divergence at which a token may still push outwards; a pair is (low,
+# high), for negative and for positive advantages.
+Threshold = float | tuple[float, float]
+
 
 class Prompts(NamedTuple):
   """A batch of prompts, padded on the left so that completions line up."""
@@ -47,13 +51,17 @@ class Divergence(NamedTuple):
   `record(logits [..., V], tokens [...])` is called on the behaviour policy's
   logits while it samples; `measure(logits, tokens, recorded)` compares the
   target policy's logits with it and returns [...] float32. `threshold` is in
-  the unit that `measure` returns: one number, or (low, high) for negative and
-  positive advantages.
+  the unit that `measure` returns.
+
+  `direction(logits, tokens, recorded)`, where given, says whether raising the
+  sampled token's probability moves further out (> 0) or back (< 0); otherwise
+  the sign of the log-ratio does.
   """
 
   record: Callable[[jax.Array, jax.Array], PyTree]
   measure: Callable[[jax.Array, jax.Array, PyTree], jax.Array]
-  threshold: float | tuple[float, float]
+  threshold: Threshold
+  direction: Callable[[jax.Array, jax.Array, PyTree], jax.Array] | None = None
 
 
 class LossInputs(NamedTuple):
@@ -62,9 +70,11 @@ class LossInputs(NamedTuple):
   logprobs: jax.Array  # float32, target policy; carries the gradient.
   behaviour_logprobs: jax.Array  # float32, the anchor.
   divergence: jax.Array  # float32, D(behaviour || target).
-  trust_region: jax.Array  # bool, token may still push the policy.
+  trust_region: jax.Array  # bool, token may still push the policy; a float
+  # in [0, 1] where the rule is soft.
   advantages: jax.Array  # float32
   token_mask: jax.Array  # bool
+  segment_ids: jax.Array | None = None  # int32; one sequence a row if None.
 
 
 LossFn = Callable[[LossInputs], tuple[jax.Array, dict[str, jax.Array]]]
@@ -79,3 +89,4 @@ class TrainState(NamedTuple):
   key: jax.Array  # typed PRNG key; the step folds `step` into it.
   policy_version: jax.Array  # [] int32, optimizer updates applied.
   nonfinite_in_a_row: jax.Array  # [] int32, updates skipped just now.
+  reference: PyTree = ()  # Frozen parameters, where a penalty needs them.

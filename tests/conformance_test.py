@@ -13,6 +13,9 @@ from dppo_jax import algorithms
 from dppo_jax import divergences
 from dppo_jax import losses
 from dppo_jax import normalizers
+from dppo_jax import penalties
+from dppo_jax import shaping
+from dppo_jax import trust_regions
 from dppo_jax.types import LossInputs
 
 pytestmark = pytest.mark.usefixtures('no_nans')
@@ -21,7 +24,14 @@ VOCABULARY = 24  # More than the 20 that top-K remembers by default.
 
 each_divergence = pytest.mark.parametrize('name', divergences.names())
 each_loss = pytest.mark.parametrize('name', losses.names())
+each_region = pytest.mark.parametrize('name', trust_regions.names())
 each_advantage = pytest.mark.parametrize('name', advantages.names())
+# All but the reward itself compare completions with each other.
+each_baseline = pytest.mark.parametrize(
+    'name', [name for name in advantages.names() if name != 'raw']
+)
+each_shaping = pytest.mark.parametrize('name', shaping.names())
+each_estimator = pytest.mark.parametrize('name', penalties.ESTIMATORS)
 each_normalizer = pytest.mark.parametrize('name', normalizers.names())
 
 
@@ -29,13 +39,17 @@ each_normalizer = pytest.mark.parametrize('name', normalizers.names())
     'registered, numbers',
     [
         (divergences.names(), hand_numbers.DIVERGENCES),
+        (trust_regions.names(), hand_numbers.REGIONS),
         (losses.names(), hand_numbers.LOSSES),
         (advantages.names(), hand_numbers.ADVANTAGES),
+        (shaping.names(), hand_numbers.SHAPINGS),
         (normalizers.names(), hand_numbers.NORMALIZERS),
+        (list(penalties.ESTIMATORS), hand_numbers.ESTIMATORS),
         (algorithms.names(), hand_numbers.ALGORITHMS),
         (algorithms.names(), hand_numbers.PAPER_SETTINGS),
     ],
-    ids=['divergence', 'loss', 'advantage', 'normalizer', 'row', 'settings'],
+    ids=['divergence', 'region', 'loss', 'advantage', 'shaping', 'normalizer',
+         'estimator', 'row', 'settings'],
 )
 def test_every_name_has_a_hand_number(registered, numbers):
   without = [name for name in registered if not numbers.get(name)]
@@ -249,17 +263,20 @@ def loss_and_gradient(loss_fn, inputs):
 @each_loss
 def test_loss_gives_its_hand_numbers(name):
   for options, mu, pi, advantage, value, slope in hand_numbers.LOSSES[name]:
+    mu, pi = np.atleast_2d(mu), np.atleast_2d(pi)
     inputs = LossInputs(
-        logprobs=hand_numbers.logs([[pi]]),
-        behaviour_logprobs=hand_numbers.logs([[mu]]),
-        divergence=f32([[abs(mu - pi)]]),
-        trust_region=jnp.asarray([[True]]),
-        advantages=f32([[advantage]]),
-        token_mask=jnp.asarray([[True]]),
+        logprobs=hand_numbers.logs(pi),
+        behaviour_logprobs=hand_numbers.logs(mu),
+        divergence=f32(np.abs(mu - pi)),
+        trust_region=jnp.ones(mu.shape, bool),
+        advantages=jnp.full(mu.shape, advantage, jnp.float32),
+        token_mask=jnp.ones(mu.shape, bool),
     )
     loss, gradient = loss_and_gradient(losses.build(name, **options), inputs)
-    np.testing.assert_allclose(loss, value, rtol=1e-5)
-    np.testing.assert_allclose(gradient, [[slope]], rtol=1e-5)
+    np.testing.assert_allclose(loss, value, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        gradient, np.atleast_2d(slope), rtol=1e-5, atol=5e-6
+    )
 
 
 @each_loss
@@ -270,8 +287,10 @@ def test_loss_and_gradient_do_not_see_padding(name, spoiler):
   fields = ('logprobs', 'behaviour_logprobs', 'divergence', 'advantages')
   loss, gradient = loss_and_gradient(loss_fn, inputs)
   with jax.debug_nans(False):  # NaN goes in here, on purpose.
+    inputs = inputs._replace(trust_region=inputs.trust_region.astype(float))
     spoiled = inputs._replace(**{
-        field: getattr(inputs, field).at[1, 2].set(spoiler) for field in fields
+        field: getattr(inputs, field).at[1, 2].set(spoiler)
+        for field in (*fields, 'trust_region')
     })
     loss_spoiled, gradient_spoiled = loss_and_gradient(loss_fn, spoiled)
   np.testing.assert_array_equal(loss_spoiled, loss)
@@ -311,13 +330,56 @@ def test_kept_token_with_log_ratio_100_is_not_hidden_unless_capped(name):
   inputs = inputs._replace(
       behaviour_logprobs=inputs.logprobs.at[0, 1].add(-100.0)
   )
-  loss, _ = loss_and_gradient(losses.build(name), inputs)
-  assert not jnp.isfinite(loss)
-  if 'ratio_cap' in losses.register.options(name):
-    capped = losses.build(name, ratio_cap=5.0)
-    loss, gradient = loss_and_gradient(capped, inputs)
+  loss, gradient = loss_and_gradient(losses.build(name), inputs)
+  if name in ('spo', 'drpo'):
+    # Nothing drops a token, so e^20 bounds the ratio: enormous, not infinite.
     assert jnp.isfinite(loss) and jnp.all(jnp.isfinite(gradient))
-    np.testing.assert_allclose(gradient[0, 1], -5.0)
+    # Spo: r^2 / 12.5 = e^40 / 12.5; drpo has mu = .15 e^-100 = 0 before it.
+    expected = {'spo': np.exp(40) / 12.5, 'drpo': -np.exp(20)}[name]
+    np.testing.assert_allclose(gradient[0, 1], expected, rtol=1e-4)
+    return
+  assert not jnp.isfinite(loss)
+  capped = losses.build(name, ratio_cap=5.0)
+  loss, gradient = loss_and_gradient(capped, inputs)
+  assert jnp.isfinite(loss) and jnp.all(jnp.isfinite(gradient))
+  np.testing.assert_allclose(gradient[0, 1], -5.0)
+
+
+@each_loss
+def test_soft_region_multiplies_the_gradient(name):
+  loss_fn, inputs = losses.build(name), loss_inputs()
+  whole = inputs._replace(trust_region=jnp.ones((2, 3)))
+  half = inputs._replace(trust_region=f32([[0.5, 1, 0], [0.25, 1, 1]]))
+  factors = f32([[0.5, 1, 0], [0.25, 1, 0]])  # The last token is padding.
+  np.testing.assert_allclose(
+      loss_and_gradient(loss_fn, half)[1],
+      factors * loss_and_gradient(loss_fn, whole)[1],
+      rtol=1e-6,
+  )
+
+
+@each_loss
+def test_loss_is_the_same_in_vmap_and_float32_of_bfloat16(name):
+  loss_fn, inputs = losses.build(name), loss_inputs()
+  inputs = inputs._replace(segment_ids=jnp.ones((2, 3), jnp.int32))
+  plain, _ = loss_fn(inputs)
+  batched, _ = jax.vmap(loss_fn)(jax.tree.map(lambda x: x[:, None], inputs))
+  np.testing.assert_allclose(batched[:, 0], plain, rtol=1e-6)
+  rough = jax.tree.map(to_bfloat16, inputs)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    loss, _ = loss_fn(jax.tree.map(functools.partial(upcast, dtype), rough))
+    assert jnp.all(jnp.isfinite(loss.astype(jnp.float32)))
+    np.testing.assert_allclose(
+        loss.astype(jnp.float32), plain, rtol=0.1, atol=0.02
+    )
+
+
+def to_bfloat16(x):
+  return x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x
+
+
+def upcast(dtype, x):
+  return x.astype(dtype) if x.dtype == jnp.bfloat16 else x
 
 
 @each_loss
@@ -333,6 +395,150 @@ def test_loss_is_the_same_in_jit(name):
   )
 
 
+# --- trust regions -----------------------------------------------------------
+
+
+def region_inputs(*, behaviour, target, advantages, threshold=0.15, **changes):
+  """One sequence a row, D = |mu - pi|. Probabilities [B, T]."""
+  behaviour, target = np.asarray(behaviour), np.asarray(target)
+  log_ratio = hand_numbers.logs(target) - hand_numbers.logs(behaviour)
+  inputs = trust_regions.RegionInputs(
+      divergence=f32(np.abs(behaviour - target)),
+      log_ratio=log_ratio,
+      direction=log_ratio,
+      anchor_logprobs=hand_numbers.logs(behaviour),
+      advantages=f32(advantages),
+      token_mask=jnp.ones(behaviour.shape, bool),
+      segment_ids=jnp.ones(behaviour.shape, jnp.int32),
+      threshold=threshold,
+  )
+  return inputs._replace(**changes)
+
+
+def random_region_inputs(threshold=0.15):
+  """Rows with tokens inside, outside and at all ratios; some are padding."""
+  rng = np.random.RandomState(0)
+  behaviour, target = rng.uniform(0.01, 0.99, (2, 6, 8))
+  mask = rng.uniform(size=(6, 8)) < 0.7
+  return region_inputs(
+      behaviour=behaviour,
+      target=target,
+      advantages=rng.choice([-1.0, 0.0, 2.0], (6, 8)),
+      threshold=threshold,
+      token_mask=jnp.asarray(mask),
+      segment_ids=jnp.asarray(np.repeat([[1] * 3 + [2] * 5], 6, 0)),
+  )
+
+
+@each_region
+def test_region_gives_its_hand_numbers(name):
+  for case in hand_numbers.REGIONS[name]:
+    options, threshold, behaviour, target, advantages, kept = case
+    inputs = region_inputs(
+        behaviour=[behaviour],
+        target=[target],
+        advantages=[advantages],
+        threshold=threshold,
+    )
+    got = trust_regions.build(name, **options)(inputs)
+    np.testing.assert_allclose(
+        got.astype(jnp.float32), [kept], rtol=1e-5, err_msg=str(case)
+    )
+
+
+@each_region
+def test_region_is_a_mask_or_weights_up_to_one_the_same_in_jit_and_vmap(name):
+  region_fn, inputs = trust_regions.build(name), random_region_inputs()
+  region = region_fn(inputs)
+  assert region.shape == (6, 8) and region.dtype in (bool, jnp.float32)
+  assert jnp.all((region >= 0) & (region <= 1))
+  np.testing.assert_array_equal(jax.jit(region_fn)(inputs), region)
+  one_by_one = jax.tree.map(
+      lambda x: x[:, None] if hasattr(x, 'shape') else x, inputs
+  )
+  axes = inputs._replace(**{k: 0 for k in inputs._fields})
+  axes = axes._replace(threshold=None)
+  mapped = jax.vmap(region_fn, in_axes=(axes,))(one_by_one)
+  np.testing.assert_array_equal(mapped[:, 0], region)
+
+
+@each_region
+def test_region_keeps_everything_of_equal_policies(name):
+  inputs = region_inputs(
+      behaviour=[[0.2, 0.5, 0.9]],
+      target=[[0.2, 0.5, 0.9]],
+      advantages=[[1.0, -1.0, 0.0]],
+  )
+  np.testing.assert_array_equal(trust_regions.build(name)(inputs), [[1, 1, 1]])
+
+
+@each_region
+@pytest.mark.parametrize('spoiler', [np.nan, np.inf, -np.inf])
+def test_region_and_its_gradient_do_not_see_padding(name, spoiler):
+  clean = random_region_inputs(threshold=0.5)
+  mask = clean.token_mask
+  spoil = lambda x: jnp.where(mask, x, spoiler)
+  # Of the losses the one that looks at most tokens at a time.
+  loss_fn = losses.build('policy_gradient', ratio='sequence')
+
+  def run(inputs):
+    region = trust_regions.build(name)(inputs)
+
+    def total(logprobs):
+      values, _ = loss_fn(LossInputs(
+          logprobs=logprobs,
+          behaviour_logprobs=inputs.anchor_logprobs,
+          divergence=inputs.divergence,
+          trust_region=region,
+          advantages=inputs.advantages,
+          token_mask=mask,
+          segment_ids=inputs.segment_ids,
+      ))
+      return jnp.sum(values)
+
+    logprobs = inputs.anchor_logprobs + inputs.log_ratio
+    return region, *jax.value_and_grad(total)(logprobs)
+
+  with jax.debug_nans(False):  # NaN goes in here, on purpose.
+    dirty = run(clean._replace(**{
+        field: spoil(getattr(clean, field))
+        for field in ('divergence', 'log_ratio', 'direction', 'advantages',
+                      'anchor_logprobs')
+    }))
+  region, value, slopes = run(clean)
+  np.testing.assert_array_equal(dirty[0][mask], region[mask])
+  np.testing.assert_array_equal(dirty[1], value)
+  np.testing.assert_array_equal(dirty[2], slopes)
+  assert jnp.all(slopes[~mask] == 0) and jnp.any(slopes[mask] != 0)
+
+
+@each_region
+def test_region_of_bfloat16_is_finite(name):
+  inputs = random_region_inputs()._replace(threshold=0.15)
+  rough = jax.tree.map(
+      lambda x: to_bfloat16(x) if hasattr(x, 'dtype') else x, inputs
+  )
+  region = trust_regions.build(name)(rough).astype(jnp.float32)
+  assert jnp.all((region >= 0) & (region <= 1))
+  # A threshold is hardly ever hit within the rounding.
+  exact = trust_regions.build(name)(inputs)
+  assert jnp.mean(jnp.abs(region - exact) > 0.05) < 0.1
+
+
+@pytest.mark.parametrize(
+    'name, options, message',
+    [
+        ('relaxed', {'side': 'hihg'}, "Did you mean 'high'"),
+        ('dual_clip', {'ratio_limit': 1.0}, 'ratio_limit=1.0 must be above 1'),
+        ('band', {'lowest': 2.0}, 'lowest=2.0 and highest=5.0'),
+        ('sequence_divergence', {'statistic': 'maxx'}, "Did you mean 'max'"),
+    ],
+)
+def test_region_that_cannot_be_is_refused(name, options, message):
+  with pytest.raises(ValueError, match=message):
+    trust_regions.build(name, **options)
+
+
 # --- advantages --------------------------------------------------------------
 
 
@@ -344,7 +550,7 @@ def test_advantage_gives_its_hand_numbers(name):
       np.testing.assert_allclose(fn(f32(rewards)), expected, rtol=1e-5)
 
 
-@each_advantage
+@each_baseline
 @pytest.mark.parametrize('group_size', [3, 8])
 def test_group_without_variance_has_exactly_no_advantage(name, group_size):
   # The mean of eight times 0.7 is not 0.7 in float32.
@@ -354,7 +560,7 @@ def test_group_without_variance_has_exactly_no_advantage(name, group_size):
     np.testing.assert_array_equal(fn(f32(rewards)), np.zeros(6 * group_size))
 
 
-@each_advantage
+@each_baseline
 def test_advantages_of_a_group_sum_to_zero_and_ignore_the_other_groups(name):
   advantage_fn = advantages.build(name, group_size=4)
   rewards = jax.random.uniform(jax.random.key(0), (12,))
@@ -362,7 +568,51 @@ def test_advantages_of_a_group_sum_to_zero_and_ignore_the_other_groups(name):
   assert got.shape == (12,) and got.dtype == jnp.float32
   np.testing.assert_allclose(got.reshape(3, 4).sum(-1), jnp.zeros(3), atol=1e-5)
   changed = advantage_fn(rewards.at[:4].add(jnp.arange(4.0)))
-  np.testing.assert_array_equal(changed[4:], got[4:])
+  if name == 'batch_zscore':  # Their spread sets the scale of all.
+    assert jnp.all(jnp.abs(changed[4:]) < jnp.abs(got[4:]))
+    got = got * changed[4] / got[4]
+    np.testing.assert_allclose(changed[4:], got[4:], rtol=1e-4)
+  else:
+    np.testing.assert_array_equal(changed[4:], got[4:])
+
+
+@each_advantage
+def test_advantage_is_the_same_in_vmap_and_finite_in_bfloat16(name):
+  known = {'group_size': 4} if name != 'raw' else {}
+  advantage_fn = advantages.build(name, **known)
+  rewards = jax.random.uniform(jax.random.key(0), (3, 8))
+  each = jnp.stack([advantage_fn(row) for row in rewards])
+  np.testing.assert_allclose(
+      jax.vmap(advantage_fn)(rewards), each, rtol=1e-5, atol=1e-6
+  )
+  rough = advantage_fn(rewards[0].astype(jnp.bfloat16))
+  np.testing.assert_allclose(
+      rough.astype(jnp.float32), each[0], rtol=0.05, atol=0.05
+  )
+
+
+# --- shaping and penalties ---------------------------------------------------
+
+
+@each_shaping
+def test_shaping_gives_its_hand_numbers(name):
+  for options, rewards, lengths, expected in hand_numbers.SHAPINGS[name]:
+    shaping_fn = shaping.build(name, **options)
+    for fn in (shaping_fn, jax.jit(shaping_fn), jax.vmap(shaping_fn)):
+      got = fn(f32(rewards), jnp.asarray(lengths, jnp.int32))
+      assert got.dtype == jnp.float32
+      np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@each_estimator
+def test_estimator_gives_its_hand_numbers(name):
+  for reference, target, expected in hand_numbers.ESTIMATORS[name]:
+    got = penalties.reference_kl(
+        logprobs=hand_numbers.logs(target),
+        reference_logprobs=hand_numbers.logs(reference),
+        estimator=name,
+    )
+    np.testing.assert_allclose(got, expected, rtol=2e-5)
 
 
 # --- normalizers -------------------------------------------------------------
@@ -378,6 +628,18 @@ def test_normalizer_gives_its_hand_numbers(name):
     np.testing.assert_allclose(
         jax.jit(normalizer)(jnp.asarray(mask, bool)), expected, rtol=1e-6
     )
+
+
+@each_normalizer
+def test_normalizer_weighs_a_group_by_itself_in_vmap(name):
+  options = hand_numbers.NORMALIZERS[name][0][0]
+  normalizer = normalizers.build(name, **options)
+  masks = jax.random.bernoulli(jax.random.key(0), 0.6, (3, 4, 5))
+  np.testing.assert_allclose(
+      jax.vmap(normalizer)(masks),
+      jnp.stack([normalizer(mask) for mask in masks]),
+      rtol=1e-6,
+  )
 
 
 @each_normalizer

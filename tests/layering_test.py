@@ -12,12 +12,14 @@ import dppo_jax
 # Lowest first; `models.*` is the package and everything in it. A new file in
 # `dppo_jax/` must be given its place here.
 LAYERS = (
-    ('types', 'masking', 'registry'),
-    ('divergences', 'advantages', 'normalizers', 'losses', 'algorithms',
-     'diagnostics', 'duals'),
+    ('types', 'masking', 'segments', 'registry'),
+    ('divergences', 'trust_regions', 'losses', 'penalties', 'advantages',
+     'shaping', 'normalizers', 'algorithms', 'diagnostics', 'duals'),
     ('models.*', 'tasks.*', 'optim', 'sharding'),
     ('sampling', 'packing', 'replay'),
-    ('rollout', 'learner', 'evaluate'),
+    ('rollout', 'target', 'evaluate'),
+    ('objective',),
+    ('learner',),
     ('train_step',),
     ('checkpoint', 'checks', 'logbook', 'metrics', 'report', 'workdir'),
     ('main',),

@@ -9,7 +9,6 @@ import pytest
 import tiny_model
 
 from dppo_jax import divergences
-from dppo_jax import learner
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import optim
@@ -66,8 +65,8 @@ def test_ratio_is_one_and_every_divergence_zero_right_after_a_rollout(
       temperature=temperature,
       record=everything.record,
   )
-  target_fn = learner.make_target_fn(
-      model.replace(params=None), everything, temperature=temperature
+  target_fn = tiny_model.make_target_fn(
+      everything, model=model.replace(params=None), temperature=temperature
   )
   # Optimized, as in a run.
   rolled, _ = jax.jit(rollout.make_rollout_fn(sampler, group_size=4))(
@@ -235,9 +234,8 @@ def test_chunks_of_the_vocabulary_head_equal_the_whole(scored):
   weights = rng.standard_normal((2, *scored.rollout.token_mask.shape))
 
   def run(chunk_size):
-    target_fn = learner.make_target_fn(
-        tiny_model.MODEL, tiny_model.topk_tv(), temperature=0.7,
-        chunk_size=chunk_size,
+    target_fn = tiny_model.make_target_fn(
+        tiny_model.topk_tv(), temperature=0.7, chunk_size=chunk_size
     )
 
     def total(params):
@@ -261,9 +259,8 @@ def test_chunks_of_the_vocabulary_head_equal_the_whole(scored):
 def test_no_array_of_tokens_times_vocabulary_exists_with_chunks(scored):
   # 160 tokens of 64 words. In chunks of 32 no shape holds both sizes.
   def shapes(chunk_size):
-    target_fn = learner.make_target_fn(
-        tiny_model.MODEL, divergences.build('binary_tv'), temperature=1.0,
-        chunk_size=chunk_size,
+    target_fn = tiny_model.make_target_fn(
+        divergences.build('binary_tv'), chunk_size=chunk_size
     )
     small = scored.rollout._replace(record=scored.rollout.behaviour_logprobs)
     total = lambda p: jnp.mean(target_fn(p, small).logprobs)
@@ -420,11 +417,13 @@ def test_losses_of_the_mini_batches_average_to_that_of_the_rollout(scored):
 @pytest.mark.parametrize('name', normalizers.names())
 def test_weights_add_up(name, scored):
   mask = np.asarray(scored.rollout.token_mask)
-  options = {'horizon': 6} if name == 'constant' else {}
-  weights = np.asarray(normalizers.build(name, **options)(jnp.asarray(mask)))
-  # token_mean and sequence_mean are means; constant counts tokens in units of
-  # 16 rows of 6.
-  total = mask.sum() / (16 * 6) if name == 'constant' else 1.0
+  options = {'constant': {'horizon': 6}, 'prompt_mean': {'group_size': 4}}
+  normalizer = normalizers.build(name, **options.get(name, {}))
+  weights = np.asarray(normalizer(jnp.asarray(mask)))
+  # Means add up to 1; constant counts tokens in units of 16 rows of 6,
+  # sequence_sum in units of 16 rows.
+  units = {'constant': 16 * 6, 'sequence_sum': 16}
+  total = mask.sum() / units.get(name, mask.sum())
   np.testing.assert_allclose(weights.sum(), total, rtol=1e-6)
   assert (weights[mask] > 0).all() and (weights[~mask] == 0).all()
 
@@ -460,7 +459,7 @@ def test_an_infinite_threshold_is_the_plain_policy_gradient(scored):
 def test_a_small_threshold_masks_what_moves_out(scored):
   tight = divergences.build('binary_tv', threshold=1e-3)
   state, stats, _ = learn(binary(scored), divergence=tight, num_minibatches=4)
-  masked = np.asarray(stats.token_mask & ~stats.trust_region)
+  masked = np.asarray(stats.token_mask & (stats.trust_region == 0))
   assert not masked[0].any() and masked[1:].any()
   log_ratio = np.asarray(stats.logprobs - stats.behaviour_logprobs)
   assert ((np.asarray(stats.advantages) * log_ratio)[masked] > 0).all()
@@ -482,9 +481,7 @@ def test_the_better_completions_become_likelier(once, scored):
       lambda new, old: old + 0.1 * (new - old),
       once[0].params, tiny_model.params(),
   )
-  target_fn = learner.make_target_fn(
-      tiny_model.MODEL, tiny_model.topk_tv(), temperature=1.0
-  )
+  target_fn = tiny_model.make_target_fn(tiny_model.topk_tv())
   after = tiny_model.jit(target_fn)(params, scored.rollout).logprobs
   change = np.where(
       scored.rollout.token_mask, after - scored.rollout.behaviour_logprobs, 0

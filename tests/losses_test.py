@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import table_model
 
 from dppo_jax import advantages
 from dppo_jax import algorithms
@@ -43,29 +44,24 @@ def slopes(*, logprobs, behaviour, divergence, advantages, threshold,
 
 
 def slopes_of_algorithm(name, *, behaviour, target, advantages):
-  """The same, from probabilities of sampled tokens in a vocabulary of 24."""
-  row = algorithms.config(name)
-  options = dict(row['divergence'])
-  divergence = divergences.build(options.pop('name'), **options)
-  loss = dict(row['loss'])
-  assert loss.pop('name') == 'policy_gradient'
+  """The same, from probabilities of sampled tokens in a vocabulary of 24.
+
+  Every token is a sequence of its own.
+  """
 
   def logits(p):  # The rest is spread evenly over tokens 1 to 23.
-    rest = np.broadcast_to((1 - np.asarray(p)[:, None]) / 23, (len(p), 23))
-    return hand_numbers.logs(np.concatenate([np.asarray(p)[:, None], rest], 1))
+    p = np.asarray(p)[:, None]
+    rest = np.broadcast_to((1 - p) / 23, (len(p), 23))
+    return hand_numbers.logs(np.concatenate([p, rest], 1))[:, None]
 
-  tokens = jnp.zeros(len(behaviour), jnp.int32)
-  old, new = logits(behaviour), logits(target)
-  return slopes(
-      logprobs=divergences.token_logprobs(new, tokens),
-      behaviour=divergences.token_logprobs(old, tokens),
-      divergence=divergence.measure(
-          new, tokens, divergence.record(old, tokens)
-      ),
-      advantages=jnp.asarray(advantages, jnp.float32),
-      threshold=divergence.threshold,
-      **loss,
+  got = table_model.slopes(
+      name,
+      behaviour=logits(behaviour),
+      target=logits(target),
+      tokens=np.zeros((len(behaviour), 1), np.int32),
+      advantages=np.asarray(advantages)[:, None],
   )
+  return got[:, 0]
 
 
 # --- the table of algorithms -------------------------------------------------
@@ -101,17 +97,21 @@ def test_every_algorithm_has_a_source_and_the_settings_of_its_paper(name):
   assert 'arXiv:' in row.source or row.source.startswith('ours:')
   config = algorithms.config(name)
   assert config['algorithm'] == name
+  expected = {
+      'advantage.name': 'group_mean',  # Nowhere a standard deviation, but ...
+      'anchor': 'behaviour',
+      'normalizer.name': 'constant',
+  } | hand_numbers.PAPER_SETTINGS[name]
   options = dict(config['divergence'])
   divergence = divergences.build(options.pop('name'), **options)
-  threshold, ratio_cap = hand_numbers.PAPER_SETTINGS[name]
-  assert divergence.threshold == threshold
-  assert config['loss']['ratio_cap'] == ratio_cap
-  if 'k' in options:
-    assert options['k'] == 20 and options['construction'] == 'union'
-  # Nowhere a standard deviation.
-  assert config['advantage']['name'] == 'group_mean'
-  assert config['normalizer']['name'] in normalizers.names()
-  assert config['loss']['name'] in losses.names()
+  assert divergence.threshold == expected.pop('threshold')
+  if 'ratio_cap' in config['loss']:
+    assert config['loss']['ratio_cap'] == expected.pop(
+        'loss.ratio_cap', math.inf
+    )
+  for field, value in expected.items():
+    section, _, option = field.partition('.')
+    assert (config[section][option] if option else config[section]) == value
 
 
 def test_unknown_algorithm_suggests_the_nearest():
@@ -275,6 +275,7 @@ def test_on_policy_gradient_is_the_advantage_for_every_algorithm():
         ('sequence_mean', {}, 3.25),  # (3 / 2 + 10 / 2) / 2.
         ('constant', {'horizon': 1}, 6.5),  # (3 + 10) / 2.
         ('constant', {'horizon': 3}, 2.166667),  # (3 / 3 + 10 / 3) / 2.
+        ('sequence_sum', {}, 6.5),  # (3 + 10) / 2.
     ],
 )
 def test_normalisers_of_verl_s_two_sequences(name, options, value):
@@ -289,11 +290,12 @@ def test_splitting_a_rollout_does_not_change_its_loss(name):
   # From verl's tests: 1 to 24 as 8 sequences of 3, the last token padding.
   loss = jnp.arange(1.0, 25.0).reshape(8, 3)
   mask = jnp.tile(jnp.asarray([True, True, False]), (8, 1))
-  options = {'horizon': 2} if name == 'constant' else {}
-  weights = normalizers.build(name, **options)(mask)
+  options = {'constant': {'horizon': 2}, 'prompt_mean': {'group_size': 4}}
+  weights = normalizers.build(name, **options.get(name, {}))(mask)
   whole = jnp.sum(loss * weights)
-  # Sequences of equal length: the mean of 1 2, 4 5, ..., 22 23.
-  close(whole, 12)
+  # Sequences of equal length: the mean of 1 2, 4 5, ..., 22 23; twice that
+  # where a sequence of two tokens is summed.
+  close(whole, 24 if name == 'sequence_sum' else 12)
   for pieces in (2, 4, 8):
     parts = jnp.split(loss * weights, pieces)
     close(sum(jnp.sum(part) for part in parts), whole)
@@ -308,7 +310,9 @@ def test_mean_normalisers_give_a_rollout_the_weight_one(name):
 # --- advantages --------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', ['group_zscore', 'leave_one_out'])
+@pytest.mark.parametrize(
+    'name', ['batch_zscore', 'group_zscore', 'leave_one_out']
+)
 def test_group_of_one_has_nobody_to_compare_with(name):
   with pytest.raises(ValueError, match=f'group_size=1: {name} needs others'):
     advantages.build(name, group_size=1)

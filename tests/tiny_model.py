@@ -5,6 +5,7 @@ N prompts, G completions of each, P prompt tokens, C completion tokens.
 
 import contextlib
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,19 @@ import numpy as np
 import optax
 
 from dppo_jax import advantages
+from dppo_jax import algorithms
 from dppo_jax import divergences
 from dppo_jax import learner
 from dppo_jax import losses
 from dppo_jax import normalizers
+from dppo_jax import objective
 from dppo_jax import optim
 from dppo_jax import rollout
 from dppo_jax import sampling
+from dppo_jax import shaping
+from dppo_jax import target
+from dppo_jax import train_step
+from dppo_jax import trust_regions
 from dppo_jax.models import layers
 from dppo_jax.models import qwen3
 from dppo_jax.models.causal_lm import CausalLM
@@ -115,20 +122,101 @@ def sgd(learning_rate=0.5):
   )
 
 
-def make_learner(divergence, **options):
-  """`learner.make_learner` with one update, unless told otherwise."""
-  return learner.make_learner(**{
+def make_objective(divergence, **options):
+  """(prepare, weighted_loss): the loss of DPPO, unless told otherwise."""
+  options = {
       'model': MODEL,
-      'divergence': divergence,
+      'region_fn': trust_regions.build('outward'),
       'loss_fn': losses.build('policy_gradient'),
       'advantage_fn': advantages.build('group_mean', group_size=GROUP_SIZE),
+      'shaping_fn': shaping.build('unshaped'),
       'normalizer': normalizers.build('token_mean'),
-      'optimizer': sgd(),
+      'anchor': 'behaviour',
+      'extras': objective.Extras(),
+      'group_size': GROUP_SIZE,
+      'num_groups': 0,
+      'mask_truncated': False,
+      'num_parts': 1,
       'temperature': 1.0,
-      'num_epochs': 1,
-      'num_minibatches': 1,
+      'chunk_size': 0,
       **options,
-  })
+      'divergence': divergence,
+  }
+  fns = objective.make_prepare_fn, objective.make_loss_fn
+  takes = [inspect.signature(fn).parameters for fn in fns]
+  unknown = [name for name in options if not any(name in t for t in takes)]
+  assert not unknown, f'options that nothing takes: {unknown}'
+  return tuple(
+      fn(**{k: v for k, v in options.items() if k in t})
+      for fn, t in zip(fns, takes)
+  )
+
+
+def make_learner(
+    divergence,
+    *,
+    optimizer=None,
+    num_epochs=1,
+    num_minibatches=1,
+    num_microbatches=1,
+    **options,
+):
+  """`learner.make_learner` with one update, unless told otherwise."""
+  num_parts = num_minibatches * num_microbatches
+  prepare, weighted_loss = make_objective(
+      divergence, num_parts=num_parts, **options
+  )
+  return learner.make_learner(
+      weighted_loss=weighted_loss,
+      prepare=prepare,
+      optimizer=optimizer or sgd(),
+      num_epochs=num_epochs,
+      num_minibatches=num_minibatches,
+      num_microbatches=num_microbatches,
+  )
+
+
+def row_options(name, **known):
+  """What `make_learner` takes for a row of the table of algorithms.
+
+  Built from names as a run does it; `known` are options that no config sets.
+  """
+  known = {'group_size': GROUP_SIZE, 'horizon': COMPLETION_LENGTH, **known}
+  row = algorithms.config(name)
+
+  def build(module, section):
+    options = section.to_dict()
+    factory = options.pop('name')
+    for option in module.register.required(factory):
+      options[option] = known[option]
+    return module.build(factory, **options)
+
+  return {
+      'divergence': build(divergences, row['divergence']),
+      'region_fn': build(trust_regions, row['trust_region']),
+      'loss_fn': build(losses, row['loss']),
+      'anchor': row['anchor'],
+      'advantage_fn': build(advantages, row['advantage']),
+      'normalizer': build(normalizers, row['normalizer']),
+  }
+
+
+def make_state(params, **options):
+  """The state before the first update of `sgd()`."""
+  return train_step.init_state(params, sgd(), jax.random.key(0), **options)
+
+
+def make_target_fn(divergence, *, model=MODEL, temperature=1.0, chunk_size=0):
+  """`target.make_target_fn` measured from the policy that sampled."""
+  target_fn = target.make_target_fn(
+      model, divergence, temperature=temperature, chunk_size=chunk_size
+  )
+
+  def fn(params, rollout):
+    anchor = target.Anchor(rollout.behaviour_logprobs, rollout.record)
+    return target_fn(params, rollout, anchor)
+
+  return fn
 
 
 def topk_tv():

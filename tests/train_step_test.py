@@ -256,11 +256,11 @@ ONE_STEP = """
     config.task.data_dir = sys.argv[1]
     config.mesh.update(json.loads(sys.argv[2]))
     parts = main.build(config)
-    state, pending = parts.state, main._blank(parts)
+    state, pending = parts.state, main.blank_rollout(parts)
     for _ in range(2):
       batch = next(parts.prompts)
       state, rollout, metrics = parts.train_step(state, pending, batch.prompts)
-      pending, _ = main._score(parts, rollout, batch)
+      pending, _ = main.score(parts, rollout, batch)
       tokens = rollout.tokens if int(state.step) == 0 else tokens
     metrics.pop('masked_tokens')
     used = {d for x in jax.tree.leaves(state.params)

@@ -1,0 +1,280 @@
+"""From a scored rollout to the loss of a micro-batch.
+
+Once per rollout: rewards are shaped, groups chosen, advantages, weights and
+anchor computed (`make_prepare_fn`). Then per micro-batch: divergence, trust
+region, loss and extra terms, all [b, T], summed with the weights
+(`make_loss_fn`). So mini-batches, micro-batches and sharding cannot change the
+loss.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax import diagnostics
+from dppo_jax import divergences
+from dppo_jax import normalizers
+from dppo_jax import penalties
+from dppo_jax import registry
+from dppo_jax import sampling
+from dppo_jax import shaping
+from dppo_jax import target as target_lib
+from dppo_jax import trust_regions
+from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.target import Anchor
+from dppo_jax.types import Divergence
+from dppo_jax.types import LossFn
+from dppo_jax.types import LossInputs
+from dppo_jax.types import PyTree
+from dppo_jax.types import Rollout
+from dppo_jax.types import ScoredRollout
+from dppo_jax.types import TrainState
+
+
+class Batch(NamedTuple):
+  """A rollout with what is computed once on the whole of it."""
+
+  rollout: Rollout
+  anchor: Anchor
+  advantages: jax.Array  # [B, T] float32
+  weights: jax.Array  # [B, T] float32, 0 on what was not sampled.
+  reference_logprobs: PyTree  # [B, T] float32, or () without a penalty.
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+  """Terms beside the policy gradient; none by default.
+
+  Attributes:
+    entropy_bonus: times the entropy, added to the objective.
+    kl_coefficient: times kl(target || reference), taken off.
+    kl_estimator: 'k1', 'k2', 'k3' (see penalties.py), or 'full' over the whole
+      vocabulary, which runs the reference policy in every update.
+    kl_where: 'loss', with a gradient; or 'reward', off the reward of a whole
+      completion, estimated where it was sampled.
+  """
+
+  entropy_bonus: float = 0.0
+  kl_coefficient: float = 0.0
+  kl_estimator: str = 'k3'
+  kl_where: str = 'loss'
+
+  def __post_init__(self):
+    estimators = [*penalties.ESTIMATORS, 'full']
+    if self.kl_estimator not in estimators:
+      raise ValueError(
+          registry.unknown('estimator', self.kl_estimator, estimators)
+      )
+    if self.kl_where not in ('loss', 'reward'):
+      raise ValueError(
+          registry.unknown('place', self.kl_where, ('loss', 'reward'))
+      )
+    if self.kl_where == 'reward' and self.kl_estimator == 'full':
+      raise ValueError(
+          "kl_estimator='full' has no sampled estimate to take off a reward; "
+          "use kl_where='loss', or k1, k2 or k3."
+      )
+
+  @property
+  def needs_reference(self) -> bool:
+    return self.kl_coefficient != 0
+
+
+def make_prepare_fn(
+    *,
+    model: CausalLM,
+    divergence: Divergence,
+    advantage_fn: Callable[[jax.Array], jax.Array],
+    shaping_fn: shaping.ShapingFn,
+    normalizer: normalizers.NormalizerFn,
+    anchor: str,
+    extras: Extras,
+    group_size: int,
+    num_groups: int,
+    mask_truncated: bool,
+    num_parts: int,
+    temperature: float,
+    chunk_size: int,
+) -> Callable[[TrainState, ScoredRollout], Batch]:
+  """What is computed once on the whole rollout.
+
+  Args:
+    model: the architecture.
+    divergence: its record is taken anew where the anchor is recomputed.
+    advantage_fn: rewards [B] -> advantages [B].
+    shaping_fn: rewards and lengths [B] -> rewards [B].
+    normalizer: token_mask [B, T] -> weights [B, T].
+    anchor: 'behaviour', the policy that sampled; or 'recomputed', the learner's
+      own numerics with the parameters before the first update.
+    extras: terms that need a reference policy.
+    group_size: G.
+    num_groups: learn from that many, those with spread first; 0 for all.
+    mask_truncated: whether truncated completions teach nothing.
+    num_parts: into which the rollout is split where a policy runs over it.
+    temperature: that of the sampler.
+    chunk_size: see `target.make_token_map`.
+
+  Returns:
+    `prepare(state, scored) -> Batch`.
+  """
+  if anchor not in ('behaviour', 'recomputed'):
+    raise ValueError(
+        registry.unknown('anchor', anchor, ('behaviour', 'recomputed'))
+    )
+  token_map = target_lib.make_token_map(
+      model, temperature=temperature, chunk_size=chunk_size
+  )
+
+  def in_parts(fn, params, rollout):
+    """token_map of the whole rollout, a few rows at a time."""
+    parts = jax.tree.map(
+        lambda x: x.reshape(num_parts, -1, *x.shape[1:]), rollout
+    )
+    out = jax.lax.map(lambda part: token_map(fn, params, part), parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+  def recompute(logits, targets):
+    return Anchor(
+        divergences.token_logprobs(logits, targets),
+        divergence.record(logits, targets),
+    )
+
+  def choose_groups(scored):
+    """The groups to learn from, those that teach something first."""
+    if not num_groups:
+      return scored
+    rows = shaping.groups_with_spread_first(
+        scored.rewards, group_size=group_size
+    )[: num_groups * group_size]
+    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), scored)
+
+  def prepare(state, scored):
+    rollout = scored.rollout
+    lengths = jnp.sum(rollout.token_mask, axis=-1)
+    if mask_truncated:
+      ended = ~rollout.truncated[:, None]
+      rollout = rollout._replace(token_mask=rollout.token_mask & ended)
+    rewards = shaping_fn(scored.rewards, lengths)
+    rollout, rewards = choose_groups(ScoredRollout(rollout, rewards))
+    mask = rollout.token_mask
+    reference_logprobs = ()
+    if extras.needs_reference and extras.kl_estimator != 'full':
+      reference_logprobs = in_parts(
+          divergences.token_logprobs, state.reference, rollout
+      )
+    if extras.needs_reference and extras.kl_where == 'reward':
+      estimate = penalties.reference_kl(
+          logprobs=jnp.where(mask, rollout.behaviour_logprobs, 0.0),
+          reference_logprobs=jnp.where(mask, reference_logprobs, 0.0),
+          estimator=extras.kl_estimator,
+      )
+      rewards -= extras.kl_coefficient * jnp.sum(estimate, axis=-1)
+    advantages = advantage_fn(rewards)[:, None]
+    anchored = Anchor(rollout.behaviour_logprobs, rollout.record)
+    if anchor == 'recomputed':
+      anchored = in_parts(recompute, state.params, rollout)
+    return Batch(
+        rollout=rollout,
+        anchor=anchored,
+        advantages=jnp.where(mask, advantages, 0.0),
+        weights=normalizer(mask),
+        reference_logprobs=reference_logprobs,
+    )
+
+  return prepare
+
+
+def make_loss_fn(
+    *,
+    model: CausalLM,
+    divergence: Divergence,
+    region_fn: trust_regions.RegionFn,
+    loss_fn: LossFn,
+    extras: Extras,
+    temperature: float,
+    chunk_size: int,
+) -> Callable[..., tuple[jax.Array, diagnostics.TokenStats]]:
+  """`weighted_loss(params, batch, reference, version)` of a micro-batch.
+
+  The sum of loss * weight over its tokens, and the tokens as they were seen.
+  """
+  options = {'temperature': temperature, 'chunk_size': chunk_size}
+  target_fn = target_lib.make_target_fn(model, divergence, **options)
+  token_map = target_lib.make_token_map(model, **options)
+
+  def penalty(params, batch, reference, target):
+    """What the extra terms add to the loss of a token. [b, T]."""
+    added = -extras.entropy_bonus * target.entropy
+    if not extras.needs_reference or extras.kl_where == 'reward':
+      return added
+    if extras.kl_estimator == 'full':
+      hidden = target_lib.hidden_states(model, reference, batch.rollout)
+
+      def of_tokens(logits, _, hidden):
+        reference_logits = sampling.process_logits(
+            model.head(reference, hidden), temperature=temperature
+        )
+        return penalties.full_reference_kl(
+            logits=logits, reference_logits=reference_logits
+        )
+
+      estimate = token_map(of_tokens, params, batch.rollout, hidden)
+    else:
+      # Before the exponential: padding may be certain under one of the two.
+      mask = batch.rollout.token_mask
+      estimate = penalties.reference_kl(
+          logprobs=jnp.where(mask, target.logprobs, 0.0),
+          reference_logprobs=jnp.where(mask, batch.reference_logprobs, 0.0),
+          estimator=extras.kl_estimator,
+      )
+    return added + extras.kl_coefficient * estimate
+
+  def weighted_loss(params, batch, reference, version):
+    rollout, mask = batch.rollout, batch.rollout.token_mask
+    target = target_fn(params, rollout, batch.anchor)
+    segment_ids = rollout.segment_ids[:, 1:]
+    region = region_fn(trust_regions.RegionInputs(
+        divergence=target.divergence,
+        log_ratio=jax.lax.stop_gradient(target.logprobs)
+        - batch.anchor.logprobs,
+        direction=target.direction,
+        anchor_logprobs=batch.anchor.logprobs,
+        advantages=batch.advantages,
+        token_mask=mask,
+        segment_ids=segment_ids,
+        threshold=divergence.threshold,
+    ))
+    inputs = LossInputs(
+        logprobs=target.logprobs,
+        behaviour_logprobs=rollout.behaviour_logprobs,
+        divergence=target.divergence,
+        trust_region=region,
+        advantages=batch.advantages,
+        token_mask=mask,
+        segment_ids=segment_ids,
+    )
+    loss, loss_metrics = loss_fn(inputs)
+    if extras.entropy_bonus or extras.needs_reference:
+      loss += penalty(params, batch, reference, target)
+    stats = diagnostics.TokenStats(
+        targets=rollout.tokens[:, 1:],
+        token_mask=mask,
+        logprobs=target.logprobs,
+        behaviour_logprobs=rollout.behaviour_logprobs,
+        divergence=target.divergence,
+        direction=target.direction,
+        trust_region=region.astype(jnp.float32),
+        advantages=batch.advantages,
+        entropy=target.entropy,
+        age=jnp.broadcast_to(
+            version - rollout.policy_version[:, None], mask.shape
+        ),
+        **loss_metrics,
+    )
+    weighted = jnp.where(mask, loss, 0.0) * batch.weights
+    return jnp.sum(weighted), jax.lax.stop_gradient(stats)
+
+  return weighted_loss

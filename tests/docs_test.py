@@ -1,0 +1,93 @@
+"""What the documentation says can be run is run; what it points to exists."""
+
+import importlib
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRAINER = ROOT / 'docs' / 'use_in_your_trainer.md'
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+
+PYTHON = re.compile(r'^```python\n(.*?)^```', re.MULTILINE | re.DOTALL)
+ANY_BLOCK = re.compile(r'^```.*?^```', re.MULTILINE | re.DOTALL)
+# [text](target "title"), ![text](target); the fragment is not looked at.
+LINK = re.compile(r'\]\(([^)#\s]+)')
+IMPORT = re.compile(r'^from (dppo_jax[\w.]*) import (.+)$', re.MULTILINE)
+
+# What the README's block takes for granted: [B, T] arrays and logits.
+README_ARRAYS = """
+import jax
+import jax.numpy as jnp
+
+B, T, V = 2, 3, 30
+key_mu, key_pi = jax.random.split(jax.random.key(0))
+behaviour_logits = jax.random.normal(key_mu, (B, T, V))
+target_logits = jax.random.normal(key_pi, (B, T, V))
+tokens = jnp.arange(B * T).reshape(B, T)
+advantages = jnp.array([[1.0], [-1.0]]) * jnp.ones((B, T))
+token_mask = jnp.ones((B, T), bool)
+
+def token_logprobs(logits):
+  chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+logprobs = token_logprobs(target_logits)
+behaviour_logprobs = token_logprobs(behaviour_logits)
+"""
+README_CHECKS = """
+assert measured.shape == region.shape == loss.shape == (B, T)
+assert (measured > 0).all() and jnp.isfinite(loss).all()
+"""
+
+
+def blocks(page):
+  """The Python blocks of a page, in order."""
+  return PYTHON.findall(page.read_text())
+
+
+def run(code, folder):
+  """Runs `code` as a user would, in a process and a folder of its own."""
+  script = folder / 'block.py'
+  script.write_text(code)
+  done = subprocess.run(
+      [sys.executable, '-W', 'error:::dppo_jax', str(script)],
+      cwd=folder,
+      env=os.environ | {'PYTHONPATH': str(ROOT)},
+      capture_output=True,
+      text=True,
+      check=False,
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  return done.stdout
+
+
+def test_plain_optax_loop_learns(tmp_path):
+  # The block ends with an assert of its own.
+  last = run(blocks(TRAINER)[0], tmp_path).splitlines()[-1]
+  assert 'divergence' in last
+
+
+def test_block_of_the_readme_runs(tmp_path):
+  run(README_ARRAYS + blocks(ROOT / 'README.md')[0] + README_CHECKS, tmp_path)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda x: x.stem)
+def test_blocks_parse_and_their_imports_exist(page):
+  for block in blocks(page):
+    compile(block, str(page), 'exec')
+    for module, names in IMPORT.findall(block):
+      for name in names.split(', '):
+        assert hasattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda x: x.stem)
+def test_relative_links_point_to_files(page):
+  text = ANY_BLOCK.sub('', page.read_text())
+  for target in LINK.findall(text):
+    if not re.match(r'[a-z]+:', target):
+      assert (page.parent / target).exists(), f'{page.name}: {target}'
