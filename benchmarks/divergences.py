@@ -22,8 +22,7 @@ import functools
 import pathlib
 import sys
 import time
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # benchmarks/ is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -37,8 +36,8 @@ import numpy as np
 
 from benchmarks import machine
 from dppo_jax import divergences
-from dppo_jax import learner
 from dppo_jax import losses
+from dppo_jax import target as target_lib
 from dppo_jax.types import Divergence
 from dppo_jax.types import LossFn
 from dppo_jax.types import LossInputs
@@ -91,12 +90,13 @@ def cases() -> list[tuple[str, str]]:
 
 def make_learn(divergence: Divergence, loss_fn: LossFn, *, chunk: int):
   """Loss and its gradient from hidden states, as in the learner."""
-  target_fn = learner.make_target_fn(
+  target_fn = target_lib.make_target_fn(
       Head(), divergence, temperature=1.0, chunk_size=chunk
   )
 
   def loss(params, rollout, advantages):
-    target = target_fn(params, rollout)
+    anchor = target_lib.Anchor(rollout.behaviour_logprobs, rollout.record)
+    target = target_fn(params, rollout, anchor)
     region = divergences.trust_region(
         divergence=target.divergence,
         log_ratio=target.logprobs - rollout.behaviour_logprobs,

@@ -26,8 +26,7 @@ _START = time.perf_counter()  # Before the imports: they are in the cold start.
 import contextlib
 import pathlib
 import sys
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Neither configs/ nor benchmarks/ is installed.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -39,9 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from dppo_jax import divergences
 from dppo_jax import main as main_lib
-from dppo_jax import optim
 from dppo_jax import train_step as train_step_lib
 
 _IMPORTED = time.perf_counter()

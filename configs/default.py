@@ -41,7 +41,7 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'kl_where': 'loss',  # Or reward.
   }
   config.mask_truncated = False  # True: such completions teach nothing.
-  config.num_groups = 0  # Learn from that many, those with spread first; 0: all.
+  config.num_groups = 0  # To learn from, those with spread first; 0 for all.
   config.optimizer = optim.config(
       'adamw', learning_rate=3e-4, schedule='linear'
   )

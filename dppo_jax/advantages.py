@@ -47,7 +47,6 @@ def group_mean(*, group_size: int) -> AdvantageFn:
   standard deviation, as Dr. GRPO (arXiv:2503.20783) proposed: dividing makes
   prompts count more that are almost always or almost never solved.
   """
-
   _needs_others(group_size, 'group_mean')
 
   def advantage_fn(rewards: jax.Array) -> jax.Array:

@@ -365,11 +365,9 @@ def predictive_kl(
   )
 
   def direction(logits, tokens, recorded):
-    target, behaviour = (
-        jnp.exp(masses)
-        for masses in map(buckets(logits, recorded).get, ('target', 'behaviour'))
-    )
-    gap = target - behaviour
+    masses = buckets(logits, recorded)
+    target = jnp.exp(masses['target'])
+    gap = target - jnp.exp(masses['behaviour'])
     sampled = jnp.where(
         recorded.valid, recorded.tokens == tokens[..., None], False
     )

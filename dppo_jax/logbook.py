@@ -76,7 +76,7 @@ class Logbook:
     return scalars
 
   def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
-    """Takes scalars that are on the host already; one line a step in the end."""
+    """Takes scalars that are on the host; a step is one line in the end."""
     self._waiting.setdefault(step, {}).update(scalars)
 
   def flush(self) -> None:

@@ -139,7 +139,7 @@ def spo(*, epsilon: float = 12.5) -> LossFn:
 
 @register
 def drpo(*, delta: float = 12.5) -> LossFn:
-  """r A - |A| / (2 delta) mu (r - 1)^2: SPO weighted by mu (DRPO).
+  """DRPO, SPO weighted by mu: r A - |A| / (2 delta) mu (r - 1)^2.
 
   Eq. 8 and 9 of arXiv:2606.09821, delta 12.5 there. The gradient weight is
   r A (1 - sign(A) (pi - mu) / delta): the penalty is on the probability that

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 
 from dppo_jax import sampling
 from dppo_jax.models import causal_lm
-from dppo_jax.types import Prompts, PyTree, Rollout
+from dppo_jax.types import Prompts
+from dppo_jax.types import PyTree
+from dppo_jax.types import Rollout
 
 RolloutFn = Callable[
     [PyTree, Prompts, jax.Array, jax.Array], tuple[Rollout, jax.Array]

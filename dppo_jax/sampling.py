@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from dppo_jax import divergences
 from dppo_jax.models.causal_lm import CausalLM
-from dppo_jax.types import Prompts, PyTree
+from dppo_jax.types import Prompts
+from dppo_jax.types import PyTree
 
 
 class Completions(NamedTuple):

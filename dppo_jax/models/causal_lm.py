@@ -222,10 +222,8 @@ class CausalLM:
 
   def _unstack(self, stacked: PyTree) -> list:
     """[L, ...] leaves -> a list of L trees."""
-    return [
-        jax.tree.map(lambda x: x[i], stacked)  # pylint: disable=W0640
-        for i in range(self.config.num_hidden_layers)
-    ]
+    take = lambda layer: jax.tree.map(lambda x: x[layer], stacked)
+    return [take(i) for i in range(self.config.num_hidden_layers)]
 
 
 def positions_of(mask: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from absl import app
 from absl import flags
 import jax
 import jax.numpy as jnp
+from make_tokenizer import make_tokenizer
 import numpy as np
 import optax
 
@@ -29,8 +30,6 @@ from dppo_jax.models import load
 from dppo_jax.models import qwen3
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.tasks import arithmetic
-
-from make_tokenizer import make_tokenizer
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder to write.', required=True)
 _STEPS = flags.DEFINE_integer('steps', 2500, 'Optimizer updates.')

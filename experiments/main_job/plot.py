@@ -1,6 +1,6 @@
 """Draws `curves.png` and prints the table of README.md from `results.csv`.
 
-    python experiments/main_job/plot.py
+python experiments/main_job/plot.py
 """
 
 import collections
