@@ -1,8 +1,8 @@
 """Estimates of kl(target || reference) from sampled tokens.
 
 With x = log pi - log pi_reference of a token sampled from (nearly) pi: k1 = x
-is unbiased and may be negative, k2 = x^2 / 2 is biased with the right gradient, k3
-= exp(-x) - 1 + x is unbiased and never negative
+is unbiased and may be negative, k2 = x^2 / 2 is biased with the right gradient,
+k3 = exp(-x) - 1 + x is unbiased and never negative
 (joschu.net/blog/kl-approx.html). As a loss, the gradient is that of the
 estimate itself.
 """

@@ -53,9 +53,11 @@ def make_stats(fill=0.0, threshold=0.15):
       logprobs=logprobs,
       behaviour_logprobs=behaviour,
       divergence=divergence,
-      trust_region=region,
+      direction=logprobs - behaviour,
+      trust_region=region.astype(jnp.float32),
       advantages=advantages,
       entropy=padded(ENTROPY, fill),
+      age=jnp.zeros(mask.shape, jnp.int32),
       surrogate=padded(PI / MU * ADVANTAGES, fill),
       capped=padded(np.array([0, 0, 0, 1, 0, 0]), fill),
   )

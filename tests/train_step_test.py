@@ -179,6 +179,8 @@ def test_metrics_are_finite_scalars_and_hold_what_is_reported(three_steps):
     assert set(REPORTED) <= set(metrics)
     counts = metrics.pop('masked_tokens')
     assert counts.shape == (2, tiny_model.CONFIG.vocab_size)
+    points = metrics.pop('scatter')
+    assert points.shape == (512, 4) and np.isfinite(points).all()
     for name, value in metrics.items():
       assert np.shape(value) == () and np.isfinite(value), name
     metrics['masked_tokens'] = counts
