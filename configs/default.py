@@ -20,7 +20,7 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   # What is trained, on what.
   config.model = {
       'name': 'embedded',  # Or a Hugging Face folder or hub name.
-      'dtype': 'float32',  # Of parameters and computation.
+      'dtype': 'float32',  # Of the computation; parameters are float32.
       'remat': False,  # Recompute activations: less memory, more time.
   }
   config.task = tasks.config('arithmetic')

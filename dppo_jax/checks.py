@@ -23,7 +23,7 @@ _POSITIVE = (
     'checkpoint_every',
     'keep_checkpoints',
 )
-_DTYPES = ('float32', 'bfloat16', 'float16')
+_DTYPES = ('float32', 'bfloat16')
 
 
 def check(config: Any, *, num_batch_shards: int) -> None:
@@ -100,7 +100,7 @@ def _check_sampling(sampling):
 
 
 def _check_eval_sampling(settings):
-  if settings.temperature < 0:
+  if not settings.temperature >= 0:
     raise ValueError(
         f'config.eval.temperature={settings.temperature} must be 0 (greedy) or '
         'more.'

@@ -68,7 +68,10 @@ def trust_region(
 
 def low_high(threshold: Threshold) -> tuple[float, float]:
   """The thresholds for negative and for positive advantages."""
-  return threshold if isinstance(threshold, tuple) else (threshold, threshold)
+  if isinstance(threshold, (tuple, list)):
+    low, high = threshold
+    return low, high
+  return threshold, threshold
 
 
 def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:

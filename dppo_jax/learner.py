@@ -37,8 +37,8 @@ def make_learner(
 
   Returns:
     `learn(state, scored, key) -> (state, token stats [U, ...], metrics)`; the
-    key is consumed. An update whose loss or gradient is not finite is skipped
-    and counted.
+    key is consumed. An update whose loss, gradient or new parameters are not
+    finite is skipped and counted.
   """
 
   def accumulate(state, batch, rows):
@@ -59,11 +59,13 @@ def make_learner(
     """One optimizer update, or none if it would not be finite."""
     loss, gradients, stats = accumulate(state, batch, rows)
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     changes, opt_state = optimizer.transformation.update(
         gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, changes)
+    # A finite gradient can still make infinite weights.
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    finite &= jnp.isfinite(optax.tree.norm(params))
     choose = lambda new, old: jnp.where(finite, new, old)
     new_state = state._replace(
         params=jax.tree.map(choose, params, state.params),

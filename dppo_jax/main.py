@@ -170,6 +170,7 @@ def train(config: Any, workdir: str) -> bool:
     parts = build(config)
     stack.enter_context(contextlib.closing(parts.scorer))
     workdir = workdir_lib.prepare(workdir, config)
+    stack.enter_context(workdir_lib.locked(workdir))
     checkpoints = Checkpoints(
         workdir / 'checkpoints', keep=config.keep_checkpoints
     )
@@ -197,12 +198,13 @@ def train(config: Any, workdir: str) -> bool:
           'score_s': time.perf_counter() - sampled,
       }
       bar.update(step, logbook.add(step, metrics, **times))
-      _refuse_nonfinite(config, step, metrics)
+      healthy = _check_finite(config, step, metrics, checkpoints)
       last = step == config.total_steps
       if step % config.eval.every == 0 or last:
         _note_samples(logbook, step, batch, texts, pending)
         _evaluate(parts, state, logbook, step)
-      if step % config.checkpoint_every == 0 or last or stop.requested:
+      due = step % config.checkpoint_every == 0 or last or stop.requested
+      if due and healthy:
         logbook.flush()  # A checkpoint never knows more than the log.
         _save(checkpoints, parts, step, state, pending, logbook)
       if stop.requested:
@@ -246,6 +248,7 @@ def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
   if restored is not None:
     logbook.set_state(host['masked_tokens'])
   else:
+    writer.truncate_after(-1)  # A run killed before its first checkpoint.
     pending, texts = score(parts, rollout, batch)
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(logbook, 0, batch, texts, pending)
@@ -335,16 +338,26 @@ def _save(checkpoints, parts, step, state, pending, logbook) -> None:
   )
 
 
-def _refuse_nonfinite(config: Any, step: int, metrics: Any) -> None:
-  """Stops a run whose updates are all skipped; its weights are still good."""
+def _check_finite(
+    config: Any, step: int, metrics: Any, checkpoints: Checkpoints
+) -> bool:
+  """Whether the last update was applied; stops a run that skips too many.
+
+  What was learned before a streak of skipped updates may be what broke the
+  policy, so nothing is saved within one.
+  """
   in_a_row = int(metrics['optimizer/nonfinite_in_a_row'])
-  if in_a_row >= config.max_nonfinite_updates:
-    raise FloatingPointError(
-        f'{in_a_row} updates in a row had a loss or gradient that is not '
-        f'finite, up to step {step}; all were skipped and the last checkpoint '
-        'is good. Lower config.optimizer.learning_rate or set '
-        'config.loss.ratio_cap, or raise config.max_nonfinite_updates.'
-    )
+  if in_a_row < config.max_nonfinite_updates:
+    return in_a_row == 0
+  saved = checkpoints.latest_step()
+  kept = 'none was saved before' if saved is None else f'step {saved} is kept'
+  raise FloatingPointError(
+      f'{in_a_row} updates in a row had a loss, gradient or parameters that are '
+      f'not finite, up to step {step}; all were skipped. Checkpoint: {kept}. '
+      'Start anew with another --workdir and a lower '
+      'config.optimizer.learning_rate or a finite config.loss.ratio_cap, or '
+      'raise config.max_nonfinite_updates to go on.'
+  )
 
 
 def _export(parts: Parts, state: TrainState, folder: pathlib.Path) -> None:
@@ -365,9 +378,15 @@ def _load_model(config: Any) -> tuple[CausalLM, Any]:
       vocab_size=sizes.vocab_size,
       max_positions=sizes.max_position_embeddings,
   )
-  model = load.from_pretrained(config.model.name, dtype=config.model.dtype)
+  # Parameters stay in float32: small updates vanish in anything shorter.
+  model = load.from_pretrained(config.model.name)
   params = model.params
-  return model.replace(params=None, remat=config.model.remat), params
+  model = model.replace(
+      params=None,
+      dtype=jax.numpy.dtype(config.model.dtype),
+      remat=config.model.remat,
+  )
+  return model, params
 
 
 def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
@@ -553,7 +572,12 @@ def _latest_state(parts: Parts, workdir: pathlib.Path) -> TrainState:
     )
   template = {'state': parts.state, 'pending': blank_rollout(parts)}
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
-    restored = checkpoints.restore_latest(template)
+    try:
+      restored = checkpoints.restore_latest(template)
+    except ValueError as error:
+      raise ValueError(
+          f"{error} Pass the run's own --config and --config.NAME flags."
+      ) from error
   if restored is None:
     raise FileNotFoundError(f'{folder} holds no checkpoint yet.')
   return restored[1]['state']
@@ -563,14 +587,20 @@ def _run_cli(body: Callable[[Any], bool]) -> None:
   """Runs `body(config)` and turns expected errors into one line."""
 
   def parse(argv):
-    with _one_line_errors():
+    _make_configs_importable(argv)
+    with _one_line_errors(Exception):
       return flags.FLAGS(argv)
 
   def main(argv):
     if len(argv) > 1:
       raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
-    with _one_line_errors():
-      finished = body(_config_from_flags())
+    with _one_line_errors(Exception):
+      config = _config_from_flags()
+    # Others are bugs of ours and keep their trace.
+    with _one_line_errors(
+        ValueError, OSError, ImportError, FloatingPointError
+    ):
+      finished = body(config)
     sys.exit(0 if finished else EXIT_INTERRUPTED)
 
   flags.mark_flag_as_required('config')
@@ -578,6 +608,15 @@ def _run_cli(body: Callable[[Any], bool]) -> None:
   for name in ('jax', 'orbax', 'tensorflow_datasets'):
     python_logging.getLogger(name).setLevel(python_logging.WARNING)
   app.run(main, flags_parser=parse)
+
+
+def _make_configs_importable(argv: list[str]) -> None:
+  """Config files import `configs.default`, wherever the program is started."""
+  for argument, following in zip(argv, [*argv[1:], '']):
+    name, _, value = argument.lstrip('-').partition('=')
+    if name == 'config':
+      path = (value or following).partition(':')[0]
+      sys.path.append(str(pathlib.Path(path).resolve().parent.parent))
 
 
 def _config_from_flags() -> Any:
@@ -594,17 +633,14 @@ def _config_from_flags() -> Any:
 
 
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(*expected: type[Exception]) -> Iterator[None]:
   """A mistake of the user's ends the program without a stack trace.
 
   `--verbosity=1` brings the trace back.
   """
   try:
     yield
-  except (
-      ValueError, KeyError, AttributeError, TypeError, OSError,
-      FloatingPointError, flags.Error,
-  ) as error:
+  except expected as error:
     if flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0:
       raise
     print(f'error: {_one_line(error)}', file=sys.stderr)
@@ -626,8 +662,10 @@ def _one_line(error: Exception) -> str:
     return f'Unknown config field {name!r}. configs/default.py lists them all.'
   if unknown := re.match(r'Key "(.*?)" does not exist', message):
     return f'Unknown config field {unknown[1]!r} for this algorithm or task.'
-  if missing := re.search(r"No such file or directory: '(.*)'", message):
-    return f'There is no file {missing[1]!r}. Configs are in configs/.'
+  if 'Failed loading config file' in message:
+    missing = re.search(r"No such file or directory: '(.*)'", message)
+    if missing:
+      return f'There is no file {missing[1]!r}. Configs are in configs/.'
   if '--config must have a value' in message:
     return 'Which config? For example --config=configs/tv_topk.py.'
   return message

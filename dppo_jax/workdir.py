@@ -1,5 +1,8 @@
 """The work directory: whose it is, and what describes the run in it."""
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -16,6 +19,7 @@ _FREE = (
     'total_steps',
     'checkpoint_every',
     'keep_checkpoints',
+    'max_nonfinite_updates',
     'tensorboard',
     'wandb',
     'eval.every',
@@ -59,6 +63,24 @@ def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
   temporary.write_text(described + '\n')
   temporary.replace(path)
   return folder
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+  """Holds the directory while a run is in it; two would destroy each other.
+
+  Raises:
+    BlockingIOError: another process holds it.
+  """
+  with open(folder / '.lock', 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise BlockingIOError(
+          f'Another run is working in {str(folder)!r}. Wait for it, stop it, or '
+          'choose another directory with --workdir.'
+      ) from error
+    yield
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -115,12 +137,16 @@ def _commit() -> str:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text())
+    content = json.loads(path.read_text())
+    if isinstance(content, dict):
+      return content
+    problem = 'not a JSON object'
   except json.JSONDecodeError as error:
-    raise ValueError(
-        f'{path} is damaged ({error}). Restore or delete it, or choose another '
-        'directory with --workdir.'
-    ) from error
+    problem = str(error)
+  raise ValueError(
+      f'{path} is damaged ({problem}). Restore or delete it, or choose another '
+      'directory with --workdir.'
+  )
 
 
 def _compare(folder, theirs, ours, nested) -> None:

@@ -119,6 +119,8 @@ def assert_same_run(actual, expected):
 
 
 def checkpoints(workdir):
+  if not (workdir / 'checkpoints').exists():
+    return []
   return sorted(
       int(p.name) for p in (workdir / 'checkpoints').iterdir()
       if p.name.isdigit()
@@ -220,22 +222,23 @@ def test_a_run_resumed_from_step_2_ends_bitwise_the_same(
   assert_same_run(copied, finished)
 
 
-# Does something to the run after step 3 has been computed.
-AT_STEP_3 = """
+# Does something to the run after a step has been computed.
+AT_STEP = """
     import os, signal, sys
     from dppo_jax import main
-    refuse = main._refuse_nonfinite
-    def at_step_3(config, step, metrics):
-      refuse(config, step, metrics)
-      if step == 3:
+    refuse = main._check_finite
+    def at_step(config, step, metrics, checkpoints):
+      healthy = refuse(config, step, metrics, checkpoints)
+      if step == {step}:
         os.kill(os.getpid(), signal.{signal})
-    main._refuse_nonfinite = at_step_3
+      return healthy
+    main._check_finite = at_step
     main.run_train()
 """
 
 
-def disturb(cli, workdir, name):
-  code = textwrap.dedent(AT_STEP_3.format(signal=name))
+def disturb(cli, workdir, name, step=3):
+  code = textwrap.dedent(AT_STEP.format(signal=name, step=step))
   return cli('-c', code, workdir=workdir)
 
 
@@ -249,6 +252,20 @@ def test_a_killed_run_continues_and_ends_bitwise_the_same(
   assert max(checkpoints(workdir), default=0) <= 2
   done = cli(workdir=workdir)
   assert done.returncode == 0, done.stderr[-3000:]
+  assert_same_run(workdir, finished)
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_starts_with_clean_logs(
+    cli, finished, tmp_path
+):
+  workdir = tmp_path / 'run'
+  disturb(cli, workdir, 'SIGKILL', step=1)
+  assert not checkpoints(workdir)
+  done = cli(workdir=workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == [0, *range(1, STEPS + 1)]
   assert_same_run(workdir, finished)
 
 
@@ -285,27 +302,28 @@ def test_another_config_does_not_touch_the_work_directory(cli, copied):
 
 
 @pytest.mark.slow
-def test_updates_that_are_not_finite_stop_the_run_with_a_good_checkpoint(
-    cli, tmp_path
+def test_updates_that_are_not_finite_stop_the_run_and_are_never_saved(
+    cli, finished, tmp_path
 ):
-  # The first update at this rate throws the weights far out, all later ones
-  # have no finite loss: 3 of step 1 and 4 of step 2 are 7 in a row. The
-  # checkpoint of step 1 is from before they were too many.
+  # Every update at this rate makes infinite weights: 4 of step 1 and 4 of step
+  # 2 are skipped, which is at least 5 in a row.
   workdir = tmp_path / 'run'
   options = {
       'optimizer.learning_rate': 1e38,
       'optimizer.schedule': 'constant',
-      'optimizer.warmup_updates': 0,
       'max_nonfinite_updates': 5,
       'checkpoint_every': 1,
       'eval.every': 100,
   }
   done = cli(workdir=workdir, **options)
-  assert_one_line_error(done, 'in a row .* not finite.* Lower config.optimizer')
+  assert_one_line_error(
+      done, 'in a row .* not finite.*none was saved before.*--workdir'
+  )
   last = rows(workdir)[-1]
   assert last['optimizer/nonfinite_in_a_row'] >= 5
   assert last['optimizer/skipped'] == 4
-  assert checkpoints(workdir) == list(range(1, last['step']))
+  assert last['policy/version'] == 0
+  assert checkpoints(workdir) == []
 
 
 # Other data.

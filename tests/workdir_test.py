@@ -121,3 +121,12 @@ def test_a_directory_without_permission_is_named(tmp_path):
   with pytest.raises(PermissionError, match='cannot be written'):
     workdir.prepare(tmp_path, default.get_config())
   tmp_path.chmod(0o700)
+
+
+def test_two_runs_cannot_work_in_one_directory(tmp_path):
+  with workdir.locked(tmp_path):
+    with pytest.raises(BlockingIOError, match='Another run .* --workdir'):
+      with workdir.locked(tmp_path):
+        pass
+  with workdir.locked(tmp_path):  # Free again.
+    pass

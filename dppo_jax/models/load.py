@@ -161,13 +161,29 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """The transformers tokenizer of a model, checked for an end token."""
   folder = resolve(name)
-  if not any(folder.glob('tokenizer*')):
-    raise FileNotFoundError(f'{folder} has no tokenizer.json.')
-  tokenizer = hf.transformers().AutoTokenizer.from_pretrained(folder)
+  if not any(
+      (folder / file).is_file()
+      for file in ('tokenizer.json', 'tokenizer.model', 'vocab.json')
+  ):
+    raise FileNotFoundError(
+        f'{folder} has no tokenizer.json. Is the folder complete?'
+    )
+  try:
+    tokenizer = hf.transformers().AutoTokenizer.from_pretrained(folder)
+  except Exception as error:
+    raise ValueError(
+        f"{folder}: the tokenizer's files cannot be read: {error}"
+    ) from error
   if tokenizer.eos_token_id is None:
     raise ValueError(
         f'{folder}: the tokenizer has no eos_token, so no completion could '
         'ever end. Set eos_token in tokenizer_config.json.'
+    )
+  _, sizes = read_config(folder)
+  if len(tokenizer) > sizes.vocab_size:
+    raise ValueError(
+        f'{folder}: the tokenizer has {len(tokenizer)} tokens, the model only '
+        f'{sizes.vocab_size}. They do not belong together.'
     )
   if tokenizer.pad_token_id is None:
     tokenizer.pad_token = tokenizer.eos_token

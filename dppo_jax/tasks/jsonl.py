@@ -113,7 +113,7 @@ def _row(line: bytes, score: scoring.ScoreFn) -> dict[str, str]:
 
 def _parse(line: bytes) -> dict:
   try:
-    fields = json.loads(line.decode('utf-8'))
+    fields = json.loads(line.decode('utf-8-sig'))
   except UnicodeDecodeError as error:
     raise ValueError(f'not UTF-8 ({error}); save the file as UTF-8.') from error
   except json.JSONDecodeError as error:

@@ -12,9 +12,10 @@ import numpy as np
 from dppo_jax import types
 from dppo_jax.tasks import base
 
-# Up to so many rows, all prompts are tokenized once before training starts, so
-# that a prompt which is too long is found now and not after a night.
-_CHEAP_TO_CHECK = 20_000
+# More than any run reads.
+_NUM_EPOCHS = 1_000_000
+# All prompts are tokenized once before training starts, so that one which is
+# too long is found now and not after a night.
 _CHECK_AT_ONCE = 1_000
 
 
@@ -136,7 +137,7 @@ class PromptIterator:
     shard_index: int = 0,
     shard_count: int = 1,
   ):
-    """Checks the prompts, all of them if that is cheap.
+    """Checks all prompts, then opens the pipeline.
 
     Args:
       source: rows, usually `task.train`.
@@ -162,7 +163,7 @@ class PromptIterator:
     self._tokenizer = tokenizer
     self._max_prompt_length = max_prompt_length
     rows = grain.MapDataset.source(source)[shard_index::shard_count]
-    self._check_cheaply(rows)
+    self._check_all(rows)
     # What the order depends on; a position means nothing without it.
     self._identity = {
       'num_rows': len(source),
@@ -171,15 +172,15 @@ class PromptIterator:
       'shard_index': shard_index,
       'shard_count': shard_count,
     }
-    batches = rows.shuffle(seed=seed).repeat().batch(num_prompts, batch_fn=list)
+    # Not endless: the length of an endless one overflows.
+    epochs = rows.shuffle(seed=seed).repeat(_NUM_EPOCHS)
+    batches = epochs.batch(num_prompts, batch_fn=list)
     # No threads: reading a batch takes far less than a step.
     self._batches = iter(
       batches.to_iter_dataset(grain.ReadOptions(num_threads=0))
     )
 
-  def _check_cheaply(self, rows: base.Source) -> None:
-    if len(rows) > _CHEAP_TO_CHECK:
-      return
+  def _check_all(self, rows: base.Source) -> None:
     for start in range(0, len(rows), _CHECK_AT_ONCE):
       stop = min(start + _CHECK_AT_ONCE, len(rows))
       texts = [rows[i]['prompt'] for i in range(start, stop)]

@@ -51,7 +51,7 @@ def draw(runs):
       axes.set_ylim(0, 1)
     if column == 'divergence/max':
       axes.axhline(0.2, color=INK, linestyle='--', linewidth=1)
-      axes.text(1, 0.23, 'threshold', color=INK, fontsize=8)
+      axes.text(84, 0.23, 'threshold', color=INK, fontsize=8)
     axes.set_title(title, fontsize=10, loc='left')
     axes.set_xlabel('step', fontsize=9)
     axes.spines[['top', 'right']].set_visible(False)
