@@ -77,8 +77,8 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise BlockingIOError(
-          f'Another run is working in {str(folder)!r}. Wait for it, stop it, or '
-          'choose another directory with --workdir.'
+          f'Another run is working in {str(folder)!r}. Wait for it, stop it, '
+          'or choose another directory with --workdir.'
       ) from error
     yield
 
