@@ -353,8 +353,8 @@ def _check_finite(
   kept = 'none was saved before' if saved is None else f'step {saved} is kept'
   raise FloatingPointError(
       f'{in_a_row} updates in a row had a loss, gradient or parameters that '
-      f'are not finite, up to step {step}; all were skipped. Checkpoint: {kept}. '
-      'Start anew with another --workdir and a lower '
+      f'are not finite, up to step {step}; all were skipped. Checkpoint: '
+      f'{kept}. Start anew with another --workdir and a lower '
       'config.optimizer.learning_rate or a finite config.loss.ratio_cap, or '
       'raise config.max_nonfinite_updates to go on.'
   )
