@@ -112,8 +112,12 @@ def _divergence_metrics(stats, masked, logprobs, behaviour):
       'divergence/mean_kept': masked_mean(divergence, mask & ~masked),
       'binary_tv/mean': masked_mean(binary_tv, mask),
       'binary_tv/max': masked_max(binary_tv, mask),
+      'binary_tv/q50': masked_quantile(binary_tv, mask, q=0.5),
+      'binary_tv/q99': masked_quantile(binary_tv, mask, q=0.99),
       'binary_kl/mean': masked_mean(binary_kl, mask),
       'binary_kl/max': masked_max(binary_kl, mask),
+      'binary_kl/q50': masked_quantile(binary_kl, mask, q=0.5),
+      'binary_kl/q99': masked_quantile(binary_kl, mask, q=0.99),
   }
 
 

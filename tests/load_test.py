@@ -277,3 +277,8 @@ def test_saving_a_model_without_params_is_refused(tmp_path):
   with pytest.raises(ValueError, match='params'):
     load.save_pretrained(tiny_model.MODEL, tmp_path / 'model')
   assert not (tmp_path / 'model').exists()
+
+
+def test_a_bare_parameter_tree_is_refused_with_the_way_out(tmp_path):
+  with pytest.raises(TypeError, match='params='):
+    load.save_pretrained({'embed': {}}, tmp_path)

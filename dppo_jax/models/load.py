@@ -90,6 +90,11 @@ def save_pretrained(
     params: parameter tree, any float dtype, kept as it is.
     tokenizer: a transformers tokenizer, or a folder to copy its files from.
   """
+  if not isinstance(model, CausalLM):
+    raise TypeError(
+        'The first argument is the model, which knows its sizes; pass a bare '
+        'parameter tree as params=...'
+    )
   params = model.params if params is None else params
   if params is None:
     raise ValueError('The model holds no params; pass params=...')
