@@ -265,6 +265,7 @@ ONE_STEP = """
       pending, _ = main.score(parts, rollout, batch)
       tokens = rollout.tokens if int(state.step) == 0 else tokens
     metrics.pop('masked_tokens')
+    metrics.pop('scatter')
     used = {d for x in jax.tree.leaves(state.params)
             for d in x.sharding.device_set}
     kernel = state.params['layers']['mlp']['up']['kernel']
