@@ -55,7 +55,7 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   config.max_completion_length = 20  # Tokens; longer ones are truncated.
   config.sampling = {
       'temperature': 1.0,
-      'top_p': 1.0,  # Training takes no other value, see main.check.
+      'top_p': 1.0,  # Training takes no other value, see checks.py.
       'top_k': 0,
       'dtype': 'float32',  # Of the sampler; the learner has model.dtype.
   }
