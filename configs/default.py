@@ -42,6 +42,9 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   }
   config.mask_truncated = False  # True: such completions teach nothing.
   config.num_groups = 0  # To learn from, those with spread first; 0 for all.
+  # True: groups whose rewards are all equal count in no denominator. With
+  # num_groups below num_prompts that is DAPO's dynamic sampling.
+  config.drop_groups_without_spread = False
   config.optimizer = optim.config(
       'adamw', learning_rate=3e-4, schedule='linear'
   )

@@ -38,6 +38,10 @@ class TokenStats(NamedTuple):
   age: jax.Array  # int32, optimizer updates since the row was sampled
 
 
+# Optimizer updates since sampling; the last bucket has no end.
+_AGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, None))
+
+
 def token_metrics(
     stats: TokenStats, *, threshold: Threshold
 ) -> dict[str, jax.Array]:
@@ -48,6 +52,9 @@ def token_metrics(
   advantage is in no such share. `on_policy/` looks at the first update after a
   rollout only, where both policies have the same parameters: what is left there
   is the training-inference mismatch.
+
+  What `_telling` computes is there once more for the tokens of each age:
+  `mask/fraction` of ages 2 and 3 is `by_age/2-3/mask_fraction`.
   """
   mask = stats.token_mask
   logprobs = where_valid(stats.logprobs, mask)
@@ -55,62 +62,103 @@ def token_metrics(
   log_ratio = logprobs - behaviour
   gap = jnp.exp(logprobs) - jnp.exp(behaviour)  # pi - mu
   masked = mask & ~(stats.trust_region > 0)
-  metrics = _mask_metrics(stats, masked, gap, threshold)
-  metrics |= _divergence_metrics(stats, masked, logprobs, behaviour)
-  metrics |= _ratio_metrics(log_ratio, mask)
-  metrics |= _by_age(stats, masked, log_ratio, gap)
+  pair = {'behaviour': behaviour, 'target': logprobs}
+  binary_tv = divergences.binary_total_variation(**pair)
+  binary_kl = divergences.binary_kullback_leibler(**pair)
+  ages = _ages(stats)
+  # One program for all: seven would take as long to compile as the learner.
+  values = jax.vmap(
+      lambda chosen: _telling(stats, chosen, masked, log_ratio, gap, binary_tv)
+  )(jnp.stack([mask, *ages.values()]))
+  metrics = {name: x[0] for name, x in values.items()}
+  for i, (age, chosen) in enumerate(ages.items(), 1):
+    metrics[f'by_age/{age}/tokens'] = jnp.sum(chosen)
+    for name, x in values.items():
+      metrics[f'by_age/{age}/{name.replace("/", "_")}'] = x[i]
+  metrics |= _mask_metrics(stats, masked, gap, threshold)
+  metrics |= _divergence_metrics(stats, masked, binary_tv, binary_kl)
   return metrics | {
-      'mismatch/prob_gap_mean': masked_mean(jnp.abs(gap), mask),
+      'ratio/mean': masked_mean(jnp.exp(log_ratio), mask),
+      'ratio/log_abs_max': masked_max(jnp.abs(log_ratio), mask),
       'mismatch/prob_gap_max': masked_max(gap, mask),
       'mismatch/prob_gap_min': masked_min(gap, mask),
       'on_policy/log_ratio_max': masked_max(jnp.abs(log_ratio[0]), mask[0]),
       'on_policy/divergence_max': masked_max(stats.divergence[0], mask[0]),
       'on_policy/prob_gap_mean': masked_mean(jnp.abs(gap[0]), mask[0]),
-      'entropy/mean': masked_mean(stats.entropy, mask),
       'loss/surrogate': masked_mean(stats.surrogate, mask),
       'loss/capped': masked_mean(stats.capped, mask),
+  }
+
+
+# Optimizer updates since sampling; the last bucket has no end.
+_AGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, None))
+
+
+def _ages(stats):
+  """The sampled tokens of each age, by its name. {name: [U, b, T]}."""
+  chosen = {}
+  for first, last in _AGES:
+    name = str(first) if first == last else f'{first}-{last or ""}'
+    chosen[name] = stats.token_mask & (stats.age >= first)
+    if last is not None:
+      chosen[name] &= stats.age <= last
+  return chosen
+
+
+def _telling(stats, chosen, masked, log_ratio, gap, binary_tv):
+  """The most telling numbers of the tokens `chosen` [U, b, T]."""
+  positive = chosen & (stats.advantages > 0)
+  negative = chosen & (stats.advantages < 0)
+  divergence = stats.divergence
+  ratio = jnp.exp(log_ratio)
+  mean = masked_mean(ratio, chosen)
+  return {
+      'mask/fraction': masked_mean(masked, chosen),
+      'mask/positive': masked_mean(masked, positive),
+      'mask/negative': masked_mean(masked, negative),
+      # What Sec. 5.3 of arXiv:2602.04879 blames for instability.
+      'mask/bad_updates': masked_mean(negative & (gap <= -0.5), chosen),
+      'divergence/mean': masked_mean(divergence, chosen),
+      'divergence/max': masked_max(divergence, chosen),
+      'divergence/q50': masked_quantile(divergence, chosen, q=0.5),
+      'divergence/q99': masked_quantile(divergence, chosen, q=0.99),
+      'binary_tv/mean': masked_mean(binary_tv, chosen),
+      'mismatch/prob_gap_mean': masked_mean(jnp.abs(gap), chosen),
+      'ratio/max': masked_max(ratio, chosen),
+      # E(r - 1)^2 and Var(r) differ where the sample mean of r is not 1.
+      'ratio/second_moment': masked_mean(jnp.square(ratio - 1), chosen),
+      'ratio/variance': masked_mean(jnp.square(ratio - mean), chosen),
+      'ratio/effective_sample_size': _effective_share(log_ratio, chosen),
+      # One-sample estimate of kl(behaviour || target) that is never negative.
+      'ratio/k3': masked_mean(jnp.expm1(log_ratio) - log_ratio, chosen),
+      'entropy/mean': masked_mean(stats.entropy, chosen),
   }
 
 
 def _mask_metrics(stats, masked, gap, threshold):
   low, high = divergences.low_high(threshold)
   mask, advantages = stats.token_mask, stats.advantages
-  positive = mask & (advantages > 0)
-  negative = mask & (advantages < 0)
   limit = jnp.where(advantages > 0, high, low)
   outside = mask & (stats.divergence > limit)
   coming_back = outside & (advantages * stats.direction < 0)
-  # What Sec. 5.3 of arXiv:2602.04879 blames for instability.
-  bad = negative & (gap <= -0.5)
+  bad = (advantages < 0) & (gap <= -0.5)
   return {
-      'mask/fraction': masked_mean(masked, mask),
-      'mask/of_nonzero': masked_mean(masked, positive | negative),
-      'mask/positive': masked_mean(masked, positive),
-      'mask/negative': masked_mean(masked, negative),
+      'mask/of_nonzero': masked_mean(masked, mask & (advantages != 0)),
       # Below 1 where a soft rule weighs tokens down.
       'mask/weight_mean': masked_mean(stats.trust_region, mask),
       'mask/outside': masked_mean(outside, mask),
       'mask/coming_back': masked_mean(coming_back, mask),
-      'mask/bad_updates': masked_mean(bad, mask),
       'mask/bad_updates_kept': masked_mean(bad & ~masked, mask),
       'mask/zero_gradient': masked_mean(masked | (advantages == 0), mask),
   }
 
 
-def _divergence_metrics(stats, masked, logprobs, behaviour):
+def _divergence_metrics(stats, masked, binary_tv, binary_kl):
   mask, divergence = stats.token_mask, stats.divergence
-  pair = {'behaviour': behaviour, 'target': logprobs}
-  binary_tv = divergences.binary_total_variation(**pair)
-  binary_kl = divergences.binary_kullback_leibler(**pair)
   return {
-      'divergence/mean': masked_mean(divergence, mask),
-      'divergence/max': masked_max(divergence, mask),
-      'divergence/q50': masked_quantile(divergence, mask, q=0.5),
       'divergence/q90': masked_quantile(divergence, mask, q=0.9),
-      'divergence/q99': masked_quantile(divergence, mask, q=0.99),
       'divergence/mean_masked': masked_mean(divergence, masked),
       'divergence/mean_kept': masked_mean(divergence, mask & ~masked),
-      'binary_tv/mean': masked_mean(binary_tv, mask),
       'binary_tv/max': masked_max(binary_tv, mask),
       'binary_tv/q50': masked_quantile(binary_tv, mask, q=0.5),
       'binary_tv/q99': masked_quantile(binary_tv, mask, q=0.99),
@@ -121,43 +169,12 @@ def _divergence_metrics(stats, masked, logprobs, behaviour):
   }
 
 
-def _ratio_metrics(log_ratio, mask):
-  ratio = jnp.exp(log_ratio)
-  mean = masked_mean(ratio, mask)
-  return {
-      'ratio/mean': mean,
-      'ratio/max': masked_max(ratio, mask),
-      'ratio/log_abs_max': masked_max(jnp.abs(log_ratio), mask),
-      # E(r - 1)^2 and Var(r) differ where the sample mean of r is not 1.
-      'ratio/second_moment': masked_mean(jnp.square(ratio - 1), mask),
-      'ratio/variance': masked_mean(jnp.square(ratio - mean), mask),
-      # One-sample estimate of kl(behaviour || target) that is never negative.
-      'ratio/k3': masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
-  }
-
-
-# Optimizer updates since sampling; the last bucket has no end.
-_AGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, None))
-
-
-def _by_age(stats, masked, log_ratio, gap):
-  """The most telling numbers, split by staleness."""
-  metrics = {}
-  for first, last in _AGES:
-    name = str(first) if first == last else f'{first}-{last or ""}'
-    chosen = stats.token_mask & (stats.age >= first)
-    if last is not None:
-      chosen &= stats.age <= last
-    second_moment = jnp.square(jnp.expm1(log_ratio))
-    metrics |= {
-        f'by_age/{name}/tokens': jnp.sum(chosen),
-        f'by_age/{name}/mask_fraction': masked_mean(masked, chosen),
-        f'by_age/{name}/divergence_mean': masked_mean(stats.divergence, chosen),
-        f'by_age/{name}/divergence_max': masked_max(stats.divergence, chosen),
-        f'by_age/{name}/prob_gap_mean': masked_mean(jnp.abs(gap), chosen),
-        f'by_age/{name}/second_moment': masked_mean(second_moment, chosen),
-    }
-  return metrics
+def _effective_share(log_ratio, chosen):
+  """Kish's effective sample size (sum r)^2 / sum r^2, over n. In (0, 1]."""
+  # Relative to the largest, so that no square overflows.
+  ratio = jnp.exp(jnp.minimum(log_ratio - masked_max(log_ratio, chosen), 0))
+  mean, square = masked_mean(ratio, chosen), masked_mean(ratio**2, chosen)
+  return jnp.square(mean) / jnp.where(jnp.any(chosen), square, 1.0)
 
 
 def record_metrics(rollout: Rollout) -> dict[str, jax.Array]:

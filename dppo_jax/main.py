@@ -444,6 +444,7 @@ def _make_learner(config: Any, model: CausalLM, method: Method):
           anchor=config.anchor,
           group_size=config.group_size,
           num_groups=config.num_groups,
+          drop_groups_without_spread=config.drop_groups_without_spread,
           mask_truncated=config.mask_truncated,
           num_parts=sizes.num_minibatches * sizes.num_microbatches,
           **options,

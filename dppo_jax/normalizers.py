@@ -4,6 +4,11 @@ The learner only ever sums `loss * weight`, so mini-batches, micro-batches,
 packing and sharding cannot change the loss. The weights of a whole rollout of B
 sequences make its loss; the learner scales them so that every mini-batch has
 the same expectation.
+
+A mean is over what teaches something: a sequence (or group) of which no token
+is masked in, truncated or without spread, is not counted. The public trainers
+differ here; dividing by B all the same would shrink the step by the share that
+was left out.
 """
 
 from collections.abc import Callable
@@ -22,6 +27,12 @@ config = register.config
 NormalizerFn = Callable[[jax.Array], jax.Array]
 
 
+def _count(rows: jax.Array) -> jax.Array:
+  """Rows [R, T] with anything in them, 1 at least. [] float32."""
+  count = jnp.sum(jnp.any(rows, axis=-1))
+  return jnp.maximum(count, 1).astype(jnp.float32)
+
+
 @register
 def constant(*, horizon: int) -> NormalizerFn:
   """Token sum over a constant horizon, mean over sequences.
@@ -33,7 +44,7 @@ def constant(*, horizon: int) -> NormalizerFn:
   """
 
   def normalizer(token_mask: jax.Array) -> jax.Array:
-    return token_mask / (token_mask.shape[0] * float(horizon))
+    return token_mask / (_count(token_mask) * float(horizon))
 
   return normalizer
 
@@ -55,7 +66,7 @@ def sequence_mean() -> NormalizerFn:
   def normalizer(token_mask: jax.Array) -> jax.Array:
     lengths = jnp.sum(token_mask, axis=-1, keepdims=True)
     lengths = jnp.maximum(lengths, 1).astype(jnp.float32)
-    return token_mask / (lengths * token_mask.shape[0])
+    return token_mask / (lengths * _count(token_mask))
 
   return normalizer
 
@@ -68,7 +79,7 @@ def sequence_sum() -> NormalizerFn:
   """
 
   def normalizer(token_mask: jax.Array) -> jax.Array:
-    return token_mask / float(token_mask.shape[0])
+    return token_mask / _count(token_mask)
 
   return normalizer
 
@@ -81,7 +92,7 @@ def prompt_mean(*, group_size: int) -> NormalizerFn:
     batch, length = token_mask.shape
     groups = token_mask.reshape(-1, group_size * length)
     counts = jnp.maximum(jnp.sum(groups, axis=-1, keepdims=True), 1)
-    weights = groups / (counts.astype(jnp.float32) * groups.shape[0])
+    weights = groups / (counts.astype(jnp.float32) * _count(groups))
     return weights.reshape(batch, length)
 
   return normalizer

@@ -94,6 +94,7 @@ def make_prepare_fn(
     extras: Extras,
     group_size: int,
     num_groups: int,
+    drop_groups_without_spread: bool,
     mask_truncated: bool,
     num_parts: int,
     temperature: float,
@@ -112,6 +113,9 @@ def make_prepare_fn(
     extras: terms that need a reference policy.
     group_size: G.
     num_groups: learn from that many, those with spread first; 0 for all.
+    drop_groups_without_spread: whether groups whose shaped rewards are all
+      equal are left out, of the loss and of what it is divided by. A KL taken
+      off the reward gives no group a spread: it comes later.
     mask_truncated: whether truncated completions teach nothing.
     num_parts: into which the rollout is split where a policy runs over it.
     temperature: that of the sampler.
@@ -159,6 +163,12 @@ def make_prepare_fn(
       rollout = rollout._replace(token_mask=rollout.token_mask & ended)
     rewards = shaping_fn(scored.rewards, lengths)
     rollout, rewards = choose_groups(ScoredRollout(rollout, rewards))
+    if drop_groups_without_spread:
+      rollout = rollout._replace(
+          token_mask=shaping.without_groups_without_spread(
+              rollout.token_mask, rewards, group_size=group_size
+          )
+      )
     mask = rollout.token_mask
     reference_logprobs = ()
     if extras.needs_reference and extras.kl_estimator != 'full':

@@ -146,6 +146,10 @@ def test_moments_of_the_ratio_by_hand():
   # r - 1 - log r, averaged.
   k3 = np.mean(ratio - 1 - np.log(ratio))
   assert metrics['ratio/k3'] == pytest.approx(k3, rel=1e-5)
+  # 4.758333^2 / (6 (1.96 + 0.64 + 1.44 + 0.390625 + 0.111111 + 0.16)).
+  assert metrics['ratio/effective_sample_size'] == pytest.approx(
+      22.641736 / 28.210416, rel=1e-5
+  )
   # Surrogate: (1.4 + 0.8 - 1.2 + 0.625 - 1/3 + 0) / 6.
   assert metrics['loss/surrogate'] == pytest.approx(1.2916667 / 6, rel=1e-5)
 
@@ -166,6 +170,90 @@ def test_equal_policies_have_no_mismatch_and_mask_nothing():
   ):
     assert metrics[name] == pytest.approx(0, abs=1e-6), name
   assert metrics['ratio/mean'] == pytest.approx(1)
+
+
+def with_ages(*ages):
+  """The six tokens sampled so many updates ago; padding is of no age."""
+  age = np.asarray([*ages, 0, 0], np.int32)
+  return make_stats()._replace(age=jnp.asarray(age)[None, None])
+
+
+def test_metrics_of_an_age_by_hand():
+  # Tokens 0 to 2 are fresh; of age 3, so in the bucket 2-3, are
+  #
+  #   token      3      4      5
+  #   TV        0.30   0.60   0.30
+  #   r         0.625  1/3    0.4
+  #   A          +1     -1     0
+  #   masked     no     yes    no
+  metrics = metrics_of(with_ages(0, 0, 0, 3, 3, 3))
+  r = np.array([0.625, 1 / 3, 0.4])
+  expected = {
+      'tokens': 3,
+      'mask_fraction': 1 / 3,
+      'mask_positive': 0,
+      'mask_negative': 1,
+      'mask_bad_updates': 1 / 3,  # 4.
+      'divergence_mean': 1.2 / 3,
+      'divergence_max': 0.6,
+      'divergence_q50': 0.3,  # 2nd of 0.3 0.3 0.6.
+      'divergence_q99': 0.6,
+      'binary_tv_mean': 1.2 / 3,
+      'mismatch_prob_gap_mean': 1.2 / 3,
+      'entropy_mean': (0.4 + 0.5 + 0.6) / 3,
+      'ratio_max': 0.625,
+      # (0.140625 + 0.444444 + 0.36) / 3; minus (0.452778 - 1)^2.
+      'ratio_second_moment': 0.315023,
+      'ratio_variance': 0.315023 - 0.299452,
+      # 1.358333^2 / (3 (0.390625 + 0.111111 + 0.16)).
+      'ratio_effective_sample_size': 1.845069 / 1.985208,
+      'ratio_k3': np.mean(r - 1 - np.log(r)),
+  }
+  for name, value in expected.items():
+    assert metrics[f'by_age/2-3/{name}'] == pytest.approx(
+        value, rel=1e-4, abs=1e-6
+    ), name
+  # And the others, of which only token 0 is masked.
+  assert metrics['by_age/0/tokens'] == 3
+  assert metrics['by_age/0/mask_positive'] == pytest.approx(1 / 2)
+  assert metrics['by_age/0/divergence_q50'] == pytest.approx(0.1)
+  assert metrics['by_age/0/divergence_q99'] == pytest.approx(0.2)
+
+
+def test_ages_share_the_tokens_out_and_are_zero_where_there_are_none():
+  metrics = metrics_of(with_ages(0, 1, 2, 7, 15, 16))
+  ages = ('0', '1', '2-3', '4-7', '8-15', '16-')
+  for age in ages:
+    assert metrics[f'by_age/{age}/tokens'] == 1
+  for token, age in enumerate(ages):
+    assert metrics[f'by_age/{age}/ratio_max'] == pytest.approx(
+        PI[token] / MU[token]
+    )
+    # A single token is as good as one.
+    assert metrics[f'by_age/{age}/ratio_effective_sample_size'] == 1
+  metrics = metrics_of(with_ages(0, 0, 0, 0, 0, 0))
+  for name, value in metrics.items():
+    if name.startswith('by_age/') and not name.startswith('by_age/0/'):
+      assert value == 0, name
+
+
+def test_all_tokens_of_one_age_have_the_numbers_of_all_tokens():
+  metrics = metrics_of(with_ages(5, 5, 5, 5, 5, 5))
+  whole = {name.replace('/', '_'): x for name, x in metrics.items()}
+  split = [name for name in metrics if name.startswith('by_age/4-7/')]
+  assert len(split) == 17
+  for name in split:
+    key = name.removeprefix('by_age/4-7/')
+    assert metrics[name] == (6 if key == 'tokens' else whole[key]), name
+
+
+def test_the_effective_sample_size_of_ratios_that_overflow_when_squared():
+  # r e^60, and twice nothing beside it: one of three tokens counts.
+  stats = make_stats()
+  log_ratio = jnp.zeros((1, 1, 8)).at[0, 0, 0].set(60.0)
+  mask = jnp.arange(8)[None, None] < 3
+  share = diagnostics._effective_share(log_ratio, mask & stats.token_mask)
+  assert float(share) == pytest.approx(1 / 3)
 
 
 def test_on_policy_metrics_look_at_the_first_update_only():

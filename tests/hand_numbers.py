@@ -279,21 +279,41 @@ ESTIMATORS = {
 
 # name: [(options, token mask, weights)]
 _MASK = ((1, 1, 1), (1, 0, 0))
+# As `_MASK`, with a sequence of which nothing counts: it is in no denominator.
+_GAP = (_MASK[0], (0, 0, 0), _MASK[1])
+_NOTHING = (0, 0, 0)
 NORMALIZERS = {
     # 1 / (2 sequences * 4 tokens).
-    'constant': [({'horizon': 4}, _MASK, ((1 / 8,) * 3, (1 / 8, 0, 0)))],
+    'constant': [
+        ({'horizon': 4}, _MASK, ((1 / 8,) * 3, (1 / 8, 0, 0))),
+        ({'horizon': 4}, _GAP, ((1 / 8,) * 3, _NOTHING, (1 / 8, 0, 0))),
+    ],
     # 1 / 4 tokens.
-    'token_mean': [({}, _MASK, ((1 / 4,) * 3, (1 / 4, 0, 0)))],
+    'token_mean': [
+        ({}, _MASK, ((1 / 4,) * 3, (1 / 4, 0, 0))),
+        ({}, _GAP, ((1 / 4,) * 3, _NOTHING, (1 / 4, 0, 0))),
+    ],
     # 1 / (2 sequences * 3 tokens) and 1 / (2 sequences * 1 token).
-    'sequence_mean': [({}, _MASK, ((1 / 6,) * 3, (1 / 2, 0, 0)))],
+    'sequence_mean': [
+        ({}, _MASK, ((1 / 6,) * 3, (1 / 2, 0, 0))),
+        ({}, _GAP, ((1 / 6,) * 3, _NOTHING, (1 / 2, 0, 0))),
+    ],
     # 1 / 2 sequences.
-    'sequence_sum': [({}, _MASK, ((1 / 2,) * 3, (1 / 2, 0, 0)))],
-    # One prompt of 4 tokens; then, from SkyRL's tests, two prompts of 3 and 4.
+    'sequence_sum': [
+        ({}, _MASK, ((1 / 2,) * 3, (1 / 2, 0, 0))),
+        ({}, _GAP, ((1 / 2,) * 3, _NOTHING, (1 / 2, 0, 0))),
+    ],
+    # One prompt of 4 tokens; then, from SkyRL's tests, two prompts of 3 and 4;
+    # then the second of three prompts without a token, and half of the third.
     'prompt_mean': [
         ({'group_size': 2}, _MASK, ((1 / 4,) * 3, (1 / 4, 0, 0))),
         (
             {'group_size': 2}, ((1, 1), (1, 0), (1, 1), (1, 1)),
             ((1 / 6, 1 / 6), (1 / 6, 0), (1 / 8, 1 / 8), (1 / 8, 1 / 8)),
+        ),
+        (
+            {'group_size': 2}, ((1, 1), (1, 0), (0, 0), (0, 0), (0, 0), (1, 1)),
+            ((1 / 6, 1 / 6), (1 / 6, 0), (0, 0), (0, 0), (0, 0), (1 / 4,) * 2),
         ),
     ],
 }

@@ -19,6 +19,7 @@ from configs import default
 from dppo_jax import advantages
 from dppo_jax import diagnostics
 from dppo_jax import divergences
+from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import penalties
 from dppo_jax import shaping
@@ -47,6 +48,22 @@ def test_groups_with_spread_come_first_and_keep_their_order():
         jnp.arange(float(n)), group_size=group_size
     )
     np.testing.assert_array_equal(rows, np.arange(n))
+
+
+def test_groups_whose_rewards_are_all_equal_are_cut_out_of_the_mask():
+  mask = jnp.asarray([[1, 1], [1, 0], [0, 1], [1, 1], [1, 1], [1, 1]], bool)
+  rewards = jnp.asarray([0.7, 0.7, 0, 1, 1, 1])
+  cut = shaping.without_groups_without_spread
+  thirds = np.array(mask)
+  thirds[3:] = False
+  np.testing.assert_array_equal(cut(mask, rewards, group_size=3), thirds)
+  expected = np.array(mask)
+  expected[[0, 1, 4, 5]] = False
+  np.testing.assert_array_equal(cut(mask, rewards, group_size=2), expected)
+  with jax.debug_nans(False):  # It is left for the learner to find.
+    spoiled = rewards.at[4].set(jnp.nan)
+    expected[4:] = mask[4:]
+    np.testing.assert_array_equal(cut(mask, spoiled, group_size=2), expected)
 
 
 @pytest.mark.parametrize('buffer', [0, 11, -1])
@@ -342,6 +359,63 @@ def test_too_few_groups_with_spread_are_filled_up_in_order():
   np.testing.assert_array_equal(seen, np.sort(LENGTHS[[0, 1, 2, 3, 6, 7]]))
 
 
+@pytest.mark.parametrize('name', normalizers.names())
+def test_groups_without_spread_are_dropped_as_if_they_were_not_there(name):
+  options = {'constant': {'horizon': 4}, 'prompt_mean': {'group_size': 2}}
+  normalizer = normalizers.build(name, **options.get(name, {}))
+  drop = {'drop_groups_without_spread': True, 'normalizer': normalizer}
+  # An entropy bonus would teach something without an advantage, too.
+  drop['extras'] = objective.Extras(entropy_bonus=0.1)
+  state, stats, metrics = learn(scored(), **drop)
+  rows = np.asarray([2, 3, 6, 7])
+  others = jax.tree.map(lambda x: x[rows], scored())
+  expected, _, alone = learn(
+      others, **(drop | {'drop_groups_without_spread': False})
+  )
+  close(metrics['loss'], alone['loss'])
+  close(state.params, expected.params)
+  assert jnp.max(jnp.abs(expected.params - state_of().params)) > 1e-3
+  tokens = np.sort(np.asarray(stats.token_mask).sum(-1).ravel())
+  np.testing.assert_array_equal(tokens, np.sort([0] * 4 + [*LENGTHS[rows]]))
+
+
+def test_nothing_is_learned_where_no_group_has_spread():
+  state, stats, metrics = learn(
+      scored((1.0,) * 8), drop_groups_without_spread=True
+  )
+  assert not stats.token_mask.any()
+  assert metrics['loss'] == metrics['optimizer/skipped'] == 0
+  tiny_model.assert_trees_equal(state.params, state_of().params)
+
+
+def test_spread_is_that_of_the_shaped_rewards_before_the_reference_kl():
+  # Overlong over the last two of four tokens: a reward of 1 at lengths 4 2
+  # becomes 0 1, and of 0 at 4 2 -1 0; the reference KL differs in every row.
+  prepare, _ = make_objective(
+      drop_groups_without_spread=True,
+      shaping_fn=shaping.build('overlong', horizon=4, buffer=2),
+      extras=objective.Extras(kl_coefficient=0.5, kl_where='reward'),
+  )
+  reference = table(policies()[2])
+  state = types.SimpleNamespace(params=None, reference=reference)
+  batch = prepare(state, scored((1.0, 1, 1, 1.5, 0, 0, 0.5, 1)))
+  # Rewards shaped: 0 1, 1 1, -1 0, 0 0.
+  kept = np.asarray([1, 1, 0, 0, 1, 1, 0, 0], bool)[:, None]
+  np.testing.assert_array_equal(batch.rollout.token_mask, MASK & kept)
+  np.testing.assert_array_equal(batch.weights > 0, MASK & kept)
+
+
+def test_too_few_groups_with_spread_are_not_filled_up_where_they_are_dropped():
+  # Three of four groups are taken, two of them have spread.
+  _, stats, _ = learn(
+      scored(), num_groups=3, drop_groups_without_spread=True
+  )
+  seen = np.sort(np.asarray(stats.token_mask).sum(-1).ravel())
+  np.testing.assert_array_equal(
+      seen, np.sort([0, 0, *LENGTHS[[2, 3, 6, 7]]])
+  )
+
+
 def truncated_rows():
   """Row 3 hit the limit of four tokens."""
   data = scored()
@@ -398,8 +472,8 @@ def test_the_age_of_a_token_is_the_updates_since_it_was_sampled():
       ('8-15', []), ('16-', []),
   ):
     assert metrics[f'by_age/{name}/tokens'] == counts[updates].sum()
-  assert metrics['by_age/0/second_moment'] < 1e-9
-  assert metrics['by_age/4-7/second_moment'] > 1e-4
+  assert metrics['by_age/0/ratio_second_moment'] < 1e-9
+  assert metrics['by_age/4-7/ratio_second_moment'] > 1e-4
   assert metrics['by_age/16-/divergence_max'] == 0
   # A rollout that waited for three updates.
   data = scored()

@@ -135,6 +135,7 @@ def make_objective(divergence, **options):
       'extras': objective.Extras(),
       'group_size': GROUP_SIZE,
       'num_groups': 0,
+      'drop_groups_without_spread': False,
       'mask_truncated': False,
       'num_parts': 1,
       'temperature': 1.0,

@@ -1,0 +1,413 @@
+"""What a row of the table learns does not depend on how its data are laid out.
+
+Every row of `algorithms.TABLE` goes through the objective of a run, with a
+transformer: eight devices compute what one does, and several sequences in a row
+of tokens what one in a row does. The transformer below the head is the same for
+all rows, so it is compiled once: the objective has its gradient by the hidden
+states, and the chain rule does the rest. B sequences in groups of G, P prompt
+and C completion tokens, T predicted ones, D width, V vocabulary.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from dppo_jax import algorithms
+from dppo_jax import diagnostics
+from dppo_jax import divergences
+from dppo_jax import objective
+from dppo_jax import rollout
+from dppo_jax import sampling
+from dppo_jax import sharding
+from dppo_jax.types import ScoredRollout
+
+HERE = pathlib.Path(__file__).resolve().parent
+NUM_ROWS = tiny_model.NUM_PROMPTS * tiny_model.GROUP_SIZE
+
+
+# --- the transformer, below the head and above it ----------------------------
+
+
+def hidden_of(params, tokens, positions, segment_ids):
+  """Hidden states [B, T, D]."""
+  hidden, _ = tiny_model.MODEL.trunk(
+      params, tokens, positions=positions, segment_ids=segment_ids
+  )
+  return hidden
+
+
+trunk = tiny_model.jit(hidden_of)
+
+
+@tiny_model.jit
+def pull_back(params, places, by_hidden):
+  """From the gradient by the hidden states to that by the parameters."""
+  _, vjp = jax.vjp(lambda params: hidden_of(params, *places), params)
+  return vjp(by_hidden)[0]
+
+
+def places(rolled):
+  """What the trunk reads of a rollout. [B, T] each."""
+  return tuple(
+      x[:, :-1] for x in (rolled.tokens, rolled.positions, rolled.segment_ids)
+  )
+
+
+def above(params, rolled):
+  """The parameters of the head, and what it reads."""
+  head = {name: params[name] for name in ('embed', 'norm')}
+  return head | {'hidden': trunk(params, *places(rolled))}
+
+
+def whole_gradient(params, rolled, gradient):
+  """By the parameters, from that by what `above` returns."""
+  by_params = pull_back(params, places(rolled), gradient['hidden'])
+  own = {name: gradient[name] for name in ('embed', 'norm')}
+  return by_params | jax.tree.map(
+      jnp.add, {name: by_params[name] for name in own}, own
+  )
+
+
+class Above:
+  """`models.causal_lm.CausalLM` of the parameters that `above` returns."""
+
+  def trunk(self, params, tokens, *, positions, segment_ids):
+    del tokens, positions, segment_ids
+    return params['hidden'], None
+
+  def head(self, params, hidden):
+    return tiny_model.MODEL.head(params, hidden)
+
+
+# --- three policies and a rollout --------------------------------------------
+
+
+@functools.cache
+def policies():
+  """Parameters at the start of the step and of the policy being trained."""
+
+  def near(params, seed, scale):
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return structure.unflatten([
+        x + scale * jnp.std(x) * jax.random.normal(key, x.shape)
+        for x, key in zip(leaves, keys, strict=True)
+    ])
+
+  start = tiny_model.params()
+  return start, near(start, seed=1, scale=0.1)
+
+
+@functools.cache
+def unrecorded():
+  """A rollout without log-probs and record, and the logits it came from.
+
+  Prompts have 1 to P tokens and completions 1 to C. The first row was sampled
+  nearly by the policy being trained, the last by one far away, and a third of
+  the tokens was nearly certain: every trust region has some inside and outside.
+  """
+  rng = np.random.RandomState(0)
+  shape = (NUM_ROWS, tiny_model.COMPLETION_LENGTH)
+  lengths = 1 + rng.permutation(NUM_ROWS)[:, None] % shape[1]
+  mask = jnp.asarray(np.arange(shape[1]) < lengths)
+  tokens = rng.randint(9, tiny_model.CONFIG.vocab_size, shape)
+  rolled = rollout.assemble(
+      tiny_model.prompts(),
+      sampling.Completions(
+          tokens=jnp.where(mask, tokens, tiny_model.PAD_ID).astype(jnp.int32),
+          mask=mask,
+          logprobs=jnp.zeros(shape),
+          record=(),
+          truncated=jnp.zeros(NUM_ROWS, bool),
+          num_steps=jnp.int32(shape[1]),
+      ),
+      group_size=tiny_model.GROUP_SIZE,
+  )
+  target = policies()[1]
+  logits = tiny_model.MODEL.head(target, trunk(target, *places(rolled)))
+  far = jnp.linspace(0.01, 0.6, NUM_ROWS)[:, None, None]
+  noise = far * jax.random.normal(jax.random.key(2), logits.shape)
+  certain = jnp.asarray(rng.choice([0.0, 0.0, 8.0], logits.shape[:2]))
+  at_token = jax.nn.one_hot(rolled.tokens[:, 1:], logits.shape[-1])
+  return rolled, logits + noise + certain[..., None] * at_token
+
+
+def scored_for(divergence):
+  """The rollout with what `divergence` remembers of it."""
+  rolled, logits = unrecorded()
+  targets = rolled.tokens[:, 1:]
+  rolled = rolled._replace(
+      behaviour_logprobs=divergences.token_logprobs(logits, targets),
+      record=divergence.record(logits, targets),
+  )
+  rewards = jnp.tile(jnp.array([1.0, 0.0, 0.3, 0.8]), tiny_model.NUM_PROMPTS)
+  return ScoredRollout(rolled, rewards)
+
+
+def objective_of(name, **changes):
+  """(divergence, prepare, weighted_loss) of a row of the table."""
+  options = tiny_model.row_options(name) | {'model': Above()} | changes
+  divergence = options.pop('divergence')
+  return divergence, *tiny_model.make_objective(divergence, **options)
+
+
+def test_the_chain_rule_gives_the_gradient_of_the_whole_transformer():
+  divergence, prepare, weighted_loss = objective_of('dppo_topk_tv')
+  scored, target = scored_for(divergence), policies()[1]
+  batch = prepare(types.SimpleNamespace(params=(), reference=()), scored)
+  run = lambda fn, params: tiny_model.jit(jax.grad(fn, has_aux=True))(
+      params, batch, (), jnp.int32(0)
+  )[0]
+  got = whole_gradient(
+      target,
+      scored.rollout,
+      run(weighted_loss, above(target, scored.rollout)),
+  )
+  _, _, whole_loss = objective_of('dppo_topk_tv', model=tiny_model.MODEL)
+  expected = run(whole_loss, target)
+  tiny_model.assert_trees_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+# --- eight devices -----------------------------------------------------------
+
+
+@tiny_model.jit
+def metrics_of(stats, threshold):
+  """Compiled once for all rows."""
+  stats = jax.tree.map(lambda x: x[None], stats)
+  return diagnostics.token_metrics(stats, threshold=threshold)
+
+
+def on_eight_devices():
+  """Prints, for each row, what one device and what a mesh of eight computes."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, expert=1)
+  by_rule = lambda tree: jax.device_put(tree, sharding.of_params(tree, mesh))
+  split = tuple(by_rule(params) for params in policies())
+  kernel = split[0]['layers']['mlp']['up']['kernel'].sharding
+  assert kernel.spec == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor')
+  for name in algorithms.names():
+    divergence, prepare, weighted_loss = objective_of(name)
+    scored = scored_for(divergence)
+    threshold = divergences.low_high(divergence.threshold)
+
+    @tiny_model.jit
+    def learn(start, target, scored, prepare=prepare, loss=weighted_loss):
+      batch = prepare(types.SimpleNamespace(params=start, reference=()), scored)
+      return jax.value_and_grad(loss, has_aux=True)(
+          target, batch, (), jnp.int32(0)
+      )
+
+    def summary(start, target, scored, learn=learn, threshold=threshold):
+      rolled = scored.rollout
+      (loss, stats), gradient = learn(
+          above(start, rolled), above(target, rolled), scored
+      )
+      metrics = metrics_of(stats, threshold)
+      gradient = whole_gradient(target, rolled, gradient)
+      devices = {
+          d for x in jax.tree.leaves(gradient) for d in x.sharding.device_set
+      }
+      return gradient, {
+          'devices': len(devices),
+          'loss': float(loss),
+          'metrics': {k: float(v) for k, v in metrics.items()},
+      }
+
+    gradient, one = summary(*policies(), scored)
+    parts, eight = summary(*split, jax.device_put(scored, sharding.batch(mesh)))
+    pairs = [
+        (np.asarray(a), np.asarray(b))
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(parts))
+    ]
+    line = {
+        'name': name,
+        'one': one,
+        'eight': eight,
+        'gradient': float(max(np.abs(a).max() for a, _ in pairs)),
+        'difference': float(max(np.abs(a - b).max() for a, b in pairs)),
+    }
+    print(json.dumps(line))
+
+
+@pytest.fixture(scope='module')
+def eight_devices():
+  done = subprocess.run(
+      [sys.executable, '-c',
+       'import invariance_test; invariance_test.on_eight_devices()'],
+      cwd=HERE.parent,
+      env=os.environ | {
+          'JAX_PLATFORMS': 'cpu',
+          'PYTHONPATH': os.pathsep.join(map(str, (HERE.parent, HERE))),
+          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+      },
+      capture_output=True,
+      text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  lines = map(json.loads, done.stdout.splitlines())
+  return {line.pop('name'): line for line in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', algorithms.names())
+def test_eight_devices_learn_what_one_does(eight_devices, name):
+  row = eight_devices[name]
+  one, eight = row['one'], row['eight']
+  assert (one['devices'], eight['devices']) == (1, 8)
+  np.testing.assert_allclose(eight['loss'], one['loss'], rtol=1e-5, atol=1e-6)
+  assert row['difference'] < 1e-5 + 1e-4 * row['gradient']
+  assert row['gradient'] > 1e-3
+  assert one['metrics'].keys() == eight['metrics'].keys()
+  for metric, value in one['metrics'].items():
+    np.testing.assert_allclose(
+        eight['metrics'][metric], value, rtol=1e-4, atol=1e-5, err_msg=metric
+    )
+
+
+# --- several sequences a row -------------------------------------------------
+
+
+def pack(batch, bins):
+  """The sequences of each bin next to each other in a row, without padding.
+
+  Args:
+    batch: `objective.Batch` of one sequence a row.
+    bins: rows of `batch`, a list for each row that comes out.
+
+  Returns:
+    the packed batch, and `of_tokens` that lays any [B, T, ...] out like it.
+  """
+  real = np.asarray(batch.rollout.segment_ids) > 0
+  cells = [
+      [
+          (row, column, i)
+          for i, row in enumerate(rows, 1)
+          for column in np.flatnonzero(real[row])
+      ]
+      for rows in bins
+  ]
+  width = max(map(len, cells))
+  valid = np.arange(width) < np.asarray([len(x) for x in cells])[:, None]
+  source = np.zeros((len(bins), width, 3), np.int32)
+  source[valid] = np.concatenate(cells)
+  row, column, segment_ids = np.moveaxis(source, -1, 0)
+
+  def lay_out(x):
+    """[B, T + 1, ...], what belongs to a token itself."""
+    x = np.asarray(x)[row, column]
+    keep = np.expand_dims(valid, tuple(range(2, x.ndim)))
+    return jnp.asarray(np.where(keep, x, np.zeros((), x.dtype)))
+
+  def of_tokens(x):
+    """[B, T, ...], what was predicted: index t moves with token t + 1.
+
+    So the first token of a sequence brings what its row says of padding, that
+    it was not sampled, to the boundary with the sequence before.
+    """
+    x = np.asarray(x)
+    return lay_out(np.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)))[:, 1:]
+
+  first = np.asarray([rows[0] for rows in bins])
+  packed = batch.rollout._replace(
+      tokens=lay_out(batch.rollout.tokens),
+      segment_ids=jnp.asarray(segment_ids),
+      positions=lay_out(batch.rollout.positions),
+      policy_version=batch.rollout.policy_version[first],
+      truncated=batch.rollout.truncated[first],
+      **{
+          field: jax.tree.map(of_tokens, getattr(batch.rollout, field))
+          for field in ('token_mask', 'behaviour_logprobs', 'record')
+      },
+  )
+  return batch._replace(
+      rollout=packed,
+      **{
+          field: jax.tree.map(of_tokens, getattr(batch, field))
+          for field in ('anchor', 'advantages', 'weights', 'reference_logprobs')
+      },
+  ), of_tokens
+
+
+# Of 16 sequences: two or three a row and one alone, other groups side by side.
+BINS = [[0, 9], [4, 13, 2], [5, 15], [3, 8, 12], [1, 6], [14, 7], [11], [10]]
+
+
+def check_packed(name, extras):
+  """Compares both layouts; returns the trust region of the sampled tokens."""
+  divergence, prepare, weighted_loss = objective_of(name, extras=extras)
+  start, target = policies()
+  scored = scored_for(divergence)
+  state = above(start, scored.rollout)
+  batch = tiny_model.jit(
+      lambda start, scored: prepare(
+          types.SimpleNamespace(params=start, reference=start), scored
+      )
+  )(state, scored)
+  packed, of_tokens = pack(batch, BINS)
+  assert packed.weights.shape[0] < batch.weights.shape[0]
+  value_and_grad = tiny_model.jit(
+      jax.value_and_grad(weighted_loss, has_aux=True)
+  )
+
+  def run(batch):
+    (loss, stats), gradient = value_and_grad(
+        above(target, batch.rollout),
+        batch,
+        above(start, batch.rollout),
+        jnp.int32(0),
+    )
+    return loss, stats, whole_gradient(target, batch.rollout, gradient)
+
+  expected, stats, gradient = run(batch)
+  loss, packed_stats, packed_gradient = run(packed)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
+  largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient))
+  assert largest > 1e-3
+  tiny_model.assert_trees_close(
+      packed_gradient, gradient, rtol=1e-4, atol=1e-5 * largest
+  )
+  mask = np.asarray(packed_stats.token_mask)
+  assert mask.sum() == np.asarray(stats.token_mask).sum()
+  for field, values in packed_stats._asdict().items():
+    np.testing.assert_allclose(
+        values[mask], of_tokens(getattr(stats, field))[mask], rtol=1e-4,
+        atol=1e-5, err_msg=field,
+    )
+  return np.asarray(packed_stats.trust_region)[mask]
+
+
+# Fast rows stand for the rules; the others wait for a run with slow tests.
+_FAST = ('dppo_topk_tv', 'gspo', 'm2po')
+
+
+@pytest.mark.parametrize('name', [
+    name if name in _FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in algorithms.names()
+])
+def test_packed_sequences_teach_what_they_teach_alone(name):
+  region = check_packed(name, objective.Extras())
+  row = algorithms.row(name)
+  everywhere = {'name': 'none'}, {'name': 'outward'}
+  if (row.divergence, row.trust_region) != everywhere and (
+      row.anchor == 'behaviour'  # The other stands too near.
+  ):
+    assert region.min() < 1 and region.max() == 1  # Both are there.
+
+
+@pytest.mark.parametrize('estimator', [
+    'k3', pytest.param('full', marks=pytest.mark.slow)
+])
+def test_packed_sequences_have_the_extra_terms_they_have_alone(estimator):
+  check_packed('dppo_topk_tv', objective.Extras(
+      entropy_bonus=0.1, kl_coefficient=0.1, kl_estimator=estimator
+  ))
