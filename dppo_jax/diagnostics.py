@@ -11,12 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dppo_jax import ages
 from dppo_jax import divergences
 from dppo_jax.masking import masked_max
 from dppo_jax.masking import masked_mean
 from dppo_jax.masking import masked_min
 from dppo_jax.masking import masked_quantile
+from dppo_jax.masking import masked_sum
 from dppo_jax.masking import where_valid
+from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import Threshold
 
@@ -36,6 +39,10 @@ class TokenStats(NamedTuple):
   surrogate: jax.Array  # float32, ratio * advantage of kept tokens
   capped: jax.Array  # float32, 1 where the ratio was truncated
   age: jax.Array  # int32, optimizer updates since the row was sampled
+  gradient_weight: jax.Array  # float32, |factor of grad log pi| in the loss
+  weights: jax.Array  # float32, of the normalizer
+  replayed: PyTree = ()  # bool, from the buffer; () where there is none
+  constraint: PyTree = ()  # `duals.Constraint`; () where there is none
 
 
 def token_metrics(
@@ -59,6 +66,8 @@ def token_metrics(
   metrics |= _divergence_metrics(stats, masked, logprobs, behaviour)
   metrics |= _ratio_metrics(log_ratio, mask)
   metrics |= _by_age(stats, masked, log_ratio, gap)
+  metrics |= _constraint_metrics(stats)
+  metrics |= _replay_metrics(stats)
   return metrics | {
       'mismatch/prob_gap_mean': masked_mean(jnp.abs(gap), mask),
       'mismatch/prob_gap_max': masked_max(gap, mask),
@@ -136,18 +145,38 @@ def _ratio_metrics(log_ratio, mask):
   }
 
 
-# Optimizer updates since sampling; the last bucket has no end.
-_AGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, None))
+def _constraint_metrics(stats):
+  """How far the ratios are from what a constrained loss allows."""
+  if not stats.constraint:
+    return {}
+  values, weights, beyond = stats.constraint
+  values = jnp.where(weights > 0, values, 0.0)
+  return {
+      'constraint/value': jnp.sum(values * weights) / jnp.sum(weights),
+      'constraint/beyond_turning_point': masked_mean(beyond, stats.token_mask),
+  }
+
+
+def _replay_metrics(stats):
+  """How much of what is learned comes from replayed tokens."""
+  if isinstance(stats.replayed, tuple):
+    return {}
+  mass = where_valid(stats.gradient_weight * stats.weights, stats.token_mask)
+  total = jnp.sum(mass)
+  replayed = masked_sum(mass, stats.replayed)
+  return {
+      # Mass: sum of |factor of grad log pi|.
+      'replay/gradient_share': replayed / jnp.where(total > 0, total, 1.0),
+      'replay/token_share': masked_mean(stats.replayed, stats.token_mask),
+  }
 
 
 def _by_age(stats, masked, log_ratio, gap):
   """The most telling numbers, split by staleness."""
   metrics = {}
-  for first, last in _AGES:
-    name = str(first) if first == last else f'{first}-{last or ""}'
-    chosen = stats.token_mask & (stats.age >= first)
-    if last is not None:
-      chosen &= stats.age <= last
+  buckets = ages.bucket(stats.age)
+  for index, name in enumerate(ages.names()):
+    chosen = stats.token_mask & (buckets == index)
     second_moment = jnp.square(jnp.expm1(log_ratio))
     metrics |= {
         f'by_age/{name}/tokens': jnp.sum(chosen),
