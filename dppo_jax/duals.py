@@ -6,6 +6,10 @@ violated and falls while there is slack, so it settles where the constraint
 just holds, or at its minimum where it never binds. One step per optimizer
 update.
 
+Steps are taken on u = violation / limit, cut at 1: since c is not negative, u
+is never below -1, and without the cut a single token with a huge ratio would
+send lambda up in one update by more than it comes down in a thousand.
+
 R2VPO (arXiv:2601.03320) constrains the variance of the importance ratio by a
 primal-dual method. Only its abstract could be read: rules, rates, limits and
 starting values here are this project's own choice.
@@ -69,7 +73,7 @@ def fixed(*, multiplier: float = 0.04, limit: float = 0.02) -> Dual:
     limit: largest allowed E[c]; only reported.
   """
   return _make(
-      lambda dual, violation: dual,
+      lambda dual, u: dual,
       initial=multiplier, limit=limit, minimum=0.0, maximum=multiplier,
       by_age=False,
   )
@@ -80,25 +84,23 @@ def projected_ascent(
     *,
     limit: float = 0.02,
     initial: float = 0.04,
-    learning_rate: float = 1.0,
+    learning_rate: float = 0.02,
     maximum: float = 10.0,
     by_age: bool = False,
 ) -> Dual:
-  """Gradient ascent on the Lagrangian: max(0, lambda + rate * violation).
+  """Gradient ascent on the Lagrangian: max(0, lambda + rate * u).
 
   Args:
     limit: epsilon, largest allowed E[c].
     initial: lambda at the start.
-    learning_rate: of lambda, per unit of violation and update.
+    learning_rate: of lambda; the largest change in an update.
     maximum: of lambda.
     by_age: one lambda for each bucket of ages, so old data are braked more.
   """
   _check_positive(learning_rate=learning_rate)
 
-  def rule(dual, violation):
-    return dual._replace(
-        multiplier=dual.multiplier + learning_rate * violation
-    )
+  def rule(dual, u):
+    return dual._replace(multiplier=dual.multiplier + learning_rate * u)
 
   return _make(
       rule, initial=initial, limit=limit, minimum=0.0, maximum=maximum,
@@ -111,27 +113,26 @@ def exponentiated(
     *,
     limit: float = 0.02,
     initial: float = 0.04,
-    learning_rate: float = 5.0,
+    learning_rate: float = 0.1,
     minimum: float = 1e-4,
     maximum: float = 10.0,
     by_age: bool = False,
 ) -> Dual:
-  """Multiplicative steps: lambda * exp(rate * violation).
+  """Multiplicative steps: lambda * exp(rate * u).
 
   Args:
     limit: epsilon, largest allowed E[c].
     initial: lambda at the start.
-    learning_rate: of log lambda, per unit of violation and update.
+    learning_rate: of log lambda; its largest change in an update.
     minimum: of lambda, which cannot grow again from 0.
     maximum: of lambda.
     by_age: one lambda for each bucket of ages.
   """
   _check_positive(learning_rate=learning_rate, minimum=minimum)
 
-  def rule(dual, violation):
-    # Any step beyond this factor ends at the clamp anyway.
-    power = jnp.clip(learning_rate * violation, -20.0, 20.0)
-    return dual._replace(multiplier=dual.multiplier * jnp.exp(power))
+  def rule(dual, u):
+    factor = jnp.exp(learning_rate * u)
+    return dual._replace(multiplier=dual.multiplier * factor)
 
   return _make(
       rule, initial=initial, limit=limit, minimum=minimum, maximum=maximum,
@@ -144,8 +145,8 @@ def proportional_integral(
     *,
     limit: float = 0.02,
     initial: float = 0.04,
-    proportional: float = 5.0,
-    integral: float = 1.0,
+    proportional: float = 0.1,
+    integral: float = 0.02,
     maximum: float = 10.0,
     by_age: bool = False,
 ) -> Dual:
@@ -157,16 +158,16 @@ def proportional_integral(
   Args:
     limit: epsilon, largest allowed E[c].
     initial: lambda at the start.
-    proportional: gain on the violation itself.
-    integral: gain on its sum over updates.
+    proportional: gain on u itself.
+    integral: gain on the sum of u over updates.
     maximum: of lambda and of the sum.
     by_age: one lambda for each bucket of ages.
   """
   _check_positive(integral=integral)
 
-  def rule(dual, violation):
-    total = jnp.clip(dual.integral + integral * violation, 0.0, maximum)
-    return DualState(total + proportional * violation, total)
+  def rule(dual, u):
+    total = jnp.clip(dual.integral + integral * u, 0.0, maximum)
+    return DualState(total + proportional * u, total)
 
   return _make(
       rule, initial=initial, limit=limit, minimum=0.0, maximum=maximum,
@@ -223,7 +224,7 @@ def _make(rule, *, initial, limit, minimum, maximum, by_age) -> Dual:
     return DualState(start(), start())
 
   def update(dual, violation, seen=True):
-    new = rule(dual, jnp.where(seen, violation, 0.0))
+    new = rule(dual, jnp.clip(violation / limit, -1.0, 1.0))
     new = new._replace(
         multiplier=jnp.clip(new.multiplier, minimum, maximum)
     )

@@ -35,6 +35,7 @@ _SEEDS = flags.DEFINE_list(
 _STALENESS = flags.DEFINE_list(
     'staleness', ['0', '4', '16'], 'Steps between sampling and learning.'
 )
+_METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
 
 HERE = pathlib.Path(__file__).parent
 RATES, RUNS = HERE / 'rates.csv', HERE / 'runs.csv'
@@ -53,19 +54,20 @@ COLUMNS = {
     'replay_gradient_share': 'replay/gradient_share',
 }
 
-# 128 completions are learned from in each step, in 4 updates. Without replay
+# 128 completions are learned from in each step, in 2 updates. Without replay
 # all of them are fresh.
 COMMON = (
-    'total_steps=60',
+    'total_steps=80',
     'num_prompts=16',
     'group_size=8',
+    'learner.num_minibatches=2',
     'optimizer.schedule=constant',
-    'eval.every=4',
+    'eval.every=5',
     'eval.num_samples=4',
     'checkpoint_every=1000',
     'tensorboard=False',
 )
-_HALF_REPLAYED = ('num_prompts=8', 'replay.capacity=4', 'replay.max_age=96')
+_HALF_REPLAYED = ('num_prompts=8', 'replay.capacity=4', 'replay.max_age=16')
 METHODS = {
     'grpo': ('grpo', ()),
     'grpo_clip_higher': ('grpo_clip_higher', ()),
@@ -84,12 +86,16 @@ class Job(NamedTuple):
   seed: str
 
 
+def chosen_methods():
+  return _METHODS.value or list(METHODS)
+
+
 def grid():
   """Every method at every rate, on policy."""
   return [
       Job(method, rate, '0', seed)
       for seed in GRID_SEEDS
-      for method in METHODS
+      for method in chosen_methods()
       for rate in LEARNING_RATES
   ]
 
@@ -100,7 +106,7 @@ def final(best):
       Job(method, best[method], staleness, seed)
       for seed in _SEEDS.value
       for staleness in _STALENESS.value
-      for method in METHODS
+      for method in chosen_methods()
   ]
 
 
@@ -115,7 +121,7 @@ def flags_of(job):
   }
   if 'replay.max_age' in config:
     # Replay looks back as far as without staleness, from older fresh data.
-    fresh = 4 * int(job.staleness)
+    fresh = 2 * int(job.staleness)
     config['replay.max_age'] = str(int(config['replay.max_age']) + fresh)
   return [
       f'--config=configs/default.py:{algorithm}',
@@ -230,7 +236,7 @@ def best_rates(rows):
           LEARNING_RATES,
           key=lambda rate: tuple(np.mean(scores[method, rate], axis=0)),
       )
-      for method in METHODS
+      for method in sorted({method for method, _ in scores})
   }
 
 
