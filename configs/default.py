@@ -30,8 +30,8 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   }
   config.seed = 0
 
-  # How: divergence, trust region, anchor, loss, advantage and normalizer come
-  # from the table.
+  # How: divergence, trust region, anchor, loss, dual, advantage and normalizer
+  # come from the table.
   config.update(algorithms.config(algorithm))
   config.shaping = shaping.config('unshaped')
   config.extras = {
@@ -56,6 +56,15 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   config.group_size = 8
   config.max_prompt_length = 4  # Tokens; longer prompts are refused.
   config.max_completion_length = 20  # Tokens; longer ones are truncated.
+  # Old data. A step learns from what was sampled with the weights of so many
+  # steps ago; beside that, from groups of the rollouts before.
+  config.staleness = 0
+  config.replay = {
+      'capacity': 0,  # Rollouts; 0 for no buffer.
+      'ratio': 1.0,  # Replayed groups for each fresh one.
+      'sampling': 'uniform',  # Or recent, or ess: largest effective samples.
+      'max_age': 32,  # Optimizer updates; older data are not used.
+  }
   config.sampling = {
       'temperature': 1.0,
       'top_p': 1.0,  # Training takes no other value, see checks.py.

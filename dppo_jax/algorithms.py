@@ -18,6 +18,7 @@ from typing import Any
 
 from dppo_jax import advantages
 from dppo_jax import divergences
+from dppo_jax import duals
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import registry
@@ -46,6 +47,7 @@ class Algorithm:
     anchor: 'behaviour' or 'recomputed'.
     advantage: name.
     normalizer: name.
+    dual: rule for the multiplier of the loss's constraint.
   """
 
   source: str
@@ -61,6 +63,7 @@ class Algorithm:
   anchor: str = 'behaviour'
   advantage: str = 'group_mean'
   normalizer: str = 'constant'
+  dual: dict = dataclasses.field(default_factory=lambda: _options('none'))
 
   def config(self) -> dict:
     """The row as entries of a training config."""
@@ -71,6 +74,7 @@ class Algorithm:
         'anchor': self.anchor,
         'advantage': advantages.config(self.advantage),
         'normalizer': normalizers.config(self.normalizer),
+        'dual': duals.config(**self.dual),
     }
 
 
@@ -233,6 +237,21 @@ TABLE = {
         keeps='all',
         weight='r (1 - sign(A) (pi - mu) / 12.5)',
         loss=_options('drpo', delta=12.5),
+    ),
+    'r2vpo': Algorithm(
+        source='arXiv:2601.03320 (abstract); limit 0.02 and rule of the '
+        'multiplier l, ours',
+        keeps='all, so that mean (r - 1)^2 <= 0.02',
+        weight='r (1 - 2 l (r - 1) / A)',
+        loss=_options('r2vpo'),
+        dual=_options('projected_ascent', limit=0.02),
+    ),
+    'r2vpo_fixed': Algorithm(
+        source='ours: r2vpo as a plain penalty (l 0.04)',
+        keeps='all',
+        weight='r (1 - 0.08 (r - 1) / A)',
+        loss=_options('r2vpo'),
+        dual=_options('fixed', multiplier=0.04),
     ),
     'cppo': _cppo(soft=False),
     'cppo_soft': _cppo(soft=True),

@@ -49,6 +49,8 @@ def check(config: Any, *, num_batch_shards: int) -> None:
       )
   _check_sampling(config.sampling)
   _check_eval_sampling(config.eval)
+  _check_dual(config)
+  _check_replay(config)
   _check_sizes(config, num_batch_shards)
 
 
@@ -115,18 +117,99 @@ def _check_eval_sampling(settings):
     )
 
 
+def _check_dual(config):
+  """A constraint needs a price, and a price a constraint."""
+  constrained = config.loss.name == 'r2vpo'
+  if constrained == (config.dual.name == 'none'):
+    raise ValueError(
+        f'config.loss.name={config.loss.name!r} and '
+        f'config.dual.name={config.dual.name!r} do not go together: r2vpo '
+        'needs a dual, for example projected_ascent, and other losses none.'
+    )
+  if constrained and config.loss.center == 'mean':
+    if config.learner.num_microbatches > 1:
+      raise ValueError(
+          "config.loss.center='mean' needs a whole mini-batch at once; use "
+          'learner.num_microbatches=1 or center=one, not '
+          f'num_microbatches={config.learner.num_microbatches}.'
+      )
+
+
+def num_replayed_groups(config: Any) -> int:
+  """Groups that each step draws from the replay buffer; 0 without one."""
+  if not config.replay.capacity:
+    return 0
+  return round(config.replay.ratio * config.num_prompts)
+
+
+def _check_replay(config):
+  """The buffer must hold what is drawn from it."""
+  replay = config.replay
+  if config.staleness < 0:
+    raise ValueError(
+        f'config.staleness={config.staleness} must be 0 (learn at once) or '
+        'more.'
+    )
+  if replay.capacity < 0:
+    raise ValueError(
+        f'config.replay.capacity={replay.capacity} must be 0 (no buffer) or '
+        'more.'
+    )
+  if not replay.capacity:
+    return
+  groups = replay.ratio * config.num_prompts
+  if groups != round(groups) or groups < 1:
+    raise ValueError(
+        f'config.replay.ratio={replay.ratio} times '
+        f'num_prompts={config.num_prompts} makes {groups:g} groups; it must be '
+        'a whole number of at least 1.'
+    )
+  if replay.ratio > replay.capacity:
+    raise ValueError(
+        f'config.replay.ratio={replay.ratio} asks for more rollouts than '
+        f'capacity={replay.capacity} keeps; raise the capacity.'
+    )
+  parts = config.learner.num_minibatches * config.learner.num_microbatches
+  if replay.sampling == 'ess':
+    if 2 * replay.ratio > replay.capacity:
+      raise ValueError(
+          "config.replay.sampling='ess' draws twice as many groups as it "
+          f'keeps: capacity={replay.capacity} must be at least twice the ratio '
+          f'{replay.ratio}.'
+      )
+    if 2 * groups * config.group_size % parts:
+      raise ValueError(
+          f"config.replay.sampling='ess' looks at {2 * groups:g} groups of "
+          f'group_size={config.group_size} in {parts} parts of equal size; '
+          'change replay.ratio or learner.num_minibatches.'
+      )
+  updates = config.learner.num_epochs * config.learner.num_minibatches
+  needed = (2 + config.staleness) * updates - 1
+  if replay.max_age < needed:
+    raise ValueError(
+        f'config.replay.max_age={replay.max_age} lets nothing be replayed: '
+        f'with {updates} updates a step and staleness={config.staleness}, '
+        f'the youngest rollout in the buffer reaches an age of {needed}.'
+    )
+
+
 def _check_sizes(config, num_batch_shards):
-  if not 0 <= config.num_groups <= config.num_prompts:
+  replayed = num_replayed_groups(config)
+  available = config.num_prompts + replayed
+  if not 0 <= config.num_groups <= available:
     raise ValueError(
         f'config.num_groups={config.num_groups} must be between 0 (all) and '
-        f'num_prompts={config.num_prompts}.'
+        f'num_prompts={config.num_prompts}'
+        + (f' plus {replayed} replayed.' if replayed else '.')
     )
   groups = 'num_groups' if config.num_groups else 'num_prompts'
-  batch = config[groups] * config.group_size
+  count = config.num_groups or available
+  batch = count * config.group_size
   updates = config.learner.num_minibatches
   parts = updates * config.learner.num_microbatches
+  beside = f' and {replayed} replayed' if count > config[groups] else ''
   sizes = (
-      f'config.{groups}={config[groups]} times '
+      f'config.{groups}={config[groups]}{beside} times '
       f'group_size={config.group_size} makes {batch} completions'
   )
   for size, name in (
@@ -137,8 +220,11 @@ def _check_sizes(config, num_batch_shards):
     if batch % size:
       multiple = size // math.gcd(size, config.group_size)
       raise ValueError(
-          f'{sizes}, not divisible by {name}; for {groups}, '
-          f'{_nearest(config[groups], multiple)}.'
+          f'{sizes}, not divisible by {name}; for all groups together, '
+          f'{_nearest(count, multiple)}.'
+          if beside
+          else f'{sizes}, not divisible by {name}; for {groups}, '
+          f'{_nearest(count, multiple)}.'
       )
   for name, rows in (
       ('num_prompts', config.num_prompts),

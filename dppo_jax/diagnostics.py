@@ -11,12 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dppo_jax import ages
 from dppo_jax import divergences
 from dppo_jax.masking import masked_max
 from dppo_jax.masking import masked_mean
 from dppo_jax.masking import masked_min
 from dppo_jax.masking import masked_quantile
+from dppo_jax.masking import masked_sum
 from dppo_jax.masking import where_valid
+from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import Threshold
 
@@ -36,10 +39,10 @@ class TokenStats(NamedTuple):
   surrogate: jax.Array  # float32, ratio * advantage of kept tokens
   capped: jax.Array  # float32, 1 where the ratio was truncated
   age: jax.Array  # int32, optimizer updates since the row was sampled
-
-
-# Optimizer updates since sampling; the last bucket has no end.
-_AGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, None))
+  gradient_weight: jax.Array  # float32, |factor of grad log pi| in the loss
+  weights: jax.Array  # float32, of the normalizer
+  replayed: PyTree = ()  # bool, from the buffer; () where there is none
+  constraint: PyTree = ()  # `duals.Constraint`; () where there is none
 
 
 def token_metrics(
@@ -49,9 +52,9 @@ def token_metrics(
 
   Shares are of all sampled tokens unless the name says `positive` or
   `negative`: then of those with an advantage of that sign. A token without
-  advantage is in no such share. `on_policy/` looks at the first update after a
-  rollout only, where both policies have the same parameters: what is left there
-  is the training-inference mismatch.
+  advantage is in no such share. `on_policy/` looks only at tokens of age 0,
+  where both policies have the same parameters: what is left there is the
+  training-inference mismatch.
 
   What `_telling` computes is there once more for the tokens of each age:
   `mask/fraction` of ages 2 and 3 is `by_age/2-3/mask_fraction`.
@@ -65,44 +68,33 @@ def token_metrics(
   pair = {'behaviour': behaviour, 'target': logprobs}
   binary_tv = divergences.binary_total_variation(**pair)
   binary_kl = divergences.binary_kullback_leibler(**pair)
-  ages = _ages(stats)
-  # One program for all: seven would take as long to compile as the learner.
+  buckets = jnp.arange(ages.NUM_BUCKETS).reshape(-1, 1, 1, 1)
+  by_age = mask & (ages.bucket(stats.age) == buckets)
+  # One program for all: nine would take as long to compile as the learner.
   values = jax.vmap(
       lambda chosen: _telling(stats, chosen, masked, log_ratio, gap, binary_tv)
-  )(jnp.stack([mask, *ages.values()]))
+  )(jnp.concatenate([mask[None], by_age]))
   metrics = {name: x[0] for name, x in values.items()}
-  for i, (age, chosen) in enumerate(ages.items(), 1):
-    metrics[f'by_age/{age}/tokens'] = jnp.sum(chosen)
+  for i, age in enumerate(ages.names()):
+    metrics[f'by_age/{age}/tokens'] = jnp.sum(by_age[i])
     for name, x in values.items():
-      metrics[f'by_age/{age}/{name.replace("/", "_")}'] = x[i]
+      metrics[f'by_age/{age}/{name.replace("/", "_")}'] = x[i + 1]
   metrics |= _mask_metrics(stats, masked, gap, threshold)
   metrics |= _divergence_metrics(stats, masked, binary_tv, binary_kl)
+  metrics |= _constraint_metrics(stats)
+  metrics |= _replay_metrics(stats)
+  fresh = by_age[0]
   return metrics | {
       'ratio/mean': masked_mean(jnp.exp(log_ratio), mask),
       'ratio/log_abs_max': masked_max(jnp.abs(log_ratio), mask),
       'mismatch/prob_gap_max': masked_max(gap, mask),
       'mismatch/prob_gap_min': masked_min(gap, mask),
-      'on_policy/log_ratio_max': masked_max(jnp.abs(log_ratio[0]), mask[0]),
-      'on_policy/divergence_max': masked_max(stats.divergence[0], mask[0]),
-      'on_policy/prob_gap_mean': masked_mean(jnp.abs(gap[0]), mask[0]),
+      'on_policy/log_ratio_max': masked_max(jnp.abs(log_ratio), fresh),
+      'on_policy/divergence_max': masked_max(stats.divergence, fresh),
+      'on_policy/prob_gap_mean': masked_mean(jnp.abs(gap), fresh),
       'loss/surrogate': masked_mean(stats.surrogate, mask),
       'loss/capped': masked_mean(stats.capped, mask),
   }
-
-
-# Optimizer updates since sampling; the last bucket has no end.
-_AGES = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, None))
-
-
-def _ages(stats):
-  """The sampled tokens of each age, by its name. {name: [U, b, T]}."""
-  chosen = {}
-  for first, last in _AGES:
-    name = str(first) if first == last else f'{first}-{last or ""}'
-    chosen[name] = stats.token_mask & (stats.age >= first)
-    if last is not None:
-      chosen[name] &= stats.age <= last
-  return chosen
 
 
 def _telling(stats, chosen, masked, log_ratio, gap, binary_tv):
@@ -175,6 +167,32 @@ def _effective_share(log_ratio, chosen):
   ratio = jnp.exp(jnp.minimum(log_ratio - masked_max(log_ratio, chosen), 0))
   mean, square = masked_mean(ratio, chosen), masked_mean(ratio**2, chosen)
   return jnp.square(mean) / jnp.where(jnp.any(chosen), square, 1.0)
+
+
+def _constraint_metrics(stats):
+  """How far the ratios are from what a constrained loss allows."""
+  if not stats.constraint:
+    return {}
+  values, weights, beyond = stats.constraint
+  values = jnp.where(weights > 0, values, 0.0)
+  return {
+      'constraint/value': jnp.sum(values * weights) / jnp.sum(weights),
+      'constraint/beyond_turning_point': masked_mean(beyond, stats.token_mask),
+  }
+
+
+def _replay_metrics(stats):
+  """How much of what is learned comes from replayed tokens."""
+  if isinstance(stats.replayed, tuple):
+    return {}
+  mass = where_valid(stats.gradient_weight * stats.weights, stats.token_mask)
+  total = jnp.sum(mass)
+  replayed = masked_sum(mass, stats.replayed)
+  return {
+      # Mass: sum of |factor of grad log pi|.
+      'replay/gradient_share': replayed / jnp.where(total > 0, total, 1.0),
+      'replay/token_share': masked_mean(stats.replayed, stats.token_mask),
+  }
 
 
 def record_metrics(rollout: Rollout) -> dict[str, jax.Array]:

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dppo_jax import ages
 from dppo_jax import diagnostics
+from dppo_jax import duals
 from dppo_jax.objective import Batch
 from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
@@ -24,6 +26,7 @@ def make_learner(
     num_epochs: int,
     num_minibatches: int,
     num_microbatches: int = 1,
+    dual: duals.Dual | None = None,
 ) -> Callable[..., tuple[TrainState, diagnostics.TokenStats, dict]]:
   """A pure function that learns from one scored rollout.
 
@@ -34,6 +37,7 @@ def make_learner(
     num_epochs: passes over the rollout.
     num_minibatches: updates per pass, over sequences shuffled anew each pass.
     num_microbatches: parts of a mini-batch whose gradients are accumulated.
+    dual: of the loss's constraint, moved one step with each update.
 
   Returns:
     `learn(state, scored, key) -> (state, token stats [U, ...], metrics)`; the
@@ -48,12 +52,40 @@ def make_learner(
       part = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), batch)
       (loss, stats), gradients = jax.value_and_grad(
           weighted_loss, has_aux=True
-      )(state.params, part, state.reference, state.policy_version)
+      )(
+          state.params, part, state.reference, state.policy_version, state.dual
+      )
       return jax.tree.map(jnp.add, total, (loss, gradients)), stats
 
     zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.params))
     (loss, gradients), stats = jax.lax.scan(add, zeros, rows)
     return loss, gradients, stats
+
+  def constrain(state, stats):
+    """The dual after an update that saw these tokens, and what it saw."""
+    if dual is None:
+      return state, {}
+    if not stats.constraint:
+      raise ValueError(
+          'config.dual is set, but the loss has no constraint for it; use '
+          'loss r2vpo, or dual none.'
+      )
+    violation, seen = duals.violation(
+        stats.constraint, stats.age, limit=dual.limit, by_age=dual.by_age
+    )
+    overall, _ = duals.violation(
+        stats.constraint, stats.age, limit=dual.limit, by_age=False
+    )
+    metrics = {
+        'constraint/violation': overall[0],
+        'dual/multiplier': jnp.mean(state.multiplier),
+    }
+    if dual.by_age:
+      metrics |= {
+          f'by_age/{name}/multiplier': value
+          for name, value in zip(ages.names(), state.multiplier, strict=True)
+      }
+    return dual.update(state, violation, seen), metrics
 
   def update(state, batch, rows):
     """One optimizer update, or none if it would not be finite."""
@@ -67,17 +99,20 @@ def make_learner(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     finite &= jnp.isfinite(optax.tree.norm(params))
     choose = lambda new, old: jnp.where(finite, new, old)
+    new_dual, dual_metrics = constrain(state.dual, stats)
     new_state = state._replace(
         params=jax.tree.map(choose, params, state.params),
         opt_state=jax.tree.map(choose, opt_state, state.opt_state),
         policy_version=state.policy_version + finite,
         nonfinite_in_a_row=jnp.where(finite, 0, state.nonfinite_in_a_row + 1),
+        dual=jax.tree.map(choose, new_dual, state.dual),
     )
     metrics = {
         'loss': jnp.where(finite, loss, 0.0),
         'optimizer/grad_norm': jnp.where(finite, norm, 0.0),
         'optimizer/skipped': ~finite,
         'optimizer/learning_rate': optimizer.schedule(state.policy_version),
+        **dual_metrics,
     }
     return new_state, (stats, metrics)
 

@@ -3,7 +3,8 @@
 PPO, GRPO, clip-higher, CISPO, PG-IS and every DPPO variant are one loss, the
 importance-weighted policy gradient inside a trust region, with different
 divergences, thresholds, rules and ratio caps (`algorithms.py` has the table).
-SPO and DRPO replace the region by a penalty.
+SPO and DRPO replace the region by a penalty, R2VPO by a constraint with a price
+that learns (`duals.py`).
 
 All are in score-function form: a detached weight times the log-prob. Their
 gradients are those of the papers; their values are not.
@@ -15,6 +16,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dppo_jax import duals
 from dppo_jax import registry
 from dppo_jax import segments
 from dppo_jax.types import LossFn
@@ -33,39 +35,70 @@ def _score_function(
     inputs: LossInputs,
     weight_fn: Callable[[jax.Array, jax.Array], jax.Array],
     log_ratio_fn: Callable[[jax.Array], jax.Array] = lambda x: x,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    *,
+    ratio_cap: float = math.inf,
+    without_advantage: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """-weight * logprobs on kept tokens, 0 elsewhere.
 
   Args:
     inputs: of the loss.
     weight_fn: (ratio, advantages) -> weight, all [B, T].
     log_ratio_fn: changes the log-ratio before the exponential.
+    ratio_cap: counted, not applied.
+    without_advantage: whether tokens with advantage 0 have a weight too.
 
   Returns:
-    loss [B, T], and ratio and advantages with 1 and 0 where nothing is kept.
+    loss and metrics, all [B, T] float32.
   """
   # Replaced before the exponential, not multiplied by zero after it: a padded,
   # dropped or unrewarded token may hold anything.
   keep = (inputs.trust_region > 0) & inputs.token_mask
-  keep &= inputs.advantages != 0
+  if not without_advantage:
+    keep &= inputs.advantages != 0
   logprobs = jnp.where(keep, inputs.logprobs, 0.0)
-  valid = inputs.token_mask
-  log_ratio = jnp.where(valid, inputs.logprobs, 0.0) - jnp.where(
-      valid, inputs.behaviour_logprobs, 0.0
-  )
-  log_ratio = jnp.where(keep, log_ratio_fn(jax.lax.stop_gradient(log_ratio)), 0)
+  log_ratio = log_ratio_fn(_log_ratio(inputs))
+  log_ratio = jnp.where(keep, log_ratio, 0)
   advantages = jnp.where(keep, inputs.advantages, 0.0)
   ratio = jnp.exp(log_ratio)
   region = jnp.where(keep, inputs.trust_region, False)
   weight = weight_fn(ratio, advantages) * region
-  return -weight * logprobs, ratio, advantages
-
-
-def _metrics(ratio, advantages, capped):
-  return {
+  return -weight * logprobs, {
       'surrogate': ratio * advantages,
-      'capped': capped.astype(jnp.float32),
+      'capped': (ratio > ratio_cap).astype(jnp.float32),
+      'gradient_weight': jnp.abs(weight),
   }
+
+
+def _log_ratio(inputs: LossInputs) -> jax.Array:
+  """The log-ratio without a gradient, 0 on padding. [B, T]."""
+  valid = inputs.token_mask
+  return jax.lax.stop_gradient(
+      jnp.where(valid, inputs.logprobs, 0.0)
+      - jnp.where(valid, inputs.behaviour_logprobs, 0.0)
+  )
+
+
+_LEVELS = {'sequence': segments.total, 'geometric': segments.mean}
+
+
+def _check_level(ratio: str) -> None:
+  if ratio not in ('token', *_LEVELS):
+    raise ValueError(registry.unknown('ratio', ratio, ('token', *_LEVELS)))
+
+
+def _at_level(log_ratio: jax.Array, inputs: LossInputs, ratio: str):
+  """The log-ratio of each token, of its sequence, or its mean. [B, T]."""
+  if ratio == 'token':
+    return log_ratio
+  ids = _segment_ids(inputs)
+  return _LEVELS[ratio](log_ratio, inputs.token_mask, ids)
+
+
+def _segment_ids(inputs: LossInputs) -> jax.Array:
+  if inputs.segment_ids is None:
+    return jnp.ones_like(inputs.token_mask, jnp.int32)
+  return inputs.segment_ids
 
 
 @register
@@ -93,24 +126,15 @@ def policy_gradient(
     raise ValueError(
         f'ratio_cap={ratio_cap} is not positive; use inf for no cap.'
     )
-  levels = {'sequence': segments.total, 'geometric': segments.mean}
-  if ratio not in ('token', *levels):
-    raise ValueError(registry.unknown('ratio', ratio, ('token', *levels)))
+  _check_level(ratio)
 
   def loss_fn(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-
-    def level(log_ratio):
-      if ratio == 'token':
-        return log_ratio
-      ids = inputs.segment_ids
-      if ids is None:
-        ids = jnp.ones_like(inputs.token_mask, jnp.int32)
-      return levels[ratio](log_ratio, inputs.token_mask, ids)
-
-    loss, ratios, advantages = _score_function(
-        inputs, lambda r, a: jnp.minimum(r, ratio_cap) * a, level
+    return _score_function(
+        inputs,
+        lambda r, a: jnp.minimum(r, ratio_cap) * a,
+        lambda log_ratio: _at_level(log_ratio, inputs, ratio),
+        ratio_cap=ratio_cap,
     )
-    return loss, _metrics(ratios, advantages, ratios > ratio_cap)
 
   return loss_fn
 
@@ -127,12 +151,11 @@ def spo(*, epsilon: float = 12.5) -> LossFn:
     raise ValueError(f'epsilon={epsilon} is not positive.')
 
   def loss_fn(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-    loss, ratio, advantages = _score_function(
+    return _score_function(
         inputs,
         lambda r, a: r * (a - jnp.abs(a) / epsilon * (r - 1)),
         _clamp,
     )
-    return loss, _metrics(ratio, advantages, jnp.zeros_like(ratio))
 
   return loss_fn
 
@@ -150,12 +173,101 @@ def drpo(*, delta: float = 12.5) -> LossFn:
 
   def loss_fn(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     mu = jnp.exp(jnp.where(inputs.token_mask, inputs.behaviour_logprobs, 0.0))
-    loss, ratio, advantages = _score_function(
+    return _score_function(
         inputs,
         lambda r, a: r * (a - jnp.abs(a) / delta * mu * (r - 1)),
         _clamp,
     )
-    return loss, _metrics(ratio, advantages, jnp.zeros_like(ratio))
+
+  return loss_fn
+
+
+@register
+def r2vpo(
+    *,
+    center: str = 'one',
+    ratio: str = 'token',
+    per: str = 'batch',
+    stop_at_turning_point: bool = False,
+) -> LossFn:
+  """Ratio-variance regularised policy optimization: r A - lambda (r - 1)^2.
+
+  The Lagrangian of "maximise E[r A] subject to E[(r - 1)^2] <= limit", over
+  tokens that the behaviour policy drew; there E[r] = 1, so the constraint is on
+  the variance of r, which is chi^2(target || behaviour) and twice the KL
+  divergence up to third order. The gradient weight is r (A - 2 lambda (r - 1)):
+  a brake that grows smoothly instead of a clip. It is 0 at the turning point
+
+    r = 1 + A / (2 lambda)
+
+  and pulls back beyond it. Unlike SPO's and DRPO's, the penalty does not depend
+  on the advantage, so tokens with A = 0 are held back too.
+
+  arXiv:2601.03320, of which only the abstract could be read: the form of the
+  constraint, the options and all numbers are this project's own choice. lambda
+  and limit come with the inputs, see `duals.py`.
+
+  Args:
+    center: 'one', the second moment around 1; or 'mean', the variance around
+      the mean ratio of all tokens in the call, which must then be a whole
+      mini-batch.
+    ratio: 'token'; 'sequence', the product over the sequence; or 'geometric',
+      its mean per token.
+    per: 'batch', one constraint on the mean over all tokens; or 'sequence', one
+      on each sequence's own mean at the same price: only sequences above the
+      limit are braked, and E[] counts each sequence once.
+    stop_at_turning_point: silence tokens beyond it instead of pulling them
+      back.
+  """
+  _check_level(ratio)
+  for name, value, known in (
+      ('center', center, ('one', 'mean')), ('per', per, ('batch', 'sequence'))
+  ):
+    if value not in known:
+      raise ValueError(registry.unknown(name, value, known))
+
+  def loss_fn(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    if inputs.multiplier is None or inputs.limit is None:
+      raise ValueError(
+          'Loss r2vpo needs the multiplier and the limit of a dual, for '
+          'example config.dual.name=projected_ascent.'
+      )
+    mask = inputs.token_mask
+    level = lambda log_ratio: _clamp(_at_level(log_ratio, inputs, ratio))
+    ratios = jnp.exp(jnp.where(mask, level(_log_ratio(inputs)), 0.0))
+    weights = mask.astype(jnp.float32)
+    if ratio != 'token' or per == 'sequence':
+      weights /= jnp.maximum(
+          segments.total(weights, mask, _segment_ids(inputs)), 1
+      )
+    middle = 1.0
+    if center == 'mean':
+      total = jnp.sum(weights)
+      middle = jnp.sum(ratios * weights) / jnp.where(total > 0, total, 1.0)
+    values = jnp.square(ratios - middle)
+    price = jnp.broadcast_to(inputs.multiplier, mask.shape)
+    if per == 'sequence':
+      values = segments.mean(values, mask, _segment_ids(inputs))
+      price = jnp.where(values > inputs.limit, price, 0.0)
+
+    def brake(r, a):
+      """The advantage less what the constraint charges."""
+      return a - 2 * price * (r - middle)
+
+    def weight(r, a):
+      braked = brake(r, a)
+      if stop_at_turning_point:
+        braked = jnp.where(braked * a < 0, 0.0, braked)
+      return r * braked
+
+    advantages = jnp.where(mask, inputs.advantages, 0.0)
+    loss, metrics = _score_function(
+        inputs, weight, level, without_advantage=True
+    )
+    beyond = mask & (brake(ratios, advantages) * advantages < 0)
+    return loss, metrics | {
+        'constraint': duals.Constraint(values, weights, beyond)
+    }
 
   return loss_fn
 

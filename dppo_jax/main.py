@@ -8,6 +8,7 @@ same command.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import json
 import logging as python_logging
 import pathlib
@@ -28,12 +29,14 @@ from dppo_jax import advantages
 from dppo_jax import algorithms
 from dppo_jax import checks
 from dppo_jax import divergences
+from dppo_jax import duals
 from dppo_jax import evaluate
 from dppo_jax import learner
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import optim
+from dppo_jax import replay as replay_lib
 from dppo_jax import report
 from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
@@ -43,6 +46,8 @@ from dppo_jax import tasks
 from dppo_jax import train_step as train_step_lib
 from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
+from dppo_jax.backlog import Backlog
+from dppo_jax.backlog import Scored
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.logbook import Logbook
 from dppo_jax.metrics import MetricsWriter
@@ -84,6 +89,7 @@ class Method(NamedTuple):
   advantage_fn: advantages.AdvantageFn
   shaping_fn: shaping.ShapingFn
   normalizer: normalizers.NormalizerFn
+  dual: duals.Dual | None
   extras: objective.Extras
   optimizer: optim.Optimizer
 
@@ -124,11 +130,17 @@ def build(config: Any) -> Parts:
       method.optimizer,
       key_state,
       with_reference=method.extras.needs_reference,
+      dual=method.dual,
   )
-  shardings = train_step_lib.state_shardings(state, mesh)
   rollout_fn = _make_rollout_fn(
       config, model, tokenizer, method.divergence
   )
+  replay = _make_replay(config, model)
+  if replay is not None:
+    state = state._replace(replay=replay.init(
+        train_step_lib.blank(rollout_fn, state, _prompt_shapes(config))
+    ))
+  shardings = train_step_lib.state_shardings(state, mesh)
   learn = _make_learner(config, model, method)
   return Parts(
       method=method,
@@ -156,6 +168,7 @@ def build(config: Any) -> Parts:
           vocab_size=model.config.vocab_size,
           state_shardings=shardings,
           mesh=mesh,
+          replay=replay,
       ),
       state=jax.device_put(state, shardings),
       prompt_shapes=_prompt_shapes(config),
@@ -176,8 +189,8 @@ def train(config: Any, workdir: str) -> bool:
     )
     stack.enter_context(contextlib.closing(checkpoints))
     writer = stack.enter_context(_make_writer(config, workdir))
-    run = _start(parts, checkpoints, writer)
-    state, pending, logbook = run.state, run.pending, run.logbook
+    run = _start(config, parts, checkpoints, writer)
+    state, backlog, logbook = run.state, run.backlog, run.logbook
     del run  # Its state is donated to the first step.
     stack.callback(logbook.flush)
     first = int(state.step) + 1
@@ -188,11 +201,16 @@ def train(config: Any, workdir: str) -> bool:
     for step in range(first, config.total_steps + 1):
       start = time.perf_counter()
       batch = next(parts.prompts)
-      state, rollout, metrics = parts.train_step(state, pending, batch.prompts)
+      state, rollout, metrics = parts.train_step(
+          state, backlog.pop(), batch.prompts
+      )
       logbook.flush()  # The previous step, while the device works.
+      backlog.score()  # So too, unless it was learned from at once.
       jax.block_until_ready(rollout)
       sampled = time.perf_counter()
-      pending, texts = score(parts, rollout, batch)
+      backlog.push(rollout, batch)
+      if not config.staleness:
+        backlog.score()
       times = {
           'device_s': sampled - start,
           'score_s': time.perf_counter() - sampled,
@@ -201,12 +219,12 @@ def train(config: Any, workdir: str) -> bool:
       healthy = _check_finite(config, step, metrics, checkpoints)
       last = step == config.total_steps
       if step % config.eval.every == 0 or last:
-        _note_samples(logbook, step, batch, texts, pending)
+        _note_samples(logbook, step, backlog.newest())
         _evaluate(parts, state, logbook, step)
       due = step % config.checkpoint_every == 0 or last or stop.requested
       if due and healthy:
         logbook.flush()  # A checkpoint never knows more than the log.
-        _save(checkpoints, parts, step, state, pending, logbook)
+        _save(checkpoints, parts, step, state, backlog, logbook)
       if stop.requested:
         logging.warning('Stopped by a signal; the same command continues.')
         return False
@@ -223,19 +241,22 @@ class _Run(NamedTuple):
   """Where a run stands before its loop."""
 
   state: TrainState
-  pending: ScoredRollout  # Sampled and scored, not yet learned from.
+  backlog: Backlog
   logbook: Logbook
 
 
-def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
-  """The latest checkpoint, or step 0 with a first rollout and evaluation."""
+def _start(
+    config: Any, parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter
+) -> _Run:
+  """The latest checkpoint, or step 0 with first rollouts and evaluation."""
   batch = next(parts.prompts)
   state, blank = parts.state, blank_rollout(parts)
-  pending = blank
-  restored = checkpoints.restore_latest({'state': state, 'pending': pending})
+  backlog = Backlog(functools.partial(score, parts))
+  restored = checkpoints.restore_latest(_checkpointed(config, state, blank))
   if restored is not None:
     step, arrays, host = restored
-    state, pending = arrays['state'], arrays['pending']
+    state = arrays['state']
+    backlog.set_state(arrays['pending'])
     parts.prompts.set_state(host['prompts'])
     writer.truncate_after(step)
     logging.info('Continuing after step %d.', step)
@@ -249,12 +270,33 @@ def _start(parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter):
     logbook.set_state(host['masked_tokens'])
   else:
     writer.truncate_after(-1)  # A run killed before its first checkpoint.
-    pending, texts = score(parts, rollout, batch)
+    # The start model samples what is learned from at first, as if in steps
+    # before the first one, each with its own key.
+    for early in range(-config.staleness, 0):
+      state, stale, _ = parts.train_step(
+          state._replace(step=jax.numpy.full_like(state.step, early)),
+          blank,
+          batch.prompts,
+      )
+      backlog.push(stale, batch)
+      batch = next(parts.prompts)
+    if config.staleness:
+      state, rollout, _ = parts.train_step(
+          state._replace(step=jax.numpy.zeros_like(state.step)),
+          blank,
+          batch.prompts,
+      )
+    backlog.push(rollout, batch)
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
-    _note_samples(logbook, 0, batch, texts, pending)
+    _note_samples(logbook, 0, backlog.newest())
     _evaluate(parts, state, logbook, 0)
     logbook.flush()
-  return _Run(state, pending, logbook)
+  return _Run(state, backlog, logbook)
+
+
+def _checkpointed(config: Any, state: TrainState, rollout: ScoredRollout):
+  """The arrays of a checkpoint."""
+  return {'state': state, 'pending': [rollout] * (1 + config.staleness)}
 
 
 def blank_rollout(parts: Parts) -> ScoredRollout:
@@ -303,7 +345,8 @@ def score(
   return ScoredRollout(rollout, rewards), texts
 
 
-def _note_samples(logbook, step, batch, texts, scored) -> None:
+def _note_samples(logbook: Logbook, step: int, newest: Scored) -> None:
+  batch, texts, scored = newest
   logbook.add_samples(
       step,
       'train',
@@ -327,10 +370,10 @@ def _evaluate(
   logging.info('step %d: %s', step, json.dumps(metrics))
 
 
-def _save(checkpoints, parts, step, state, pending, logbook) -> None:
+def _save(checkpoints, parts, step, state, backlog, logbook) -> None:
   checkpoints.save(
       step,
-      {'state': state, 'pending': pending},
+      {'state': state, 'pending': backlog.get_state()},
       {
           'prompts': parts.prompts.get_state(),
           'masked_tokens': logbook.get_state(),
@@ -415,11 +458,30 @@ def _make_method(config: Any) -> Method:
       advantage_fn=_build(advantages, config.advantage, **known),
       shaping_fn=_build(shaping, config.shaping, **known),
       normalizer=_build(normalizers, config.normalizer, **known),
+      dual=_build(duals, config.dual),
       extras=objective.Extras(**config.extras),
       optimizer=_build(
           optim,
           config.optimizer,
           total_updates=config.total_steps * updates,
+      ),
+  )
+
+
+def _make_replay(config: Any, model: CausalLM) -> replay_lib.Replay | None:
+  sizes, settings = config.learner, config.replay
+  return replay_lib.make_replay(
+      capacity=settings.capacity,
+      num_groups=checks.num_replayed_groups(config),
+      group_size=config.group_size,
+      sampling=settings.sampling,
+      max_age=settings.max_age,
+      num_updates=sizes.num_epochs * sizes.num_minibatches,
+      logprobs_fn=objective.make_logprobs_fn(
+          model=model,
+          num_parts=sizes.num_minibatches * sizes.num_microbatches,
+          temperature=config.sampling.temperature,
+          chunk_size=sizes.chunk_size,
       ),
   )
 
@@ -435,7 +497,10 @@ def _make_learner(config: Any, model: CausalLM, method: Method):
   }
   return learner.make_learner(
       weighted_loss=objective.make_loss_fn(
-          region_fn=method.region_fn, loss_fn=method.loss_fn, **options
+          region_fn=method.region_fn,
+          loss_fn=method.loss_fn,
+          dual=method.dual,
+          **options,
       ),
       prepare=objective.make_prepare_fn(
           advantage_fn=method.advantage_fn,
@@ -453,6 +518,7 @@ def _make_learner(config: Any, model: CausalLM, method: Method):
       num_epochs=sizes.num_epochs,
       num_minibatches=sizes.num_minibatches,
       num_microbatches=sizes.num_microbatches,
+      dual=method.dual,
   )
 
 
@@ -556,7 +622,7 @@ def run_evaluate() -> None:
     with contextlib.closing(parts.scorer):
       state = parts.state
       if _WORKDIR.value:
-        state = _latest_state(parts, pathlib.Path(_WORKDIR.value))
+        state = _latest_state(config, parts, pathlib.Path(_WORKDIR.value))
       metrics, _ = parts.evaluate_fn(state.params)
     print(json.dumps({'step': int(state.step)} | metrics), flush=True)
     return True
@@ -564,14 +630,16 @@ def run_evaluate() -> None:
   _run_cli(body)
 
 
-def _latest_state(parts: Parts, workdir: pathlib.Path) -> TrainState:
+def _latest_state(
+    config: Any, parts: Parts, workdir: pathlib.Path
+) -> TrainState:
   folder = workdir / 'checkpoints'
   if not folder.is_dir():
     raise FileNotFoundError(
         f'{folder} does not exist: no run to evaluate. Leave out --workdir to '
         'evaluate the model that the config starts from.'
     )
-  template = {'state': parts.state, 'pending': blank_rollout(parts)}
+  template = _checkpointed(config, parts.state, blank_rollout(parts))
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     try:
       restored = checkpoints.restore_latest(template)

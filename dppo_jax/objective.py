@@ -9,6 +9,7 @@ loss.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from dppo_jax import diagnostics
 from dppo_jax import divergences
+from dppo_jax import duals
 from dppo_jax import normalizers
 from dppo_jax import penalties
 from dppo_jax import registry
@@ -42,6 +44,7 @@ class Batch(NamedTuple):
   advantages: jax.Array  # [B, T] float32
   weights: jax.Array  # [B, T] float32, 0 on what was not sampled.
   reference_logprobs: PyTree  # [B, T] float32, or () without a penalty.
+  replayed: PyTree = ()  # [B] bool, or () without a buffer.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +131,12 @@ def make_prepare_fn(
     raise ValueError(
         registry.unknown('anchor', anchor, ('behaviour', 'recomputed'))
     )
-  token_map = target_lib.make_token_map(
-      model, temperature=temperature, chunk_size=chunk_size
+  in_parts = _make_map_in_parts(
+      model,
+      num_parts=num_parts,
+      temperature=temperature,
+      chunk_size=chunk_size,
   )
-
-  def in_parts(fn, params, rollout):
-    """token_map of the whole rollout, a few rows at a time."""
-    parts = jax.tree.map(
-        lambda x: x.reshape(num_parts, -1, *x.shape[1:]), rollout
-    )
-    out = jax.lax.map(lambda part: token_map(fn, params, part), parts)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
   def recompute(logits, targets):
     return Anchor(
@@ -162,7 +160,9 @@ def make_prepare_fn(
       ended = ~rollout.truncated[:, None]
       rollout = rollout._replace(token_mask=rollout.token_mask & ended)
     rewards = shaping_fn(scored.rewards, lengths)
-    rollout, rewards = choose_groups(ScoredRollout(rollout, rewards))
+    rollout, rewards, replayed = choose_groups(
+        ScoredRollout(rollout, rewards, scored.replayed)
+    )
     if drop_groups_without_spread:
       rollout = rollout._replace(
           token_mask=shaping.without_groups_without_spread(
@@ -192,9 +192,39 @@ def make_prepare_fn(
         advantages=jnp.where(mask, advantages, 0.0),
         weights=normalizer(mask),
         reference_logprobs=reference_logprobs,
+        replayed=replayed,
     )
 
   return prepare
+
+
+def make_logprobs_fn(
+    *, model: CausalLM, num_parts: int, temperature: float, chunk_size: int
+) -> Callable[[PyTree, Rollout], jax.Array]:
+  """`logprobs_fn(params, rollout) -> [B, T]` of a policy; see above."""
+  in_parts = _make_map_in_parts(
+      model,
+      num_parts=num_parts,
+      temperature=temperature,
+      chunk_size=chunk_size,
+  )
+  return functools.partial(in_parts, divergences.token_logprobs)
+
+
+def _make_map_in_parts(model, *, num_parts, temperature, chunk_size):
+  """`token_map` of a whole rollout, a few rows at a time."""
+  token_map = target_lib.make_token_map(
+      model, temperature=temperature, chunk_size=chunk_size
+  )
+
+  def in_parts(fn, params, rollout):
+    parts = jax.tree.map(
+        lambda x: x.reshape(num_parts, -1, *x.shape[1:]), rollout
+    )
+    out = jax.lax.map(lambda part: token_map(fn, params, part), parts)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+  return in_parts
 
 
 def make_loss_fn(
@@ -206,10 +236,12 @@ def make_loss_fn(
     extras: Extras,
     temperature: float,
     chunk_size: int,
+    dual: duals.Dual | None = None,
 ) -> Callable[..., tuple[jax.Array, diagnostics.TokenStats]]:
-  """`weighted_loss(params, batch, reference, version)` of a micro-batch.
+  """`weighted_loss(params, batch, reference, version, dual_state)`.
 
-  The sum of loss * weight over its tokens, and the tokens as they were seen.
+  The sum of loss * weight over the tokens of a micro-batch, and these tokens as
+  they were seen.
   """
   options = {'temperature': temperature, 'chunk_size': chunk_size}
   target_fn = target_lib.make_target_fn(model, divergence, **options)
@@ -242,7 +274,7 @@ def make_loss_fn(
       )
     return added + extras.kl_coefficient * estimate
 
-  def weighted_loss(params, batch, reference, version):
+  def weighted_loss(params, batch, reference, version, dual_state=()):
     rollout, mask = batch.rollout, batch.rollout.token_mask
     target = target_fn(params, rollout, batch.anchor)
     segment_ids = rollout.segment_ids[:, 1:]
@@ -257,6 +289,7 @@ def make_loss_fn(
         segment_ids=segment_ids,
         threshold=divergence.threshold,
     ))
+    age = version - rollout.policy_version[:, None]  # [b, 1]
     inputs = LossInputs(
         logprobs=target.logprobs,
         behaviour_logprobs=rollout.behaviour_logprobs,
@@ -265,6 +298,8 @@ def make_loss_fn(
         advantages=batch.advantages,
         token_mask=mask,
         segment_ids=segment_ids,
+        multiplier=dual and duals.multiplier_at(dual_state, age),
+        limit=dual and dual.limit,
     )
     loss, loss_metrics = loss_fn(inputs)
     if extras.entropy_bonus or extras.needs_reference:
@@ -279,8 +314,10 @@ def make_loss_fn(
         trust_region=region.astype(jnp.float32),
         advantages=batch.advantages,
         entropy=target.entropy,
-        age=jnp.broadcast_to(
-            version - rollout.policy_version[:, None], mask.shape
+        age=jnp.broadcast_to(age, mask.shape),
+        weights=batch.weights,
+        replayed=jax.tree.map(
+            lambda x: jnp.broadcast_to(x[:, None], mask.shape), batch.replayed
         ),
         **loss_metrics,
     )

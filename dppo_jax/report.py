@@ -74,10 +74,10 @@ PLOTS = (
     Plot(
         'Policy gap |pi - mu|',
         'Means over sampled tokens, pi of the learner, mu of the sampler. '
-        'First update: same weights on both sides, so numerics alone, the '
+        'Age 0: same weights on both sides, so numerics alone, the '
         'training-inference mismatch. Max: the largest pi - mu of all updates.',
         {
-            'on_policy/prob_gap_mean': 'first update',
+            'on_policy/prob_gap_mean': 'age 0',
             'mismatch/prob_gap_mean': 'all updates',
             'mismatch/prob_gap_max': 'max',
         },

@@ -55,6 +55,11 @@ def batch(mesh) -> NamedSharding:
   return NamedSharding(mesh, BATCH)
 
 
+def in_slots(mesh) -> NamedSharding:
+  """As `batch`, behind a leading axis of slots."""
+  return NamedSharding(mesh, P(None, *BATCH))
+
+
 def replicated(mesh) -> NamedSharding:
   """A copy on every device."""
   return NamedSharding(mesh, P())

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from dppo_jax import diagnostics
+from dppo_jax import duals
+from dppo_jax import replay as replay_lib
 from dppo_jax import sharding
 from dppo_jax.rollout import RolloutFn
 from dppo_jax.types import Prompts
@@ -37,6 +39,7 @@ def make_train_step(
     vocab_size: int,
     state_shardings: PyTree,
     mesh: Any,
+    replay: replay_lib.Replay | None = None,
 ) -> TrainStep:
   """The jitted step. Its state is donated and every sharding is pinned.
 
@@ -52,11 +55,21 @@ def make_train_step(
     vocab_size: V.
     state_shardings: a `TrainState` of shardings.
     mesh: where everything else lives.
+    replay: from `replay.make_replay`; None learns from fresh rollouts alone.
   """
 
   def learn_and_measure(state, scored, key):
-    new_state, stats, metrics = learn(state, scored, key)
+    pool, replay_metrics = scored, {}
+    if replay is not None:
+      key, key_replay = jax.random.split(key)
+      pool, replay_metrics = replay.mix(
+          state.replay, scored, state, key_replay
+      )
+    new_state, stats, metrics = learn(state, pool, key)
+    if replay is not None:
+      new_state = new_state._replace(replay=replay.push(state.replay, scored))
     metrics = {name: _over_updates(name, x) for name, x in metrics.items()}
+    metrics |= replay_metrics
     metrics |= diagnostics.token_metrics(stats, threshold=threshold)
     metrics |= diagnostics.rollout_metrics(
         rewards=scored.rewards,
@@ -118,6 +131,7 @@ def init_state(
     key: jax.Array,
     *,
     with_reference: bool = False,
+    dual: duals.Dual | None = None,
 ) -> TrainState:
   """The state before the first update.
 
@@ -126,6 +140,7 @@ def init_state(
     optimizer: an `optim.Optimizer`.
     key: typed PRNG key.
     with_reference: keep a frozen copy of the parameters, for penalties.
+    dual: of the loss's constraint, if it has one.
   """
   # Not one shared zero: donation refuses the same buffer twice.
   return TrainState(
@@ -136,16 +151,21 @@ def init_state(
       policy_version=jnp.zeros((), jnp.int32),
       nonfinite_in_a_row=jnp.zeros((), jnp.int32),
       reference=jax.tree.map(jnp.copy, params) if with_reference else (),
+      dual=() if dual is None else dual.init(),
   )
 
 
 def state_shardings(state: TrainState, mesh: Any) -> TrainState:
-  """Parameters and moments by rule, the rest replicated."""
+  """Parameters and moments by rule, replay by rows, the rest replicated."""
   everywhere = sharding.replicated(mesh)
+  in_slots = sharding.in_slots(mesh)
   return jax.tree.map(lambda _: everywhere, state)._replace(
       params=sharding.of_params(state.params, mesh),
       opt_state=sharding.of_params(state.opt_state, mesh),
       reference=sharding.of_params(state.reference, mesh),
+      replay=jax.tree.map(
+          lambda x: in_slots if x.ndim > 1 else everywhere, state.replay
+      ),
   )
 
 

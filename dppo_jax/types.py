@@ -43,6 +43,7 @@ class ScoredRollout(NamedTuple):
 
   rollout: Rollout
   rewards: jax.Array  # [B] float32
+  replayed: PyTree = ()  # [B] bool, learned from before; () without a buffer.
 
 
 class Divergence(NamedTuple):
@@ -75,6 +76,8 @@ class LossInputs(NamedTuple):
   advantages: jax.Array  # float32
   token_mask: jax.Array  # bool
   segment_ids: jax.Array | None = None  # int32; one sequence a row if None.
+  multiplier: jax.Array | None = None  # float32, price of the constraint.
+  limit: float | None = None  # Of the constraint.
 
 
 LossFn = Callable[[LossInputs], tuple[jax.Array, dict[str, jax.Array]]]
@@ -90,3 +93,5 @@ class TrainState(NamedTuple):
   policy_version: jax.Array  # [] int32, optimizer updates applied.
   nonfinite_in_a_row: jax.Array  # [] int32, updates skipped just now.
   reference: PyTree = ()  # Frozen parameters, where a penalty needs them.
+  dual: PyTree = ()  # A `DualState`, where there is a constraint.
+  replay: PyTree = ()  # A `replay.Buffer`, where rollouts are used again.

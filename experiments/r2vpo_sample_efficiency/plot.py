@@ -1,0 +1,149 @@
+"""Draws `curves.png` and `staleness.png`, prints the tables of README.md.
+
+python experiments/r2vpo_sample_efficiency/plot.py
+"""
+
+import pathlib
+import sys
+
+from matplotlib import figure
+import numpy as np
+
+# experiments/ is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+# ruff: noqa: E402
+from experiments.r2vpo_sample_efficiency import sweep
+
+LABELS = {
+    'grpo': 'GRPO',
+    'grpo_clip_higher': 'GRPO, clip-higher',
+    'dppo_binary_tv': 'DPPO, binary TV',
+    'r2vpo': 'R2VPO',
+    'r2vpo_replay': 'R2VPO with replay',
+}
+LAST = 3  # Evaluations at the end of a run that are averaged.
+
+
+def interval(values, draws=10_000):
+  """Bootstrapped 95 % interval of the mean over seeds. [n, ...] -> 2 x [...]."""
+  values = np.asarray(values, float)
+  rng = np.random.default_rng(0)
+  picks = rng.integers(len(values), size=(draws, len(values)))
+  return np.percentile(values[picks].mean(axis=1), [2.5, 97.5], axis=0)
+
+
+def select(curves, method, staleness):
+  """{seed: curve} of a method's runs."""
+  return {
+      job.seed: curve
+      for job, curve in sorted(curves.items())
+      if (job.method, job.staleness) == (method, staleness)
+  }
+
+
+def final_accuracy(curve):
+  return curve[1][-LAST:].mean()
+
+
+def draw_curves(curves):
+  """Held-out accuracy by rollouts, a band for each method."""
+  fig = figure.Figure(figsize=(7.2, 4.2), layout='constrained')
+  axes = fig.subplots()
+  for number, (method, label) in enumerate(LABELS.items()):
+    runs = list(select(curves, method, '0').values())
+    rollouts = runs[0][0]
+    accuracy = np.array([accuracy for _, accuracy in runs])
+    axes.plot(
+        rollouts, accuracy.mean(axis=0), color=f'C{number}', label=label,
+        linewidth=1.6,
+    )
+    axes.fill_between(
+        rollouts, *interval(accuracy), color=f'C{number}', alpha=0.18,
+        linewidth=0,
+    )
+  axes.axhline(sweep.TARGET, color='#667085', linestyle='--', linewidth=1)
+  axes.set_xlabel('rollouts sampled')
+  axes.set_ylabel('held-out accuracy (avg@4)')
+  axes.legend(frameon=False, fontsize=9)
+  _clean(axes)
+  fig.savefig(sweep.HERE / 'curves.png', dpi=130)
+
+
+def draw_staleness(curves):
+  """Accuracy at the end by staleness, a point for each run."""
+  fig = figure.Figure(figsize=(7.2, 3.6), layout='constrained')
+  axes = fig.subplots()
+  ages = sorted({job.staleness for job in curves}, key=int)
+  for number, (method, label) in enumerate(LABELS.items()):
+    shift = (number - (len(LABELS) - 1) / 2) * 0.13
+    for place, staleness in enumerate(ages):
+      runs = select(curves, method, staleness).values()
+      ends = [final_accuracy(curve) for curve in runs]
+      axes.scatter(
+          [place + shift] * len(ends), ends, s=14, color=f'C{number}',
+          label=label if not place else None,
+      )
+      axes.hlines(
+          np.mean(ends), place + shift - 0.05, place + shift + 0.05,
+          color=f'C{number}',
+      )
+  axes.set_xticks(range(len(ages)), [f'{x} steps' for x in ages])
+  axes.set_xlabel('staleness')
+  axes.set_ylabel('held-out accuracy at the end')
+  axes.legend(frameon=False, fontsize=8, loc='lower left')
+  _clean(axes)
+  fig.savefig(sweep.HERE / 'staleness.png', dpi=130)
+
+
+def print_tables(curves):
+  """Rollouts to the target, and accuracy at the end by staleness."""
+  needed = {
+      method: np.array([
+          sweep.rollouts_to_target(x)
+          for x in select(curves, method, '0').values()
+      ])
+      for method in LABELS
+  }
+  rates = {job.method: job.learning_rate for job in curves}
+  baseline = np.median(needed['grpo'])
+  print('| method | learning rate | rollouts to 0.9: median | all seeds | '
+        'relative to GRPO |\n|---|---|---|---|---|')
+  for method, label in LABELS.items():
+    each = ', '.join(
+        f'{x:.0f}' if np.isfinite(x) else 'never'
+        for x in sorted(needed[method])
+    )
+    median = np.median(needed[method])
+    print(
+        f'| {label} | {rates[method]} | '
+        f'{f"{median:.0f}" if np.isfinite(median) else "never"} | {each} | '
+        f'{median / baseline:.2f} |'
+    )
+  ages = sorted({job.staleness for job in curves}, key=int)
+  print('\n| method |', ' | '.join(f'staleness {x}' for x in ages), '|')
+  print('|---' * (1 + len(ages)) + '|')
+  for method, label in LABELS.items():
+    cells = []
+    for staleness in ages:
+      runs = select(curves, method, staleness).values()
+      ends = [final_accuracy(curve) for curve in runs]
+      low, high = interval(ends)
+      cells.append(f'{np.mean(ends):.3f} ({low:.3f} to {high:.3f})')
+    print(f'| {label} |', ' | '.join(cells), '|')
+
+
+def _clean(axes):
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.grid(axis='y', alpha=0.25)
+
+
+def main():
+  curves = sweep.curves(sweep.read(sweep.RUNS))
+  draw_curves(curves)
+  draw_staleness(curves)
+  print_tables(curves)
+
+
+if __name__ == '__main__':
+  main()

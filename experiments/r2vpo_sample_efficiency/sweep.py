@@ -1,0 +1,255 @@
+"""Runs the sweep and writes `rates.csv` and `runs.csv`.
+
+    python experiments/r2vpo_sample_efficiency/sweep.py --runs=runs/r2vpo
+
+Each run is a process of its own, with a command that a user would type, on one
+core. First a grid of learning rates for every method, on seeds that are not
+used again; then, at each method's best rate, every staleness on the seeds of
+the results. What is in the two files is not run again, so the sweep may be
+stopped and started.
+"""
+
+import collections
+import concurrent.futures
+import csv
+import multiprocessing
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+from absl import app
+from absl import flags
+import numpy as np
+import tqdm
+
+from dppo_jax import metrics
+
+_RUNS = flags.DEFINE_string('runs', 'runs/r2vpo', 'Where the runs go.')
+_WORKERS = flags.DEFINE_integer('workers', 2, 'Runs at a time.')
+_SEEDS = flags.DEFINE_list(
+    'seeds', ['0', '1', '2', '3', '4'], 'Seeds of the results.'
+)
+_STALENESS = flags.DEFINE_list(
+    'staleness', ['0', '4', '16'], 'Steps between sampling and learning.'
+)
+_METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
+
+HERE = pathlib.Path(__file__).parent
+RATES, RUNS = HERE / 'rates.csv', HERE / 'runs.csv'
+LEARNING_RATES = ('1.5e-4', '3e-4', '6e-4')
+GRID_SEEDS = ('100', '101')
+TARGET = 0.9
+COLUMNS = {
+    'accuracy': 'eval/avg@4',
+    'reward': 'reward/mean',
+    'second_moment': 'ratio/second_moment',
+    'mask_fraction': 'mask/fraction',
+    'entropy': 'entropy/mean',
+    'multiplier': 'dual/multiplier',
+    'age_max': 'policy/age_max',
+    'replay_age_max': 'replay/age_max',
+    'replay_gradient_share': 'replay/gradient_share',
+}
+
+# 128 completions are learned from in each step, in 2 updates. Without replay
+# all of them are fresh.
+COMMON = (
+    'total_steps=80',
+    'num_prompts=16',
+    'group_size=8',
+    'learner.num_minibatches=2',
+    'optimizer.schedule=constant',
+    'eval.every=5',
+    'eval.num_samples=4',
+    'checkpoint_every=1000',
+    'tensorboard=False',
+)
+_HALF_REPLAYED = ('num_prompts=8', 'replay.capacity=4', 'replay.max_age=16')
+METHODS = {
+    'grpo': ('grpo', ()),
+    'grpo_clip_higher': ('grpo_clip_higher', ()),
+    'dppo_binary_tv': ('dppo_binary_tv', ()),
+    'r2vpo': ('r2vpo', ()),
+    'r2vpo_replay': ('r2vpo', _HALF_REPLAYED),
+}
+
+
+class Job(NamedTuple):
+  """One run."""
+
+  method: str
+  learning_rate: str
+  staleness: str
+  seed: str
+
+
+def chosen_methods():
+  return _METHODS.value or list(METHODS)
+
+
+def grid():
+  """Every method at every rate, on policy."""
+  return [
+      Job(method, rate, '0', seed)
+      for seed in GRID_SEEDS
+      for method in chosen_methods()
+      for rate in LEARNING_RATES
+  ]
+
+
+def final(best):
+  """Every method at its best rate; whole seeds one after the other."""
+  return [
+      Job(method, best[method], staleness, seed)
+      for seed in _SEEDS.value
+      for staleness in _STALENESS.value
+      for method in chosen_methods()
+  ]
+
+
+def flags_of(job):
+  """What follows `python -m dppo_jax.main` for a run."""
+  algorithm, changes = METHODS[job.method]
+  config = {
+      **dict(change.split('=') for change in (*COMMON, *changes)),
+      'optimizer.learning_rate': job.learning_rate,
+      'staleness': job.staleness,
+      'seed': job.seed,
+  }
+  if 'replay.max_age' in config:
+    # Replay looks back as far as without staleness, from older fresh data.
+    fresh = 2 * int(job.staleness)
+    config['replay.max_age'] = str(int(config['replay.max_age']) + fresh)
+  return [
+      f'--config=configs/default.py:{algorithm}',
+      *(f'--config.{name}={value}' for name, value in config.items()),
+  ]
+
+
+def rollouts_per_step(job):
+  """Completions sampled in a step."""
+  config = dict(x.split('=') for x in (*COMMON, *METHODS[job.method][1]))
+  return int(config['num_prompts']) * int(config['group_size'])
+
+
+def run(job, runs):
+  """Runs a job; its evaluations as rows."""
+  workdir = pathlib.Path(runs) / '-'.join(job)
+  with open(f'{workdir}.log', 'w') as log:
+    subprocess.run(
+        [
+            sys.executable, '-m', 'dppo_jax.main', *flags_of(job),
+            f'--workdir={workdir}',
+        ],
+        check=True, stdout=log, stderr=log,
+    )
+  rows = [
+      job._asdict()
+      | {
+          'step': row['step'],
+          'rollouts': row['step'] * rollouts_per_step(job),
+      }
+      | {name: _short(row.get(key, '')) for name, key in COLUMNS.items()}
+      for row in metrics.read(workdir)
+      if 'eval/avg@4' in row
+  ]
+  shutil.rmtree(workdir)
+  return rows
+
+
+def run_all(jobs, path):
+  """Runs what is not in the file yet and appends it."""
+  done = {Job(*(row[x] for x in Job._fields)) for row in read(path)}
+  missing = [job for job in jobs if job not in done]
+  cores = multiprocessing.Queue()
+  for core in sorted(os.sched_getaffinity(0)):
+    cores.put(core)
+  runs = pathlib.Path(_RUNS.value)
+  runs.mkdir(parents=True, exist_ok=True)
+  with concurrent.futures.ProcessPoolExecutor(
+      _WORKERS.value, initializer=_take_core, initargs=(cores,)
+  ) as pool:
+    futures = [pool.submit(run, job, runs) for job in missing]
+    for future in tqdm.tqdm(
+        concurrent.futures.as_completed(futures), total=len(futures)
+    ):
+      _append(path, future.result())
+
+
+def _take_core(cores):
+  os.sched_setaffinity(0, {cores.get()})
+
+
+def _append(path, rows):
+  new = not path.exists()
+  with open(path, 'a', newline='') as file:
+    writer = csv.DictWriter(file, rows[0])
+    if new:
+      writer.writeheader()
+    writer.writerows(rows)
+
+
+def read(path):
+  """Rows of a file as dicts of strings; none if it is not there."""
+  if not path.exists():
+    return []
+  with open(path, newline='') as file:
+    return list(csv.DictReader(file))
+
+
+def curves(rows):
+  """{Job: (rollouts, accuracy)} of rows, by rollouts."""
+  points = collections.defaultdict(list)
+  for row in rows:
+    job = Job(*(row[x] for x in Job._fields))
+    points[job].append((int(row['rollouts']), float(row['accuracy'])))
+  return {job: np.array(sorted(x)).T for job, x in points.items()}
+
+
+def rollouts_to_target(curve, target=TARGET):
+  """Where a curve first crosses the target, or inf."""
+  rollouts, accuracy = curve
+  above = np.flatnonzero(accuracy >= target)
+  if not len(above):
+    return np.inf
+  if not (i := above[0]):
+    return float(rollouts[0])
+  share = (target - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
+  return float(rollouts[i - 1] + share * (rollouts[i] - rollouts[i - 1]))
+
+
+def best_rates(rows):
+  """The rate that needs fewest rollouts; where none arrives, the most exact.
+
+  A run that does not arrive counts as one that needs all of its rollouts.
+  """
+  scores = collections.defaultdict(list)
+  for job, curve in curves(rows).items():
+    needed = min(rollouts_to_target(curve), curve[0][-1])
+    accuracy = curve[1][-3:].mean()
+    scores[job.method, job.learning_rate].append((needed, -accuracy))
+  return {
+      method: min(
+          LEARNING_RATES,
+          key=lambda rate: tuple(np.mean(scores[method, rate], axis=0)),
+      )
+      for method in sorted({method for method, _ in scores})
+  }
+
+
+def _short(value):
+  return f'{value:.5g}' if isinstance(value, float) else value
+
+
+def main(_):
+  run_all(grid(), RATES)
+  best = best_rates(read(RATES))
+  print('Best learning rates:', best)
+  run_all(final(best), RUNS)
+
+
+if __name__ == '__main__':
+  app.run(main)
