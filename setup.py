@@ -47,6 +47,7 @@ setuptools.setup(
     extras_require={
         'cuda12': ['jax[cuda12]'],
         'cuda13': ['jax[cuda13]'],
+        'parity': ['torch>=2.6'],
         'test': ['hypothesis>=6.100', 'pebble>=5.1', 'pytest>=8.0'],
         'tpu': ['jax[tpu]'],
         'verifiers': ['pebble>=5.1'],

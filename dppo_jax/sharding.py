@@ -22,8 +22,14 @@ BATCH = P(('data', 'fsdp'))
 RULES = (
     (r'embed/embedding$', P('tensor', 'fsdp')),
     (r'head/kernel$', P('fsdp', 'tensor')),
+    # Experts before the others, whose patterns fit them too.
+    (r'layers/.*/experts/(gate|up)/kernel$',
+     P(None, 'expert', 'fsdp', 'tensor')),
+    (r'layers/.*/experts/down/kernel$', P(None, 'expert', 'tensor', 'fsdp')),
+    (r'layers/.*/router/kernel$', P(None, 'fsdp', None)),
     (r'layers/.*/(q|k|v|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
     (r'layers/.*/(o|down)/kernel$', P(None, 'tensor', 'fsdp')),
+    (r'layers/.*/(q|k|v)/bias$', P(None, 'tensor')),
     (r'/scale$', P()),
 )
 

@@ -140,6 +140,41 @@ def test_weights_may_be_split_over_several_files(folder):
     load.from_pretrained(folder)
 
 
+def test_large_weights_are_saved_in_several_files(folder, tmp_path):
+  model, copy = loaded(folder), tmp_path / 'copy'
+  load.save_pretrained(model, copy, max_shard_bytes=20_000)
+  files = sorted(copy.glob('*.safetensors'))
+  assert files[0].name == f'model-00001-of-{len(files):05d}.safetensors'
+  index = json.loads((copy / 'model.safetensors.index.json').read_text())
+  total = sum(x.nbytes for x in jax.tree.leaves(model.params))
+  assert index['metadata']['total_size'] == total
+  for file in files:
+    tensors = safetensors.numpy.load_file(file)
+    assert sum(x.nbytes for x in tensors.values()) <= 20_000
+    assert {index['weight_map'][name] for name in tensors} == {file.name}
+  tiny_model.assert_trees_equal(loaded(copy).params, model.params)
+
+
+def test_saving_again_leaves_nothing_of_the_files_before(tied):
+  model = loaded(tied)
+  double = jax.tree.map(lambda x: 2 * x, model.params)
+  for limit in (20_000, 10**9, 30_000):
+    load.save_pretrained(model, tied, params=double, max_shard_bytes=limit)
+    tiny_model.assert_trees_equal(loaded(tied).params, double)
+  load.save_pretrained(model, tied)
+  assert sorted(x.name for x in tied.iterdir()) == [
+      'config.json', 'model.safetensors'
+  ]
+  tiny_model.assert_trees_equal(loaded(tied).params, model.params)
+
+
+def test_params_of_another_architecture_are_not_saved(tied, tmp_path):
+  model = loaded(tied)
+  wrong = {k: v for k, v in model.params.items() if k != 'norm'}
+  with pytest.raises(ValueError, match="'norm/scale' is in one of them only"):
+    load.save_pretrained(model, tmp_path / 'copy', params=wrong)
+
+
 def test_tensors_that_are_not_needed_are_ignored(tied):
   plain = loaded(tied)
   # What torch writes when it does not know that the head is tied.
@@ -192,19 +227,25 @@ def test_a_corrupt_config_is_named(tied, text):
 
 
 def test_an_unsupported_architecture_lists_the_supported(tied):
-  edit_config(tied, model_type='qwen2')
+  edit_config(tied, model_type='qwen4')
   with pytest.raises(
-      ValueError, match="'qwen2'. Did you mean 'qwen3'. Known: .*qwen3"
+      ValueError, match="'qwen4'. Did you mean 'qwen3'. Known: .*qwen3"
   ):
     load.from_pretrained(tied)
-  edit_config(tied, model_type='mamba')
-  with pytest.raises(ValueError, match="'mamba'. Known: .*qwen3"):
+  edit_config(tied, model_type='bloom')
+  with pytest.raises(ValueError, match="'bloom'. Known: .*qwen3"):
     load.from_pretrained(tied)
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'use_sliding_window': True, 'sliding_window': 8}, 'use_sliding_window'),
+    ({'layer_types': ['full_attention', 'chunked_attention']}, 'layer_types'),
     ({'attention_bias': True}, 'attention_bias'),
+    ({'hidden_act': 'relu'}, "hidden_act='relu'"),
+    ({'model_type': 'llama', 'mlp_bias': True}, 'mlp_bias'),
+    ({'model_type': 'qwen3_moe', 'mlp_only_layers': [0]}, 'mlp_only_layers'),
+    ({'model_type': 'gemma3_text', 'attn_logit_softcapping': 50.0,
+      'hidden_activation': 'silu', 'rope_parameters': None}, 'softcapping'),
+    ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),
     (
         {'rope_parameters': {
             'rope_type': 'yarn',
@@ -217,8 +258,17 @@ def test_an_unsupported_architecture_lists_the_supported(tied):
 ])
 def test_a_variant_that_is_not_built_is_refused(tied, change, message):
   edit_config(tied, **change)
-  with pytest.raises(ValueError, match=f'{message}.*not supported'):
+  with pytest.raises(ValueError, match=f'{message}.*not supported') as error:
     load.from_pretrained(tied)
+  assert str(tied / 'config.json') in str(error.value)
+
+
+def test_a_config_that_transformers_refuses_is_named_in_one_line(tied):
+  edit_config(tied, hidden_size='wide')
+  with pytest.raises(ValueError, match='hidden_size') as error:
+    load.from_pretrained(tied)
+  assert str(tied / 'config.json') in str(error.value)
+  assert '\n' not in str(error.value)
 
 
 def test_a_missing_tensor_is_named(tied):
@@ -234,6 +284,41 @@ def test_a_tensor_of_another_shape_is_named(tied):
   )
   # 4 heads of 16.
   with pytest.raises(ValueError, match=rf"'{FIRST}'.*\(3, 32\).*\(64, 32\)"):
+    load.from_pretrained(tied)
+
+
+def test_tensors_that_the_architecture_does_not_have_are_named(tied):
+  extra = {'model.layers.0.self_attn.q_proj.bias': np.zeros(64, 'f4'),
+           'model.layers.1.self_attn.q_proj.bias': np.zeros(64, 'f4')}
+  edit_tensors(tied, lambda tensors: tensors.update(extra))
+  with pytest.raises(
+      ValueError, match="model.safetensors: 2 tensors .*layers.0.*q_proj.bias'"
+  ):
+    load.from_pretrained(tied)
+
+
+def test_quantised_tensors_are_refused(tied):
+  edit_tensors(
+      tied, lambda tensors: tensors.update({FIRST: np.zeros((64, 32), 'i1')})
+  )
+  with pytest.raises(ValueError, match=f"'{FIRST}' has dtype I8.*original"):
+    load.from_pretrained(tied)
+
+
+def test_pickled_weights_are_never_read(tied):
+  (tied / 'model.safetensors').unlink()
+  (tied / 'pytorch_model.bin').write_bytes(b'cos\nsystem\n.')
+  with pytest.raises(
+      FileNotFoundError, match='pytorch_model.bin is never read.*convert'
+  ):
+    load.from_pretrained(tied)
+
+
+@pytest.mark.parametrize('file', ['pytorch_model.bin', '../model.safetensors'])
+def test_an_index_names_safetensors_of_its_own_folder_only(tied, file):
+  index = tied / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'weight_map': {FIRST: file}}))
+  with pytest.raises(ValueError, match=f'index.json names .{file}'):
     load.from_pretrained(tied)
 
 
@@ -255,6 +340,15 @@ def test_a_tokenizer_that_cannot_end_is_refused(tmp_path):
   path.write_text(json.dumps(settings))
   with pytest.raises(ValueError, match='no eos_token.*tokenizer_config.json'):
     load.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+  for source in load.EMBEDDED.iterdir():
+    shutil.copy(source, tmp_path / source.name)
+  edit_config(tmp_path, vocab_size=5)
+  with pytest.raises(ValueError, match='tokens, the embedding only 5') as error:
+    load.load_tokenizer(tmp_path)
+  assert str(tmp_path) in str(error.value)
 
 
 def test_a_folder_without_tokenizer_is_named(tied):

@@ -16,7 +16,9 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.models import attention
 from dppo_jax.models import layers
+from dppo_jax.models import rope
 from dppo_jax.types import PyTree
 
 
@@ -52,13 +54,14 @@ class CausalLM:
       block = self.family.Block(config, rngs=nnx.Rngs(params=key))
       return nnx.to_pure_dict(nnx.split(block)[1])
 
+    norm = _make_norm(self.family.Block.Norm, config)
     shape = (config.vocab_size, config.hidden_size)
     params = {
         'embed': {'embedding': 0.02 * jax.random.normal(key_embed, shape)},
         'layers': jax.vmap(make_layer)(
             jax.random.split(key_layers, config.num_hidden_layers)
         ),
-        'norm': {'scale': jnp.ones(config.hidden_size)},
+        'norm': nnx.to_pure_dict(nnx.split(norm)[1]),
     }
     if not config.tie_word_embeddings:
       kernel = 0.02 * jax.random.normal(key_head, shape[::-1])
@@ -110,29 +113,45 @@ class CausalLM:
     The cache, if kept, is a list over layers of keys and values [B, T, K, E].
     """
     x = self._embed(params, tokens)
-    rotation = self._rotation(positions)
-    attend = layers.attend_within_segments(segment_ids)
+    # What a layer of each kind sees: rotation and [B, T, T] bool.
+    views = [
+        (
+            self._rotation(kind, positions),
+            attention.visible_within_segments(
+                segment_ids, positions, window=kind.window
+            ),
+        )
+        for kind in self.config.kinds
+    ]
 
-    def layer(x, layer_params):
+    def layer(x, scanned):
+      layer_params, kind = scanned
+      rotation, visible = jax.tree.map(
+          lambda *options: jax.lax.select_n(kind, *options), *views
+      )
+      attend = attention.attend_within_row(visible, **self._scores())
       x, kept = self._block(layer_params, x, rotation=rotation, attend=attend)
       return x, kept if keep_cache else None
 
     if self.remat:
       layer = jax.checkpoint(layer, prevent_cse=False)
-    x, kept = jax.lax.scan(layer, x, params['layers'])
+    which = jnp.asarray(self.config.layer_kinds, jnp.int32)  # [L]
+    x, kept = jax.lax.scan(layer, x, (params['layers'], which))
     return x, self._unstack(kept) if keep_cache else None
 
   def head(self, params: PyTree, hidden: jax.Array) -> jax.Array:
     """Final norm and vocabulary. [..., D] -> logits [..., V] float32."""
-    norm = nnx.merge(_norm_graph(self.config), params['norm'])
+    graph = _norm_graph(self.family.Block.Norm, self.config)
+    norm = nnx.merge(graph, params['norm'])
     x = norm(hidden)
     if self.config.tie_word_embeddings:
       kernel = params['embed']['embedding'].T
     else:
       kernel = params['head']['kernel']
-    return jnp.matmul(
+    logits = jnp.matmul(
         x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
     )
+    return attention.softcap(logits, self.config.final_logit_softcapping)
 
   def unstacked(self, params: PyTree) -> PyTree:
     """Layers as a list, for `decode`; done once, outside the token loop."""
@@ -186,13 +205,35 @@ class CausalLM:
       logits [B, V] of the token after it, and the new cache.
     """
     x = self._embed(params, tokens[:, None])  # [B, 1, D]
-    rotation = self._rotation(positions[:, None])
+    views = [
+        (
+            self._rotation(kind, positions[:, None]),
+            attention.visible_in_cache(
+                prompt_mask=prompt_mask,
+                prompt_positions=positions_of(prompt_mask),
+                positions=positions,
+                length=cache[0][0].shape[1],
+                index=index,
+                window=kind.window,
+            ),
+        )
+        for kind in self.config.kinds
+    ]
     new_cache = []
-    for layer_params, prompt, own in zip(
-        params['layers'], prompt_cache, cache, strict=True
+    for layer_params, kind, prompt, own in zip(
+        params['layers'],
+        self.config.layer_kinds,
+        prompt_cache,
+        cache,
+        strict=True,
     ):
-      attend = layers.attend_to_cache(
-          prompt=prompt, prompt_mask=prompt_mask, cache=own, index=index
+      rotation, visible = views[kind]
+      attend = attention.attend_to_cache(
+          prompt=prompt,
+          cache=own,
+          visible=visible,
+          index=index,
+          **self._scores(),
       )
       x, kept = self._block(layer_params, x, rotation=rotation, attend=attend)
       new_cache.append(kept)
@@ -209,12 +250,25 @@ class CausalLM:
 
   def _embed(self, params: PyTree, tokens: jax.Array) -> jax.Array:
     embedding = params['embed']['embedding']
-    return jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+    x = jnp.take(embedding, tokens, axis=0).astype(self.dtype)
+    return x * jnp.asarray(self.config.embedding_multiplier, self.dtype)
 
-  def _rotation(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return layers.rope(
-        positions, head_dim=self.config.head_dim, theta=self.config.rope_theta
+  def _rotation(
+      self, kind: layers.LayerKind, positions: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    return rope.angles(
+        positions,
+        head_dim=self.config.head_dim,
+        theta=kind.rope_theta,
+        scaling=kind.rope_scaling,
     )
+
+  def _scores(self) -> dict[str, Any]:
+    """How attention scores are scaled and capped."""
+    return {
+        'scale': self.config.attention_scale,
+        'cap': self.config.attn_logit_softcapping,
+    }
 
   def _block(self, layer_params: PyTree, x: jax.Array, **arguments):
     graph = _block_graph(self.family.Block, self.config)
@@ -238,8 +292,11 @@ def _block_graph(block: type[nnx.Module], config: layers.ModelConfig):
 
 
 @functools.cache
-def _norm_graph(config: layers.ModelConfig):
-  make = lambda: layers.RMSNorm(
-      config.hidden_size, epsilon=config.rms_norm_eps
-  )
+def _norm_graph(norm: type[nnx.Module], config: layers.ModelConfig):
+  make = lambda: _make_norm(norm, config)
   return nnx.split(nnx.eval_shape(make))[0]
+
+
+def _make_norm(norm: type[nnx.Module], config: layers.ModelConfig):
+  """The norm after the last layer."""
+  return norm(config.hidden_size, epsilon=config.rms_norm_eps)

@@ -1,27 +1,61 @@
-"""The parts that model families are made of, and attention.
+"""The parts that model families are made of.
 
 B sequences, T tokens, D width, H query heads, K key and value heads, E width of
-a head. A family is a thin `Block` over these parts (see qwen3.py).
+a head. A family is a thin `Block` over these parts (see llama.py).
 """
 
-from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-# attend(q [B, T, H, E], k [B, T, K, E], v [B, T, K, E])
-#   -> (out [B, T, H, E], whatever should be kept, usually keys and values).
-AttendFn = Callable[
-    [jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]
-]
+from dppo_jax.models import rope
+from dppo_jax.models.attention import AttendFn
+
+ACTIVATIONS = {
+    'silu': jax.nn.silu,
+    'gelu_pytorch_tanh': functools.partial(jax.nn.gelu, approximate=True),
+}
+SLIDING, FULL = 'sliding_attention', 'full_attention'
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+  """What layers that share one compiled block may differ in.
+
+  Attributes:
+    window: a token sees itself and the `window - 1` before it; None is all.
+    rope_theta: base of the rotary embedding.
+    rope_scaling: of its frequencies.
+  """
+
+  window: int | None
+  rope_theta: float
+  rope_scaling: rope.Scaling | None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Sizes of a causal language model. Names follow Hugging Face's configs."""
+  """Sizes of a causal language model. Names follow Hugging Face's configs.
+
+  What a family does not have keeps its default.
+
+  Attributes:
+    layer_types: 'sliding_attention' or 'full_attention' of each layer; all
+      full if empty.
+    rope_theta: of all layers, or of the full ones if `rope_local_base_freq`
+      is set.
+    rope_scaling: of the same layers.
+    rope_local_base_freq: theta of sliding layers, where it is another.
+    hidden_act: a key of `ACTIVATIONS`.
+    query_pre_attn_scalar: scores are divided by its root; head_dim if None.
+    embedding_multiplier: embeddings are multiplied by it.
+    moe_intermediate_size: inner width of one expert.
+    norm_topk_prob: the weights of a token's experts add up to 1.
+  """
 
   model_type: str
   vocab_size: int
@@ -35,18 +69,63 @@ class ModelConfig:
   rms_norm_eps: float
   tie_word_embeddings: bool
   max_position_embeddings: int
+  hidden_act: str = 'silu'
+  rope_scaling: rope.Scaling | None = None
+  rope_local_base_freq: float | None = None
+  sliding_window: int | None = None
+  layer_types: tuple[str, ...] = ()
+  query_pre_attn_scalar: float | None = None
+  attn_logit_softcapping: float | None = None
+  final_logit_softcapping: float | None = None
+  embedding_multiplier: float = 1.0
+  num_experts: int = 0
+  num_experts_per_tok: int = 0
+  moe_intermediate_size: int = 0
+  norm_topk_prob: bool = False
+
+  @property
+  def attention_scale(self) -> float:
+    """What scores are multiplied by."""
+    return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+  @property
+  def kinds(self) -> tuple[LayerKind, ...]:
+    """The different kinds of layers, in the order of `layer_kinds`."""
+    full = LayerKind(None, self.rope_theta, self.rope_scaling)
+    sliding = dataclasses.replace(full, window=self.sliding_window)
+    if self.rope_local_base_freq is not None:
+      sliding = LayerKind(self.sliding_window, self.rope_local_base_freq, None)
+    known = {FULL: full, SLIDING: sliding}
+    return tuple(known[name] for name in self._distinct_layer_types)
+
+  @property
+  def layer_kinds(self) -> tuple[int, ...]:
+    """Which of `kinds` each layer is."""
+    names = self._distinct_layer_types
+    types = self.layer_types or (FULL,) * self.num_hidden_layers
+    return tuple(names.index(name) for name in types)
+
+  @property
+  def _distinct_layer_types(self) -> tuple[str, ...]:
+    return tuple(sorted(set(self.layer_types or (FULL,))))
 
 
 class Linear(nnx.Module):
-  """x @ kernel, in the dtype of x."""
+  """x @ kernel (+ bias), in the dtype of x."""
 
-  def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+  def __init__(
+      self, inputs: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs
+  ):
     scale = inputs**-0.5
     kernel = scale * jax.random.normal(rngs.params(), (inputs, outputs))
     self.kernel = nnx.Param(kernel)
+    self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return x @ self.kernel[...].astype(x.dtype)
+    out = x @ self.kernel[...].astype(x.dtype)
+    if self.bias is None:
+      return out
+    return out + _over_last(self.bias[...].astype(x.dtype), out)
 
 
 class RMSNorm(nnx.Module):
@@ -57,46 +136,65 @@ class RMSNorm(nnx.Module):
     self.epsilon = epsilon
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(mean_square + self.epsilon)
     scale = self.scale[...].astype(x.dtype)
-    return wide.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    return _unit_rms(x, self.epsilon).astype(x.dtype) * _over_last(scale, x)
+
+
+class OffsetRMSNorm(nnx.Module):
+  """x / rms(x) * (1 + scale), all in float32 (Gemma)."""
+
+  def __init__(self, size: int, *, epsilon: float):
+    self.scale = nnx.Param(jnp.zeros(size))
+    self.epsilon = epsilon
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = 1 + self.scale[...].astype(jnp.float32)
+    wide = _unit_rms(x, self.epsilon) * _over_last(scale, x)
+    return wide.astype(x.dtype)
 
 
 class GatedMLP(nnx.Module):
-  """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202)."""
+  """down(act(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     size, inner = config.hidden_size, config.intermediate_size
     self.gate = Linear(size, inner, rngs=rngs)
     self.up = Linear(size, inner, rngs=rngs)
     self.down = Linear(inner, size, rngs=rngs)
+    self.activation = ACTIVATIONS[config.hidden_act]
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 class GroupedQueryAttention(nnx.Module):
   """Attention whose H query heads share K key and value heads.
 
   Args:
-    qk_norm: normalise queries and keys per head before the rotation.
+    qk_norm: normalises queries and keys per head before the rotation.
+    qkv_bias: queries, keys and values have a bias.
   """
 
-  def __init__(self, config: ModelConfig, *, qk_norm: bool, rngs: nnx.Rngs):
+  def __init__(
+      self,
+      config: ModelConfig,
+      *,
+      qk_norm: type[nnx.Module] | None = None,
+      qkv_bias: bool = False,
+      rngs: nnx.Rngs,
+  ):
     self.head_dim = config.head_dim
     size = config.hidden_size
     queries = config.num_attention_heads * self.head_dim
     keys = config.num_key_value_heads * self.head_dim
-    self.q = Linear(size, queries, rngs=rngs)
-    self.k = Linear(size, keys, rngs=rngs)
-    self.v = Linear(size, keys, rngs=rngs)
+    self.q = Linear(size, queries, bias=qkv_bias, rngs=rngs)
+    self.k = Linear(size, keys, bias=qkv_bias, rngs=rngs)
+    self.v = Linear(size, keys, bias=qkv_bias, rngs=rngs)
     self.o = Linear(queries, size, rngs=rngs)
-    if qk_norm:
-      self.q_norm = RMSNorm(self.head_dim, epsilon=config.rms_norm_eps)
-      self.k_norm = RMSNorm(self.head_dim, epsilon=config.rms_norm_eps)
-    self.qk_norm = qk_norm
+    self.qk_norm = qk_norm is not None
+    if qk_norm is not None:
+      self.q_norm = qk_norm(self.head_dim, epsilon=config.rms_norm_eps)
+      self.k_norm = qk_norm(self.head_dim, epsilon=config.rms_norm_eps)
 
   def __call__(
       self, x: jax.Array, *, rotation: tuple[jax.Array, jax.Array],
@@ -108,105 +206,71 @@ class GroupedQueryAttention(nnx.Module):
     v = self.v(x).reshape(heads)
     if self.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    out, kept = attend(rotate(q, rotation), rotate(k, rotation), v)
+    out, kept = attend(rope.rotate(q, rotation), rope.rotate(k, rotation), v)
     return self.o(out.reshape(*x.shape[:-1], -1)), kept
 
 
-def rope(
-    positions: jax.Array, *, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines of rotary embeddings (arXiv:2104.09864).
+class PreNormBlock(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x)).
 
-  Args:
-    positions: [B, T] int32.
-    head_dim: E.
-    theta: base of the geometric series of wavelengths.
-
-  Returns:
-    two [B, T, 1, E / 2] float32.
+  [B, T, D] -> [B, T, D] and what `attend` kept. A family's block is this with
+  its own attention and mlp. `Norm` also makes the norm after the last layer.
   """
-  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequencies = theta**-exponents  # [E / 2]
-  angles = positions.astype(jnp.float32)[..., None, None] * frequencies.reshape(
-      1, 1, 1, -1
-  )
-  return jnp.cos(angles), jnp.sin(angles)
 
+  Norm = RMSNorm
 
-def rotate(
-    x: jax.Array, rotation: tuple[jax.Array, jax.Array]
-) -> jax.Array:
-  """Rotates the halves of each head against each other. [B, T, H, E]."""
-  cos, sin = rotation
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+  def __init__(
+      self, config: ModelConfig, *, attention: nnx.Module, mlp: nnx.Module
+  ):
+    norm = lambda: self.Norm(config.hidden_size, epsilon=config.rms_norm_eps)
+    self.norm_attention = norm()
+    self.attention = attention
+    self.norm_mlp = norm()
+    self.mlp = mlp
 
-
-def attend_within_segments(segment_ids: jax.Array) -> AttendFn:
-  """Causal attention in which a token sees its own segment only.
-
-  Args:
-    segment_ids: [B, T] int32. Padding is segment 0 and sees itself, which
-      keeps its rows finite; nothing else sees it.
-  """
-  length = segment_ids.shape[1]
-  causal = jnp.tril(jnp.ones((1, length, length), bool))
-  same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  mask = (causal & same)[:, None]  # [B, 1, T, T]
-
-  def attend(q, k, v):
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    return out, (k, v)
-
-  return attend
-
-
-def attend_to_cache(
-    *,
-    prompt: tuple[jax.Array, jax.Array],
-    prompt_mask: jax.Array,
-    cache: tuple[jax.Array, jax.Array],
-    index: jax.Array,
-) -> AttendFn:
-  """Attention of one new token to its prompt and its own completion.
-
-  The prompt's keys and values exist once per prompt and are shared by its G
-  completions; B = N * G.
-
-  Args:
-    prompt: keys and values [N, P, K, E].
-    prompt_mask: [N, P] bool.
-    cache: keys and values [B, C, K, E] of the completions so far.
-    index: [] int32, where in the completion the new token stands.
-  """
-  num_prompts = prompt_mask.shape[0]
-
-  def attend(q, k, v):  # [B, 1, H or K, E]
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
-        for old, new in zip(cache, (k, v), strict=True)
+  def __call__(
+      self, x: jax.Array, *, rotation, attend: AttendFn
+  ) -> tuple[jax.Array, Any]:
+    change, kept = self.attention(
+        self.norm_attention(x), rotation=rotation, attend=attend
     )
-    batch, _, heads, size = q.shape
-    num_keys = k.shape[2]
-    # [N, G, K, queries of a key, E]
-    q = q.reshape(num_prompts, -1, num_keys, heads // num_keys, size)
-    own_shape = (num_prompts, q.shape[1], *keys.shape[1:])
-    own_keys, own_values = keys.reshape(own_shape), values.reshape(own_shape)
-    scores_prompt = jnp.einsum('ngkhe,npke->ngkhp', q, prompt[0])
-    scores_own = jnp.einsum('ngkhe,ngcke->ngkhc', q, own_keys)
-    written = jnp.arange(keys.shape[1]) <= index
-    masks = (prompt_mask[:, None, None, None, :],
-             written[None, None, None, None, :])
-    scores = [
-        jnp.where(mask, score.astype(jnp.float32) * size**-0.5, -jnp.inf)
-        for mask, score in zip(masks, (scores_prompt, scores_own), strict=True)
-    ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    weights = weights.astype(q.dtype)
-    split = prompt_mask.shape[1]
-    out = jnp.einsum('ngkhp,npke->ngkhe', weights[..., :split], prompt[1])
-    out += jnp.einsum('ngkhc,ngcke->ngkhe', weights[..., split:], own_values)
-    return out.reshape(batch, 1, heads, size), (keys, values)
+    x = x + change
+    return x + self.mlp(self.norm_mlp(x)), kept
 
-  return attend
+
+class SandwichBlock(nnx.Module):
+  """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))) (Gemma 2)."""
+
+  Norm = OffsetRMSNorm
+
+  def __init__(
+      self, config: ModelConfig, *, attention: nnx.Module, mlp: nnx.Module
+  ):
+    norm = lambda: self.Norm(config.hidden_size, epsilon=config.rms_norm_eps)
+    self.norm_attention = norm()
+    self.attention = attention
+    self.norm_attention_out = norm()
+    self.norm_mlp = norm()
+    self.mlp = mlp
+    self.norm_mlp_out = norm()
+
+  def __call__(
+      self, x: jax.Array, *, rotation, attend: AttendFn
+  ) -> tuple[jax.Array, Any]:
+    change, kept = self.attention(
+        self.norm_attention(x), rotation=rotation, attend=attend
+    )
+    x = x + self.norm_attention_out(change)
+    return x + self.norm_mlp_out(self.mlp(self.norm_mlp(x))), kept
+
+
+def _unit_rms(x: jax.Array, epsilon: float) -> jax.Array:
+  """Divides x by its root mean square over the last axis, in float32."""
+  wide = x.astype(jnp.float32)
+  mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+  return wide * jax.lax.rsqrt(mean_square + epsilon)
+
+
+def _over_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+  """[D] -> [1, ..., D], so that the broadcast is written down."""
+  return vector.reshape((1,) * (like.ndim - 1) + (-1,))

@@ -1,48 +1,64 @@
 """Hugging Face folders in and out, without torch.
 
 A folder holds `config.json`, one or several `*.safetensors`, and the tokenizer.
-Projections are stored [outputs, inputs] there and [inputs, outputs] here; our
-layers are stacked.
+`weights.py` says how its tensors lie in our parameter tree.
 """
 
-from collections.abc import Iterator
-import contextlib
-import json
+from collections.abc import Callable
 import os
 import pathlib
 import shutil
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors
-import safetensors.numpy
 
 from dppo_jax import registry
+from dppo_jax.models import gemma2
+from dppo_jax.models import gemma3
 from dppo_jax.models import hf
 from dppo_jax.models import layers
+from dppo_jax.models import llama
+from dppo_jax.models import mistral
+from dppo_jax.models import mixtral
+from dppo_jax.models import qwen2
 from dppo_jax.models import qwen3
+from dppo_jax.models import qwen3_moe
+from dppo_jax.models import weights
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import PyTree
 
-# model_type of config.json -> module of the architecture.
-FAMILIES = {'qwen3': qwen3}
+# model_type of config.json -> module of the architecture. A module has `Block`,
+# `HF_LAYER_NAMES` (see `hf.py`), `from_hf_config` and `to_hf_config`.
+FAMILIES = {
+    'gemma2': gemma2,
+    'gemma3_text': gemma3,
+    'llama': llama,
+    'mistral': mistral,
+    'mixtral': mixtral,
+    'qwen2': qwen2,
+    'qwen3': qwen3,
+    'qwen3_moe': qwen3_moe,
+}
 
 # The small model that ships with the package; see experiments/embedded_model.
 EMBEDDED = pathlib.Path(__file__).parents[1] / 'assets' / 'arithmetic_qwen3'
 
-_INDEX = 'model.safetensors.index.json'
-_WEIGHTS = 'model.safetensors'
 
-
-def from_pretrained(name: str | os.PathLike, *, dtype: Any = None) -> CausalLM:
+def from_pretrained(
+    name: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    shardings: Callable[[PyTree], PyTree] | None = None,
+) -> CausalLM:
   """Loads a Hugging Face folder.
 
   Args:
     name: 'embedded' for the model in this package, a folder, or a name on the
       Hugging Face hub, which is then downloaded.
     dtype: of the parameters and the computation; float32 if not given.
+    shardings: from the tree of shapes, where each parameter should be, for
+      example `lambda tree: sharding.of_params(tree, mesh)`. Only what this host
+      needs of a parameter is read. The default device if not given.
 
   Returns:
     the model, with its `params`.
@@ -54,25 +70,15 @@ def from_pretrained(name: str | os.PathLike, *, dtype: Any = None) -> CausalLM:
   folder = resolve(name)
   dtype = jnp.dtype(dtype or jnp.float32)
   family, config = read_config(folder)
-  expected = _expected_tensors(family, config)
-  tensors = {}
-  for key, tensor in _read_tensors(folder):
-    if key in expected:
-      tensors[key] = tensor
-  missing = sorted(set(expected) - set(tensors))
-  if missing:
-    raise ValueError(
-        f'{folder}: {len(missing)} of {len(expected)} tensors are missing, '
-        f'first {missing[0]!r}. Is the folder complete?'
-    )
-  for key, shape in expected.items():
-    if tensors[key].shape != shape:
-      raise ValueError(
-          f'{folder}: tensor {key!r} has shape {tensors[key].shape}, '
-          f'config.json says {shape}.'
-      )
-  params = _to_params(family, config, tensors, dtype)
-  return CausalLM(config=config, family=family, params=params, dtype=dtype)
+  model = CausalLM(config=config, family=family, dtype=dtype)
+  params = weights.to_params(
+      model,
+      weights.stored_in(folder),
+      folder,
+      dtype=dtype,
+      shardings=shardings,
+  )
+  return model.replace(params=params)
 
 
 def save_pretrained(
@@ -81,6 +87,7 @@ def save_pretrained(
     *,
     params: PyTree = None,
     tokenizer: Any = None,
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes a Hugging Face folder that transformers reads back.
 
@@ -89,6 +96,7 @@ def save_pretrained(
     folder: made if it does not exist.
     params: parameter tree, any float dtype, kept as it is.
     tokenizer: a transformers tokenizer, or a folder to copy its files from.
+    max_shard_bytes: of one weights file; several are written above it.
   """
   if not isinstance(model, CausalLM):
     raise TypeError(
@@ -100,20 +108,18 @@ def save_pretrained(
     raise ValueError('The model holds no params; pass params=...')
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  tensors = _from_params(model.family, model.config, params)
   hf_config = model.family.to_hf_config(model.config)
-  hf_config.dtype = str(next(iter(tensors.values())).dtype)
+  hf_config.dtype = str(params['embed']['embedding'].dtype)
   if isinstance(tokenizer, (str, os.PathLike)):
     for source in pathlib.Path(tokenizer).glob('*token*'):
       shutil.copy(source, folder / source.name)
   elif tokenizer is not None:
     tokenizer.save_pretrained(folder)
+    hf_config.bos_token_id = tokenizer.bos_token_id
     hf_config.eos_token_id = tokenizer.eos_token_id
     hf_config.pad_token_id = tokenizer.pad_token_id
   hf_config.save_pretrained(folder)
-  safetensors.numpy.save_file(
-      tensors, folder / _WEIGHTS, metadata={'format': 'pt'}
-  )
+  weights.save(model, params, folder, max_shard_bytes=max_shard_bytes)
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:
@@ -152,15 +158,23 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
     raise FileNotFoundError(
         f'{folder} has no config.json; it is not a Hugging Face model folder.'
     )
-  model_type = _read_json(path).get('model_type')
+  contents = weights.read_json(path)
+  model_type = contents.get('model_type')
   if model_type not in FAMILIES:
     raise ValueError(
         registry.unknown(f'architecture in {path}:', model_type, FAMILIES)
     )
+  if contents.get('quantization_config'):
+    raise ValueError(
+        f'{path}: the weights are quantised (quantization_config), which is '
+        'not supported. Use the folder of the original weights.'
+    )
   family = FAMILIES[model_type]
-  return family, family.from_hf_config(
-      hf.transformers().AutoConfig.from_pretrained(folder)
-  )
+  try:
+    hf_config = hf.transformers().AutoConfig.from_pretrained(folder)
+    return family, family.from_hf_config(hf_config)
+  except Exception as error:  # transformers raises all sorts.
+    raise ValueError(f'{path}: {_one_line(error)}') from error
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
@@ -177,7 +191,7 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
     tokenizer = hf.transformers().AutoTokenizer.from_pretrained(folder)
   except Exception as error:
     raise ValueError(
-        f"{folder}: the tokenizer's files cannot be read: {error}"
+        f"{folder}: the tokenizer's files cannot be read: {_one_line(error)}"
     ) from error
   if tokenizer.eos_token_id is None:
     raise ValueError(
@@ -187,135 +201,14 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
   _, sizes = read_config(folder)
   if len(tokenizer) > sizes.vocab_size:
     raise ValueError(
-        f'{folder}: the tokenizer has {len(tokenizer)} tokens, the model only '
-        f'{sizes.vocab_size}. They do not belong together.'
+        f'{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding '
+        f'only {sizes.vocab_size} (vocab_size of config.json). Use the '
+        'tokenizer that belongs to the model.'
     )
   if tokenizer.pad_token_id is None:
     tokenizer.pad_token = tokenizer.eos_token
   return tokenizer
 
 
-def _read_tensors(folder: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-  """All tensors of a folder, one at a time."""
-  index = folder / _INDEX
-  if index.is_file():
-    weight_map = _read_json(index).get('weight_map')
-    if not isinstance(weight_map, dict):
-      raise ValueError(f'{index} has no weight_map. Is the folder complete?')
-    names = sorted(set(weight_map.values()))
-    files = [folder / name for name in names]
-  else:
-    files = [folder / _WEIGHTS]
-  for path in files:
-    if not path.is_file():
-      raise FileNotFoundError(
-          f'{folder} has no {path.name}. Is the folder complete?'
-      )
-    with _naming(path), safetensors.safe_open(path, framework='numpy') as file:
-      for key in file.keys():
-        yield key, file.get_tensor(key)
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    contents = json.loads(path.read_text())
-  except ValueError as error:  # Not JSON, or not even UTF-8.
-    raise ValueError(f'{path} is not valid JSON: {error}') from error
-  if not isinstance(contents, dict):
-    raise ValueError(f'{path} holds no JSON object.')
-  return contents
-
-
-@contextlib.contextmanager
-def _naming(path: pathlib.Path):
-  """Says which file was damaged; the library's own message does not."""
-  try:
-    yield
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-        f'{path} is damaged or not a safetensors file: {error}'
-    ) from error
-
-
-def _to_hf_names(
-    family: Any, config: layers.ModelConfig
-) -> dict[tuple[str, int | None], tuple[str, bool]]:
-  """(our path, layer or None) -> (Hugging Face name, transposed)."""
-  names = {
-      ('embed/embedding', None): ('model.embed_tokens.weight', False),
-      ('norm/scale', None): ('model.norm.weight', False),
-  }
-  if not config.tie_word_embeddings:
-    names['head/kernel', None] = ('lm_head.weight', True)
-  for ours, theirs in family.HF_LAYER_NAMES.items():
-    for layer in range(config.num_hidden_layers):
-      names[f'layers/{ours}', layer] = (
-          f'model.layers.{layer}.{theirs}',
-          ours.endswith('kernel'),
-      )
-  return names
-
-
-def _expected_tensors(
-    family: Any, config: layers.ModelConfig
-) -> dict[str, tuple[int, ...]]:
-  """Hugging Face name -> shape, from the architecture."""
-  model = CausalLM(config=config, family=family)
-  shapes = _flatten(jax.eval_shape(model.init, jax.random.key(0)))
-  expected = {}
-  for (path, layer), (name, transposed) in _to_hf_names(family, config).items():
-    shape = shapes[path].shape[0 if layer is None else 1 :]
-    expected[name] = shape[::-1] if transposed else shape
-  return expected
-
-
-def _to_params(
-    family: Any, config: layers.ModelConfig, tensors: dict, dtype: Any
-) -> PyTree:
-  flat: dict[str, Any] = {}
-  for (path, layer), (name, transposed) in _to_hf_names(family, config).items():
-    tensor = tensors.pop(name).astype(dtype)
-    tensor = tensor.T if transposed else tensor
-    if layer is None:
-      flat[path] = jnp.asarray(tensor)
-    else:
-      flat.setdefault(path, []).append(tensor)
-  stacked = {
-      path: jnp.asarray(np.stack(value)) if isinstance(value, list) else value
-      for path, value in flat.items()
-  }
-  return _unflatten(stacked)
-
-
-def _from_params(
-    family: Any, config: layers.ModelConfig, params: PyTree
-) -> dict[str, np.ndarray]:
-  flat = {path: np.asarray(x) for path, x in _flatten(params).items()}
-  tensors = {}
-  for (path, layer), (name, transposed) in _to_hf_names(family, config).items():
-    tensor = flat[path] if layer is None else flat[path][layer]
-    tensors[name] = np.ascontiguousarray(tensor.T if transposed else tensor)
-  return tensors
-
-
-def _flatten(tree: PyTree, prefix: str = '') -> dict[str, Any]:
-  """Nested dicts -> {'a/b': leaf}."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f'{prefix}{key}/')
-    else:
-      flat[prefix + key] = value
-  return flat
-
-
-def _unflatten(flat: dict[str, Any]) -> PyTree:
-  """{'a/b': leaf} -> nested dicts."""
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parents, last = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
-  return tree
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())

@@ -1,0 +1,169 @@
+"""Who sees whom, and attention among those: whole rows, or one new token.
+
+A model decides once for each kind of layer what is visible, and hands its
+layers a function of queries, keys and values that knows it. B sequences, T
+tokens, H query heads, K key and value heads, E width of a head; N prompts, G
+completions of each, P prompt tokens, C completion tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# attend(q [B, T, H, E], k [B, T, K, E], v [B, T, K, E])
+#   -> (out [B, T, H, E], whatever should be kept, usually keys and values).
+AttendFn = Callable[
+    [jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]
+]
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Squeezes smoothly into (-cap, cap); None changes nothing."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def visible_within_segments(
+    segment_ids: jax.Array, positions: jax.Array, *, window: int | None
+) -> jax.Array:
+  """Which earlier tokens of its own segment a token sees. [B, T, T] bool.
+
+  Args:
+    segment_ids: [B, T] int32. Padding is segment 0 and sees itself, which
+      keeps its rows finite; nothing else sees it.
+    positions: [B, T] int32, from which distances are taken.
+    window: see `LayerKind`.
+  """
+  length = segment_ids.shape[1]
+  causal = jnp.tril(jnp.ones((1, length, length), bool))
+  same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  if window is None:
+    return causal & same
+  distance = positions[:, :, None] - positions[:, None, :]
+  return causal & same & (distance < window)
+
+
+def visible_in_cache(
+    *,
+    prompt_mask: jax.Array,
+    prompt_positions: jax.Array,
+    positions: jax.Array,
+    length: int,
+    index: jax.Array,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array]:
+  """What one new token of each completion sees of its prompt and of itself.
+
+  Args:
+    prompt_mask: [N, P] bool.
+    prompt_positions: [N, P] int32.
+    positions: [B] int32 of the new tokens; B = N * G.
+    length: C, of the completions' cache.
+    index: [] int32, where in the completion the new token stands.
+    window: see `LayerKind`.
+
+  Returns:
+    [N, G or 1, P] and [1, 1, C] bool.
+  """
+  place = jnp.arange(length)
+  prompt = prompt_mask[:, None, :]
+  own = place <= index
+  if window is not None:
+    new = positions.reshape(prompt_mask.shape[0], -1, 1)  # [N, G, 1]
+    prompt = prompt & (new - prompt_positions[:, None, :] < window)
+    own = own & (index - place < window)
+  return prompt, own[None, None, :]
+
+
+def attend_within_row(
+    visible: jax.Array, *, scale: float, cap: float | None
+) -> AttendFn:
+  """Attention of every token to those that it sees in its row.
+
+  Args:
+    visible: [B, T, T] bool.
+    scale: of the scores.
+    cap: see `softcap`; of the scores.
+  """
+  mask = visible[:, None]  # [B, 1, T, T]
+
+  def attend(q, k, v):
+    if cap is None:
+      out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+    else:
+      out = _capped_attention(q, k, v, mask=mask, scale=scale, cap=cap)
+    return out, (k, v)
+
+  return attend
+
+
+def attend_to_cache(
+    *,
+    prompt: tuple[jax.Array, jax.Array],
+    cache: tuple[jax.Array, jax.Array],
+    visible: tuple[jax.Array, jax.Array],
+    index: jax.Array,
+    scale: float,
+    cap: float | None,
+) -> AttendFn:
+  """Attention of one new token to its prompt and its own completion.
+
+  The prompt's keys and values exist once per prompt and are shared by its G
+  completions; B = N * G.
+
+  Args:
+    prompt: keys and values [N, P, K, E].
+    cache: keys and values [B, C, K, E] of the completions so far.
+    visible: from `visible_in_cache`.
+    index: [] int32, where in the completion the new token stands.
+    scale: of the scores.
+    cap: see `softcap`; of the scores.
+  """
+  num_prompts, split = prompt[0].shape[:2]
+
+  def attend(q, k, v):  # [B, 1, H or K, E]
+    keys, values = (
+        jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+        for old, new in zip(cache, (k, v), strict=True)
+    )
+    batch, _, heads, size = q.shape
+    num_keys = k.shape[2]
+    # [N, G, K, queries of a key, E]
+    q = q.reshape(num_prompts, -1, num_keys, heads // num_keys, size)
+    own_shape = (num_prompts, q.shape[1], *keys.shape[1:])
+    own_keys, own_values = keys.reshape(own_shape), values.reshape(own_shape)
+    both = (
+        jnp.einsum('ngkhe,npke->ngkhp', q, prompt[0]),
+        jnp.einsum('ngkhe,ngcke->ngkhc', q, own_keys),
+    )
+    scores = [
+        jnp.where(
+            seen[:, :, None, None],
+            softcap(score.astype(jnp.float32) * scale, cap),
+            -jnp.inf,
+        )
+        for score, seen in zip(both, visible, strict=True)
+    ]
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    weights = weights.astype(q.dtype)
+    out = jnp.einsum('ngkhp,npke->ngkhe', weights[..., :split], prompt[1])
+    out += jnp.einsum('ngkhc,ngcke->ngkhe', weights[..., split:], own_values)
+    return out.reshape(batch, 1, heads, size), (keys, values)
+
+  return attend
+
+
+def _capped_attention(q, k, v, *, mask, scale, cap):
+  """What `jax.nn.dot_product_attention` does, with capped scores."""
+  batch, length, heads, size = q.shape
+  num_keys = k.shape[2]
+  q = q.reshape(batch, length, num_keys, heads // num_keys, size)
+  scores = jnp.einsum(
+      'btkhe,bske->bkhts', q, k, preferred_element_type=jnp.float32
+  )
+  scores = softcap(scores * scale, cap)
+  scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+  out = jnp.einsum('bkhts,bske->btkhe', weights, v)
+  return out.reshape(batch, length, heads, size)

@@ -1,0 +1,86 @@
+"""Our models beside those of transformers, live: needs torch (`.[parity]`).
+
+The default suite compares with stored references instead, see families_test.py.
+"""
+
+import functools
+
+from golden import make_family_logits as golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from dppo_jax.models import causal_lm
+from dppo_jax.models import load
+
+torch = pytest.importorskip(
+    'torch', reason='torch is in the extra [parity] only'
+)
+pytestmark = pytest.mark.slow
+
+each_case = pytest.mark.parametrize('name', golden.CASES)
+each_head = pytest.mark.parametrize('head', ['tied', 'untied'])
+
+
+def our_logits(model, tokens, mask):
+  return np.asarray(_compiled(model.replace(params=None))(
+      model.params,
+      jnp.asarray(tokens),
+      positions=causal_lm.positions_of(jnp.asarray(mask)),
+      segment_ids=jnp.asarray(mask, jnp.int32),
+  ))
+
+
+@functools.cache
+def _compiled(model):
+  return tiny_model.jit(model.apply)
+
+
+def their_logits(folder, tokens, mask):
+  """The whole padded batch at once, with transformers' own masks."""
+  model = golden.torch_model(folder)
+  mask = torch.tensor(mask)
+  with torch.no_grad():
+    return model(
+        input_ids=torch.tensor(tokens, dtype=torch.int64),
+        attention_mask=mask.to(torch.int64),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+    ).logits.numpy()
+
+
+def assert_agrees(model, folder):
+  tokens, mask = golden.batch()
+  ours, theirs = our_logits(model, tokens, mask), their_logits(
+      folder, tokens, mask
+  )
+  assert np.std(theirs[mask]) > 0.5
+  gap = np.abs(ours - theirs)[mask].max()
+  print(f'largest difference {gap:.1e}')
+  assert gap < 2e-4
+
+
+@each_case
+@each_head
+def test_padded_batches_have_the_logits_of_transformers(tmp_path, name, head):
+  golden.write(tmp_path, name, tied=head == 'tied')
+  assert_agrees(load.from_pretrained(tmp_path), tmp_path)
+
+
+@each_case
+@each_head
+def test_transformers_reads_what_was_saved_and_agrees(tmp_path, name, head):
+  golden.write(tmp_path / 'first', name, tied=head == 'tied')
+  model = load.from_pretrained(tmp_path / 'first')
+  # Other numbers than those it was read with, as after training.
+  leaves, tree = jax.tree.flatten(model.params)
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  params = jax.tree.unflatten(tree, [
+      x + 0.1 * jax.random.normal(key, x.shape)
+      for x, key in zip(leaves, keys, strict=True)
+  ])
+  model = model.replace(params=params)
+  load.save_pretrained(model, tmp_path / 'saved', max_shard_bytes=30_000)
+  assert len(list((tmp_path / 'saved').glob('*.safetensors'))) > 1
+  assert_agrees(model, tmp_path / 'saved')
