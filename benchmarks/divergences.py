@@ -111,6 +111,9 @@ def make_learn(divergence: Divergence, loss_fn: LossFn, *, chunk: int):
             trust_region=region,
             advantages=advantages,
             token_mask=rollout.token_mask,
+            # A constrained loss asks for them.
+            multiplier=jnp.float32(0.04),
+            limit=0.02,
         )
     )
     return jnp.sum(per_token), jnp.mean(target.entropy)

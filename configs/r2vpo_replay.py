@@ -1,7 +1,7 @@
-"""R2VPO with replay: half of what is learned from was sampled before.
+"""R2VPO with replay: three quarters of what it learns from was sampled before.
 
-As many completions are learned from in a step as in the other configs, and half
-as many sampled.
+The setting of experiments/r2vpo_sample_efficiency: in a step 32 completions are
+sampled, and 96 of the last 32 rollouts learned from beside them.
 """
 
 from configs import default
@@ -10,6 +10,12 @@ from configs import default
 def get_config():
   """Run with: python -m dppo_jax.main --config=configs/r2vpo_replay.py"""
   config = default.get_config('r2vpo')
-  config.num_prompts //= 2
-  config.replay.capacity = 4
+  config.num_prompts = 4
+  config.replay.capacity = 32
+  config.replay.ratio = 3.0
+  config.replay.max_age = 64
+  config.learner.num_minibatches = 1
+  config.optimizer.learning_rate = 1.5e-4
+  config.optimizer.schedule = 'constant'
+  config.total_steps = 300
   return config

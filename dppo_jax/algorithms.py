@@ -239,12 +239,12 @@ TABLE = {
         loss=_options('drpo', delta=12.5),
     ),
     'r2vpo': Algorithm(
-        source='arXiv:2601.03320 (abstract); limit 0.02 and rule of the '
+        source='arXiv:2601.03320 (abstract); limit 0.01 and rule of the '
         'multiplier l, ours',
-        keeps='all, so that mean (r - 1)^2 <= 0.02',
+        keeps='all, so that mean (r - 1)^2 <= 0.01',
         weight='r (1 - 2 l (r - 1) / A)',
         loss=_options('r2vpo'),
-        dual=_options('projected_ascent', limit=0.02),
+        dual=_options('projected_ascent', limit=0.01),
     ),
     'r2vpo_fixed': Algorithm(
         source='ours: r2vpo as a plain penalty (l 0.04)',

@@ -175,8 +175,10 @@ def _constraint_metrics(stats):
     return {}
   values, weights, beyond = stats.constraint
   values = jnp.where(weights > 0, values, 0.0)
+  total = jnp.sum(weights)
+  mean = jnp.sum(values * weights) / jnp.where(total > 0, total, 1.0)
   return {
-      'constraint/value': jnp.sum(values * weights) / jnp.sum(weights),
+      'constraint/value': mean,
       'constraint/beyond_turning_point': masked_mean(beyond, stats.token_mask),
   }
 

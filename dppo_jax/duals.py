@@ -195,15 +195,15 @@ def violation(
   """
   if by_age:
     buckets = ages.bucket(jnp.broadcast_to(age, constraint.values.shape))
-    chosen = jnp.arange(ages.NUM_BUCKETS) == buckets[..., None]
+    chosen = jax.nn.one_hot(buckets, ages.NUM_BUCKETS, dtype=bool)
   else:
     chosen = jnp.ones((*constraint.values.shape, 1), bool)
-  weights = (constraint.weights[..., None] * chosen).reshape(
-      -1, chosen.shape[-1]
-  )
+  weights = constraint.weights[..., None] * chosen
   values = jnp.where(constraint.weights > 0, constraint.values, 0.0)
-  total = jnp.sum(weights, axis=0)
-  mean = values.reshape(-1) @ weights / jnp.where(total > 0, total, 1.0)
+  overall = lambda x: jnp.sum(x.reshape(-1, x.shape[-1]), axis=0)
+  total = overall(weights)
+  # Not a matrix product: accelerators take those at a lower precision.
+  mean = overall(values[..., None] * weights) / jnp.where(total > 0, total, 1.0)
   return mean - limit, total > 0
 
 

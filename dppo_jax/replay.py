@@ -101,7 +101,7 @@ def make_replay(
   def take(buffer, chosen, valid):
     """Rows of the groups `chosen` [R] out of S * N, silent where not valid."""
     slots, rows = jnp.divmod(chosen, _num_groups(buffer))
-    rows = rows[:, None] * group_size + jnp.arange(group_size)
+    rows = rows[:, None] * group_size + jnp.arange(group_size)[None]
     scored = jax.tree.map(
         lambda x: x[slots[:, None], rows].reshape(-1, *x.shape[2:]),
         buffer.scored,

@@ -91,6 +91,31 @@ PLOTS = (
         log=True,
     ),
     Plot(
+        'Constraint',
+        'Mean of (r - 1)^2 as the constrained loss counts it, and share of '
+        'tokens beyond the turning point, where the brake is stronger than '
+        'the reward.',
+        {
+            'constraint/value': 'E(r-1)^2',
+            'constraint/beyond_turning_point': 'beyond',
+        },
+        log=True,
+    ),
+    Plot(
+        'Multiplier',
+        'Price of the constraint: rises while it is violated.',
+        {'dual/multiplier': 'mean', 'by_age/*/multiplier': 'age *'},
+    ),
+    Plot(
+        'Replay',
+        'Share of what is learned from that was sampled before, by tokens and '
+        'by gradient: the sum of |factor of grad log pi|.',
+        {
+            'replay/token_share': 'tokens',
+            'replay/gradient_share': 'gradient',
+        },
+    ),
+    Plot(
         'Divergence by age',
         'Mean over tokens that were sampled so many optimizer updates ago.',
         {'by_age/*/divergence_mean': 'age *'},

@@ -52,6 +52,7 @@ class Expected(NamedTuple):
   weight: float  # Of A grad log pi.
   place: str  # inside, out or back.
   margin: float  # Relative distance to the nearest threshold.
+  brake: float = 0.0  # Weight of grad log pi, whatever A is.
 
 
 def ratio_of(case, anchor='mu'):
@@ -114,9 +115,9 @@ def predictive(case):
   return Expected(weight, place, min(base.margin, abs(dot) * 1e4))
 
 
-def unmasked(weight):
+def unmasked(weight, brake=lambda case: 0.0):
   """No region: `weight(case)` for every token."""
-  return lambda case: Expected(weight(case), 'inside', 1)
+  return lambda case: Expected(weight(case), 'inside', 1, brake(case))
 
 
 def dual_clip(case):
@@ -160,6 +161,12 @@ def drpo(case):
   """Eq. 9 of arXiv:2606.09821: 1 - sign(A (r - 1)) |pi - mu| / delta."""
   r, gap = ratio_of(case), abs(case.pi[0] - case.mu[0])
   return r * (1 - np.sign(case.advantage * (r - 1)) * gap / 12.5)
+
+
+def variance(case):
+  """Of lambda (r - 1)^2 with lambda .04, times r for d r = r d log pi."""
+  r = ratio_of(case)
+  return 2 * 0.04 * r * (r - 1)
 
 
 def soft_prefix(case):
@@ -219,6 +226,8 @@ ROWS = {
     'gspo': outward(ratio_gap, 3e-4, 4e-4),
     'spo': unmasked(spo),
     'drpo': unmasked(drpo),
+    'r2vpo': unmasked(ratio_of, variance),
+    'r2vpo_fixed': unmasked(ratio_of, variance),
     'cppo': outward(topk_tv, 0.15),
     'cppo_soft': soft_prefix,
     'trm_max': whole_sequence(0.1),
@@ -291,8 +300,9 @@ def test_gradient_of_a_row_is_its_closed_form_in_every_cell(name):
       continue  # Rounding decides.
     sign = int(np.sign(case.advantage))
     cells.add((sign, expected.place, ratio_of(case) > cap))
-    # With an advantage of 0 the weight multiplies nothing.
-    close(slope, -expected.weight * case.advantage, err_msg=str(case))
+    # With an advantage of 0 the weight multiplies nothing; a brake is left.
+    slope_expected = expected.brake - expected.weight * case.advantage
+    close(slope, slope_expected, err_msg=str(case))
   places = {'inside', 'out', 'back'}
   if ROWS[name](cases()[0]).margin == 1 and name != 'cppo_soft':
     places = {'inside'}
@@ -659,7 +669,9 @@ def test_micro_batches_do_not_change_what_a_row_learns(name):
       options['divergence'], behaviour=logits, tokens=tokens, token_mask=mask
   )
   rewards = jnp.asarray([1.0, 0, 0, 1, 0, 0, 1, 0])
-  state = tiny_model.make_state(start.reshape(-1, VOCABULARY))
+  state = tiny_model.make_state(
+      start.reshape(-1, VOCABULARY), dual=options['dual']
+  )
 
   def learn(num_microbatches):
     learn_fn = tiny_model.make_learner(

@@ -34,8 +34,10 @@ def refused(match, algorithm='dppo_topk_tv', **changes):
   """The config with `changes` is refused with this message."""
   config = default.get_config(algorithm)
   config.update_from_flattened_dict(changes)
-  with nothing_compiles(), pytest.raises(ValueError, match=match):
-    main.build(config)
+  with nothing_compiles():
+    with pytest.raises(ValueError, match=match) as error:
+      main.build(config)
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('name', checks._POSITIVE)
@@ -186,6 +188,100 @@ def test_an_unknown_name_is_refused_with_what_is_known(section, kind):
 ])
 def test_an_impossible_optimizer_is_refused(change, message):
   refused(message, **{f'optimizer.{k}': v for k, v in change.items()})
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'staleness': -1}, r'config.staleness=-1 must be 0 \(learn at once\)'),
+    ({'replay.capacity': -2}, r'replay.capacity=-2 must be 0 \(no buffer\)'),
+    # .3 * 32 prompts.
+    (
+        {'replay.capacity': 2, 'replay.ratio': 0.3},
+        'replay.ratio=0.3 times num_prompts=32 makes 9.6 groups; it must be a '
+        'whole number',
+    ),
+    (
+        {'replay.capacity': 2, 'replay.ratio': 0.0},
+        'ratio=0.0 times num_prompts=32 makes 0 groups; .* at least 1',
+    ),
+    (
+        {'replay.capacity': 2, 'replay.ratio': 3.0},
+        'ratio=3.0 asks for more rollouts than capacity=2 keeps; raise',
+    ),
+    (
+        {'replay.capacity': 1, 'replay.sampling': 'ess'},
+        "sampling='ess' draws twice as many .* capacity=1 must be at least "
+        'twice the ratio 1.0',
+    ),
+    # 2 groups of 8 in 32 parts.
+    (
+        {
+            'replay.capacity': 1, 'replay.sampling': 'ess',
+            'replay.ratio': 1 / 32, 'learner.num_microbatches': 8,
+        },
+        "sampling='ess' looks at 2 groups of group_size=8 in 32 parts of equal "
+        'size; change',
+    ),
+    ({'replay.capacity': 2, 'replay.sampling': 'resent'},
+     "replay sampling 'resent'. Did you mean 'recent'"),
+    # Four updates a step: 4 old at the next step's start, 7 at its end.
+    (
+        {'replay.capacity': 2, 'replay.max_age': 6},
+        'max_age=6 lets nothing be replayed: with 4 updates a step and '
+        'staleness=0, the youngest .* reaches an age of 7',
+    ),
+    (
+        {'replay.capacity': 2, 'replay.max_age': 14, 'staleness': 2},
+        'max_age=14 .* staleness=2, .* reaches an age of 15',
+    ),
+    # 1 replayed group and 32 of 8: 264 rows.
+    (
+        {
+            'replay.capacity': 1, 'replay.ratio': 1 / 32,
+            'learner.num_minibatches': 16,
+        },
+        'num_prompts=32 and 1 replayed times group_size=8 makes 264 '
+        'completions, not divisible by learner.num_minibatches=16; for all '
+        'groups together, try 32 or 34',
+    ),
+    (
+        {'replay.capacity': 1, 'num_groups': 65},
+        r'num_groups=65 must be between 0 \(all\) and num_prompts=32 plus 32 '
+        'replayed',
+    ),
+], ids=lambda x: '-'.join(x) if isinstance(x, dict) else '')
+def test_old_data_that_cannot_be_learned_from_are_refused(change, message):
+  refused(message, **change)
+
+
+def test_the_oldest_data_that_can_be_learned_from_are_accepted():
+  config = default.get_config()
+  config.replay.capacity = 2
+  for staleness, max_age in ((0, 7), (2, 15)):
+    config.staleness, config.replay.max_age = staleness, max_age
+    checks.check(config, num_batch_shards=1)
+  config.num_groups = 64  # All fresh and all replayed groups.
+  checks.check(config, num_batch_shards=1)
+
+
+@pytest.mark.parametrize('algorithm, change, message', [
+    ('r2vpo', {'dual': 'none'}, "loss.name='r2vpo' and config.dual.name='none' "
+     'do not go together: r2vpo needs a dual, for example projected_ascent'),
+    ('grpo', {'dual': 'fixed'}, "loss.name='policy_gradient' and "
+     "config.dual.name='fixed' do not go together: .* other losses none"),
+])
+def test_a_constraint_and_its_price_go_together(algorithm, change, message):
+  config = default.get_config(algorithm)
+  config.dual.name = change['dual']
+  with nothing_compiles(), pytest.raises(ValueError, match=message):
+    main.build(config)
+
+
+def test_a_variance_around_the_mean_needs_a_whole_mini_batch():
+  refused(
+      "loss.center='mean' needs a whole mini-batch at once; use "
+      'learner.num_microbatches=1 or center=one, not num_microbatches=2',
+      'r2vpo', **{'loss.center': 'mean', 'learner.num_microbatches': 2},
+  )
 
 
 def test_an_unknown_algorithm_is_refused_with_the_nearest():

@@ -11,6 +11,7 @@ import pytest
 from dppo_jax import advantages
 from dppo_jax import algorithms
 from dppo_jax import divergences
+from dppo_jax import duals
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import penalties
@@ -33,6 +34,9 @@ each_baseline = pytest.mark.parametrize(
 each_shaping = pytest.mark.parametrize('name', shaping.names())
 each_estimator = pytest.mark.parametrize('name', penalties.ESTIMATORS)
 each_normalizer = pytest.mark.parametrize('name', normalizers.names())
+each_dual = pytest.mark.parametrize(
+    'name', [name for name in duals.names() if name != 'none']
+)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +48,13 @@ each_normalizer = pytest.mark.parametrize('name', normalizers.names())
         (advantages.names(), hand_numbers.ADVANTAGES),
         (shaping.names(), hand_numbers.SHAPINGS),
         (normalizers.names(), hand_numbers.NORMALIZERS),
+        (duals.names(), hand_numbers.DUALS),
         (list(penalties.ESTIMATORS), hand_numbers.ESTIMATORS),
         (algorithms.names(), hand_numbers.ALGORITHMS),
         (algorithms.names(), hand_numbers.PAPER_SETTINGS),
     ],
     ids=['divergence', 'region', 'loss', 'advantage', 'shaping', 'normalizer',
-         'estimator', 'row', 'settings'],
+         'dual', 'estimator', 'row', 'settings'],
 )
 def test_every_name_has_a_hand_number(registered, numbers):
   without = [name for name in registered if not numbers.get(name)]
@@ -230,6 +235,17 @@ def f32(values):
 
 # --- losses ------------------------------------------------------------------
 
+# Their price is on the ratio, whatever the advantage.
+BRAKES_WITHOUT_ADVANTAGE = ('r2vpo',)
+
+
+def build_loss(name, **options):
+  """A loss that knows lambda and the limit, if it asks for them."""
+  loss_fn = losses.build(name, **options)
+  return lambda inputs: loss_fn(inputs._replace(
+      multiplier=hand_numbers.MULTIPLIER, limit=hand_numbers.LIMIT
+  ))
+
 
 def loss_inputs(**changes):
   """Two sequences of three tokens; the last one of the second is padding."""
@@ -254,7 +270,8 @@ def loss_and_gradient(loss_fn, inputs):
   def total(logprobs):
     loss, metrics = loss_fn(inputs._replace(logprobs=logprobs))
     assert loss.shape == inputs.logprobs.shape and loss.dtype == jnp.float32
-    assert all(m.shape == loss.shape for m in metrics.values())
+    for leaf in jax.tree.leaves(metrics):
+      assert leaf.shape == loss.shape
     return jnp.sum(loss)
 
   return jax.value_and_grad(total)(inputs.logprobs)
@@ -272,7 +289,7 @@ def test_loss_gives_its_hand_numbers(name):
         advantages=jnp.full(mu.shape, advantage, jnp.float32),
         token_mask=jnp.ones(mu.shape, bool),
     )
-    loss, gradient = loss_and_gradient(losses.build(name, **options), inputs)
+    loss, gradient = loss_and_gradient(build_loss(name, **options), inputs)
     np.testing.assert_allclose(loss, value, rtol=1e-5, atol=2e-6)
     np.testing.assert_allclose(
         gradient, np.atleast_2d(slope), rtol=1e-5, atol=5e-6
@@ -282,7 +299,7 @@ def test_loss_gives_its_hand_numbers(name):
 @each_loss
 @pytest.mark.parametrize('spoiler', [np.nan, np.inf, -np.inf])
 def test_loss_and_gradient_do_not_see_padding(name, spoiler):
-  loss_fn = losses.build(name)
+  loss_fn = build_loss(name)
   inputs = loss_inputs()
   fields = ('logprobs', 'behaviour_logprobs', 'divergence', 'advantages')
   loss, gradient = loss_and_gradient(loss_fn, inputs)
@@ -299,16 +316,25 @@ def test_loss_and_gradient_do_not_see_padding(name, spoiler):
 
 
 @each_loss
-def test_advantage_zero_gives_no_gradient_even_at_infinite_ratio(name):
+def test_advantage_zero_gives_no_gradient_but_a_brake_even_at_infinite_ratio(
+    name,
+):
   inputs = loss_inputs(
       advantages=jnp.zeros((2, 3)), trust_region=jnp.ones((2, 3), bool)
   )
   inputs = inputs._replace(
       behaviour_logprobs=inputs.behaviour_logprobs.at[0, 0].set(-1000.0)
   )
-  loss, gradient = loss_and_gradient(losses.build(name), inputs)
+  loss, gradient = loss_and_gradient(build_loss(name), inputs)
   assert jnp.isfinite(loss)
-  np.testing.assert_array_equal(gradient, jnp.zeros((2, 3)))
+  if name in BRAKES_WITHOUT_ADVANTAGE:
+    # r 2 lambda (r - 1); e^20 bounds the ratio, and the last is padding.
+    r = np.exp([[20, 0, 0], [0, 0, 0]]) * [[1, 1.5, 2 / 3], [0.5, 13 / 12, 1]]
+    brake = 2 * hand_numbers.MULTIPLIER * r * (r - 1)
+    np.testing.assert_allclose(gradient, brake, rtol=1e-4)
+    assert np.all(brake[:, 1] > 0)
+  else:
+    np.testing.assert_array_equal(gradient, jnp.zeros((2, 3)))
 
 
 @each_loss
@@ -318,7 +344,7 @@ def test_dropped_token_with_log_ratio_100_leaves_the_loss_finite(name):
   inputs = inputs._replace(
       behaviour_logprobs=inputs.logprobs.at[0, 0].add(-100.0)
   )
-  loss, gradient = loss_and_gradient(losses.build(name), inputs)
+  loss, gradient = loss_and_gradient(build_loss(name), inputs)
   assert jnp.isfinite(loss) and jnp.all(jnp.isfinite(gradient))
   assert gradient[0, 0] == 0
 
@@ -330,13 +356,18 @@ def test_kept_token_with_log_ratio_100_is_not_hidden_unless_capped(name):
   inputs = inputs._replace(
       behaviour_logprobs=inputs.logprobs.at[0, 1].add(-100.0)
   )
-  loss, gradient = loss_and_gradient(losses.build(name), inputs)
-  if name in ('spo', 'drpo'):
+  loss, gradient = loss_and_gradient(build_loss(name), inputs)
+  if name in ('spo', 'drpo', 'r2vpo'):
     # Nothing drops a token, so e^20 bounds the ratio: enormous, not infinite.
     assert jnp.isfinite(loss) and jnp.all(jnp.isfinite(gradient))
-    # Spo: r^2 / 12.5 = e^40 / 12.5; drpo has mu = .15 e^-100 = 0 before it.
-    expected = {'spo': np.exp(40) / 12.5, 'drpo': -np.exp(20)}[name]
-    np.testing.assert_allclose(gradient[0, 1], expected, rtol=1e-4)
+    # Spo: r^2 / 12.5 = e^40 / 12.5; drpo has mu = .15 e^-100 = 0 before it;
+    # r2vpo 2 lambda r^2 with lambda .04.
+    expected = {
+        'spo': np.exp(40) / 12.5,
+        'drpo': -np.exp(20),
+        'r2vpo': 0.08 * np.exp(40),
+    }
+    np.testing.assert_allclose(gradient[0, 1], expected[name], rtol=1e-4)
     return
   assert not jnp.isfinite(loss)
   capped = losses.build(name, ratio_cap=5.0)
@@ -347,7 +378,7 @@ def test_kept_token_with_log_ratio_100_is_not_hidden_unless_capped(name):
 
 @each_loss
 def test_soft_region_multiplies_the_gradient(name):
-  loss_fn, inputs = losses.build(name), loss_inputs()
+  loss_fn, inputs = build_loss(name), loss_inputs()
   whole = inputs._replace(trust_region=jnp.ones((2, 3)))
   half = inputs._replace(trust_region=f32([[0.5, 1, 0], [0.25, 1, 1]]))
   factors = f32([[0.5, 1, 0], [0.25, 1, 0]])  # The last token is padding.
@@ -360,7 +391,7 @@ def test_soft_region_multiplies_the_gradient(name):
 
 @each_loss
 def test_loss_is_the_same_in_vmap_and_float32_of_bfloat16(name):
-  loss_fn, inputs = losses.build(name), loss_inputs()
+  loss_fn, inputs = build_loss(name), loss_inputs()
   inputs = inputs._replace(segment_ids=jnp.ones((2, 3), jnp.int32))
   plain, _ = loss_fn(inputs)
   batched, _ = jax.vmap(loss_fn)(jax.tree.map(lambda x: x[:, None], inputs))
@@ -384,7 +415,7 @@ def upcast(dtype, x):
 
 @each_loss
 def test_loss_is_the_same_in_jit(name):
-  loss_fn = losses.build(name)
+  loss_fn = build_loss(name)
   plain, plain_metrics = loss_fn(loss_inputs())
   jitted, jitted_metrics = jax.jit(loss_fn)(loss_inputs())
   np.testing.assert_allclose(jitted, plain, rtol=1e-6)
@@ -589,6 +620,65 @@ def test_advantage_is_the_same_in_vmap_and_finite_in_bfloat16(name):
   np.testing.assert_allclose(
       rough.astype(jnp.float32), each[0], rtol=0.05, atol=0.05
   )
+
+
+# --- duals -------------------------------------------------------------------
+
+
+def test_no_dual_is_none():
+  assert duals.build('none') is None
+
+
+@each_dual
+def test_dual_gives_its_hand_numbers(name):
+  for options, violations, multipliers in hand_numbers.DUALS[name]:
+    rule = duals.build(name, **options)
+    for update in (rule.update, jax.jit(rule.update)):
+      dual = rule.init()
+      for violation, multiplier in zip(violations, multipliers, strict=True):
+        dual = update(dual, f32(violation))
+        assert dual.multiplier.dtype == jnp.float32
+        np.testing.assert_allclose(
+            dual.multiplier, [multiplier], rtol=2e-5, atol=1e-7
+        )
+
+
+@each_dual
+@pytest.mark.parametrize('by_age', [False, True])
+def test_dual_stays_as_it_is_where_nothing_was_seen(name, by_age):
+  if by_age and 'by_age' not in duals.register.options(name):
+    by_age = False  # One multiplier only, by its signature.
+  rule = duals.build(name, **({'by_age': True} if by_age else {}))
+  dual = rule.init()
+  size = len(dual.multiplier)
+  assert rule.by_age == by_age and size == (8 if by_age else 1)
+  moved = rule.update(dual, jnp.full(size, 0.1))
+  seen = jnp.arange(size) > 0
+  with jax.debug_nans(False):  # What a mean over nothing may be.
+    violation = jnp.full(size, 0.1).at[0].set(jnp.nan)
+    after = rule.update(moved, violation, seen)
+  assert after.multiplier[0] == moved.multiplier[0]
+  assert after.integral[0] == moved.integral[0]
+  twice = rule.update(moved, jnp.full(size, 0.1))
+  np.testing.assert_array_equal(after.multiplier[1:], twice.multiplier[1:])
+
+
+@each_dual
+def test_dual_stays_within_its_clamp_whatever_the_violation(name):
+  rule = duals.build(name)
+  options = duals.register.options(name)
+  lowest = options.get('minimum', 0.0)
+  highest = options.get('maximum', options.get('multiplier'))
+  dual = rule.init()
+  for violation in (1e30, -1e30, 1e30, 0.0, -1e30):
+    dual = rule.update(dual, f32(violation))
+    assert lowest <= dual.multiplier[0] <= highest * (1 + 1e-6)
+
+
+@each_dual
+def test_dual_with_an_impossible_limit_is_refused(name):
+  with pytest.raises(ValueError, match='limit=0.0 is not positive'):
+    duals.build(name, limit=0.0)
 
 
 # --- shaping and penalties ---------------------------------------------------

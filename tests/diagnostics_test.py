@@ -60,6 +60,8 @@ def make_stats(fill=0.0, threshold=0.15):
       age=jnp.zeros(mask.shape, jnp.int32),
       surrogate=padded(PI / MU * ADVANTAGES, fill),
       capped=padded(np.array([0, 0, 0, 1, 0, 0]), fill),
+      gradient_weight=padded(np.abs(PI / MU * ADVANTAGES), fill),
+      weights=padded(np.full(6, 1 / 6), fill),
   )
 
 

@@ -1,9 +1,9 @@
 """Numbers computed by hand, at least one for everything that has a name.
 
 `conformance_test.py` checks them and fails for a name without one, so this is
-the only test file that a new divergence, loss, advantage, normaliser or
-algorithm must touch. Probabilities go in, as a table of the whole vocabulary or
-of the sampled token alone (the rest is then one other token).
+the only test file that a new divergence, loss, advantage, normaliser, dual
+or algorithm must touch. Probabilities go in, as a table of the whole vocabulary
+or of the sampled token alone (the rest is then one other token).
 """
 
 import math
@@ -180,6 +180,9 @@ REGIONS = {
     ],
 }
 
+# What a constrained loss is told: lambda, and the limit of its constraint.
+MULTIPLIER, LIMIT = 0.04, 0.02
+
 # One sequence: name: [(options, behaviour, target, advantage, summed loss,
 # gradient by logprob)]
 LOSSES = {
@@ -225,6 +228,76 @@ LOSSES = {
         # pi - mu = delta: where it turns, whatever the ratio.
         ({'delta': 0.25}, 0.5, 0.75, 1.0, 0.0, 0.0),
         ({'delta': 0.25}, 0.02, 0.27, 1.0, 0.0, 0.0),
+    ],
+    # r (A - .08 (r - 1)) with lambda .04.
+    'r2vpo': [
+        # 1.5 (1 - .04) = 1.44; times ln(.75).
+        ({}, 0.5, 0.75, 1.0, 0.414262, -1.44),
+        # Not times |A|: 1.5 (2 - .04) = 2.94.
+        ({}, 0.5, 0.75, 2.0, 0.845785, -2.94),
+        # .5 (-1 + .04) = -.48; times ln(.25).
+        ({}, 0.5, 0.25, -1.0, -0.665421, 0.48),
+        # 2 (-1 - .08) = -2.16; times ln(.8).
+        ({}, 0.4, 0.8, -1.0, -0.481990, 2.16),
+        # r = 1 + 1 / (2 lambda) = 13.5: where it turns.
+        ({}, 0.02, 0.27, 1.0, 0.0, 0.0),
+        # 30 (1 - .08 * 29) = -39.6; times ln(.3).
+        ({}, 0.01, 0.3, 1.0, -47.677323, 39.6),
+        ({'stop_at_turning_point': True}, 0.01, 0.3, 1.0, 0.0, 0.0),
+        # Without advantage: 1.5 (0 - .04) = -.06 and .5 (0 + .04) = .02.
+        ({}, 0.5, 0.75, 0.0, -0.017261, 0.06),
+        ({}, 0.5, 0.25, 0.0, 0.027726, -0.02),
+        # Around the mean 1.35 of r 1.5 1.2: 1.5 (1 - .012), 1.2 (1 + .012).
+        (
+            {'center': 'mean'}, (0.4, 0.5), (0.6, 0.6), 1.0, 1.377393,
+            (-1.482, -1.2144),
+        ),
+        # Product 1.8: 1.8 (1 - .064); geometric mean: 1.341641 (1 - .027331).
+        (
+            {'ratio': 'sequence'}, (0.4, 0.5), (0.6, 0.6), 1.0, 1.721278,
+            (-1.6848, -1.6848),
+        ),
+        (
+            {'ratio': 'geometric'}, (0.4, 0.5), (0.6, 0.6), 1.0, 1.333227,
+            (-1.304972, -1.304972),
+        ),
+        # Its own mean (.25 + .04) / 2 is above .02: 1.44 and 1.2 (1 - .016).
+        (
+            {'per': 'sequence'}, (0.4, 0.5), (0.6, 0.6), 1.0, 1.338772,
+            (-1.44, -1.1808),
+        ),
+        # (r - 1)^2 = .01 is not, but counts in the batch: 1.1 (1 - .008).
+        ({'per': 'sequence'}, 0.5, 0.55, 1.0, 0.657621, -1.1),
+        ({}, 0.5, 0.55, 1.0, 0.652360, -1.0912),
+    ],
+}
+
+# name: [(options, violations, the multiplier after each)]; the step goes by
+# violation / .02, cut at 1.
+DUALS = {
+    'none': [({}, (), ())],
+    'fixed': [({'multiplier': 0.3}, (0.5, -0.5), (0.3, 0.3))],
+    # .04 + .02 (.5 - .25 + 1 - 1 - 1 - 1 - 1), not below 0.
+    'projected_ascent': [
+        (
+            {}, (0.01, -0.005, 5, -0.02, -0.02, -0.02, -0.02),
+            (0.05, 0.045, 0.065, 0.045, 0.025, 0.005, 0),
+        ),
+        # .05 / .1 = .5.
+        ({'limit': 0.1, 'learning_rate': 0.2}, (0.05,), (0.14,)),
+        ({'initial': 9.99}, (0.02,), (10,)),
+    ],
+    # .04 e^.05, times e^.1.
+    'exponentiated': [
+        ({}, (0.01, 5), (0.042051, 0.046473)),
+        ({'initial': 2e-4, 'learning_rate': 1.0}, (-0.02,), (1e-4,)),
+        ({'initial': 9.0, 'learning_rate': 1.0}, (0.02,), (10,)),
+    ],
+    # Sum .05 .04 .06 .04, beside it .1 times .5 -.5 1 -1, not below 0.
+    'proportional_integral': [
+        ({}, (0.01, -0.01, 5, -0.02), (0.10, 0, 0.16, 0)),
+        # The sum is clamped too: 10, then 9.98 - .1.
+        ({'initial': 9.99}, (0.02, -0.02), (10, 9.88)),
     ],
 }
 
@@ -342,6 +415,11 @@ _R = 0.80 / 0.99
 _ALL = (-1.5, 1.5, -0.56, 0.56, -1.1, 10, -1.25, _R, -100, -4 / 3)
 _TOPK_TV = (0, 1.5, -0.56, 0, -1.1, 5, -1.25, _R, -5, -4 / 3)  # .2, C 5
 _TOPK_KL = (0, 1.5, -0.56, 0, -1.1, 5, -1.25, 0, -5, 0)  # .05, C 5
+# -r A (1 - sign(A) (r - 1) / 12.5).
+_SPO = (
+    -1.44, 1.56, -0.56 * 1.0352, 0.56 * 0.9648, -1.1 * 0.992, 17.2,
+    -1.25 * 0.98, _R * (1 - (1 - _R) / 12.5), 692, -4 / 3 * (1 - 1 / 37.5),
+)
 # .15, no cap: .19 and .1667 are outside. The same with KL .05.
 _BINARY = (0, 1.5, -0.56, 0, -1.1, 10, -1.25, 0, -100, 0)
 # 1.25 is inside [.8, 1.28], 1.333 is not.
@@ -381,16 +459,15 @@ ALGORITHMS = {
     'relaxed_both': _RELAXED_HIGH,
     # .0003 and .0004: whatever moves out is outside.
     'gspo': (0, 1.5, -0.56, 0, 0, 10, 0, 0, 0, 0),
-    # -r A (1 - sign(A) (r - 1) / 12.5).
-    'spo': (
-        -1.44, 1.56, -0.56 * 1.0352, 0.56 * 0.9648, -1.1 * 0.992, 17.2,
-        -1.25 * 0.98, _R * (1 - (1 - _R) / 12.5), 692, -4 / 3 * (1 - 1 / 37.5),
-    ),
+    'spo': _SPO,
     # -r A (1 - sign(A) (pi - mu) / 12.5).
     'drpo': (
         -1.47, 1.53, -0.56 * 1.0176, 0.56 * 0.9824, -1.1 * 0.996, 10.36,
         -1.25 * 0.992, _R * 0.9848, -99.9208, -4 / 3 * (1 - 1 / 75),
     ),
+    # With |A| = 1 and lambda .04 = 1 / (2 * 12.5) it is SPO.
+    'r2vpo': _SPO,
+    'r2vpo_fixed': _SPO,
     # One token: w = 1 and an empty prefix, so D <= .15 is all.
     'cppo': _BINARY,
     # min(1, .15 / D): .6, .6818, .7895, .9.
@@ -455,6 +532,18 @@ PAPER_SETTINGS = {
     # arXiv:2606.09821 Sec. 4.
     'spo': {'threshold': math.inf, 'loss.epsilon': 12.5},
     'drpo': {'threshold': math.inf, 'loss.delta': 12.5},
+    # Ours: of arXiv:2601.03320 only the abstract could be read.
+    'r2vpo': {
+        'threshold': math.inf, 'loss.center': 'one', 'loss.ratio': 'token',
+        'loss.per': 'batch', 'loss.stop_at_turning_point': False,
+        'dual.name': 'projected_ascent', 'dual.limit': 0.01,
+        'dual.initial': 0.04, 'dual.learning_rate': 0.02, 'dual.maximum': 10.0,
+        'dual.by_age': False,
+    },
+    'r2vpo_fixed': {
+        'threshold': math.inf, 'loss.center': 'one', 'loss.ratio': 'token',
+        'loss.per': 'batch', 'dual.name': 'fixed', 'dual.multiplier': 0.04,
+    },
     'cppo': _CPPO | {'trust_region.soft': False},
     'cppo_soft': _CPPO | {'trust_region.soft': True},
     'trm_max': {'threshold': 0.1, 'trust_region.statistic': 'max'} | _Z,

@@ -12,7 +12,7 @@ import dppo_jax
 # Lowest first; `models.*` is the package and everything in it. A new file in
 # `dppo_jax/` must be given its place here.
 LAYERS = (
-    ('types', 'masking', 'segments', 'registry'),
+    ('types', 'masking', 'segments', 'registry', 'ages'),
     ('divergences', 'trust_regions', 'losses', 'penalties', 'advantages',
      'shaping', 'normalizers', 'algorithms', 'diagnostics', 'duals'),
     ('models.*', 'tasks.*', 'optim', 'sharding'),
@@ -21,7 +21,8 @@ LAYERS = (
     ('objective',),
     ('learner',),
     ('train_step',),
-    ('checkpoint', 'checks', 'logbook', 'metrics', 'report', 'workdir'),
+    ('backlog', 'checkpoint', 'checks', 'logbook', 'metrics', 'report',
+     'workdir'),
     ('main',),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import table_model
 import tiny_model
 
 from dppo_jax import divergences
+from dppo_jax import duals
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import optim
@@ -19,6 +21,7 @@ from dppo_jax.models import load
 from dppo_jax.tasks import arithmetic
 from dppo_jax.tasks import prompts
 from dppo_jax.types import Divergence
+from dppo_jax.types import ScoredRollout
 
 NUM_ROWS = tiny_model.NUM_PROMPTS * tiny_model.GROUP_SIZE
 KEY = jax.random.key(7)
@@ -406,7 +409,9 @@ def test_losses_of_the_mini_batches_average_to_that_of_the_rollout(scored):
   # more or less than a quarter of the tokens.
   ones = lambda inputs: (
       1 + 0 * inputs.logprobs,
-      {'surrogate': inputs.logprobs, 'capped': inputs.logprobs},
+      dict.fromkeys(
+          ('surrogate', 'capped', 'gradient_weight'), inputs.logprobs
+      ),
   )
   _, _, metrics = learn(scored, loss_fn=ones, num_minibatches=4)
   assert metrics['loss'].shape == (4,)
@@ -488,3 +493,89 @@ def test_the_better_completions_become_likelier(once, scored):
   ).sum(1)
   better = np.asarray(scored.rewards) == 1
   assert change[better].mean() > 0 > change[~better].mean()
+
+
+# The dual of a constraint; a table of logits is policy enough.
+
+RULE = duals.build('projected_ascent', limit=0.05)
+
+
+@functools.cache
+def constrained(num_microbatches=1):
+  """(state, stats, metrics) of four updates by r2vpo, and what went in."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  behaviour = jax.random.normal(keys[0], (16, 3, 8))
+  moved = behaviour + 0.5 * jax.random.normal(keys[1], behaviour.shape)
+  tokens = jax.random.categorical(keys[2], behaviour)
+  rollout = table_model.make_rollout(
+      NONE, behaviour=behaviour, tokens=tokens,
+      token_mask=np.arange(3) < np.tile([1, 2, 3, 3], 4)[:, None],
+  )
+  scored = ScoredRollout(rollout, jnp.tile(jnp.asarray([1.0, 0, 0, 1]), 4))
+  state = tiny_model.make_state(moved.reshape(-1, 8), dual=RULE)
+  learn_fn = tiny_model.jit(tiny_model.make_learner(
+      NONE, model=table_model.MODEL, loss_fn=losses.build('r2vpo'), dual=RULE,
+      num_minibatches=4, num_microbatches=num_microbatches,
+  ))
+  return learn_fn(state, scored, KEY), learn_fn, state, scored
+
+
+def after_each_update(metrics, start=0.04):
+  """The multiplier by hand, from the violations; before and after updates."""
+  multipliers = [start]
+  for violation, skipped in zip(
+      metrics['constraint/violation'], metrics['optimizer/skipped'], strict=True
+  ):
+    step = 0.02 * np.clip(violation / 0.05, -1, 1)
+    multipliers.append(multipliers[-1] + (0 if skipped else step))
+  return multipliers
+
+
+def test_the_dual_takes_one_step_with_each_update():
+  (state, stats, metrics), _, _, _ = constrained()
+  ratio = np.exp(np.asarray(stats.logprobs - stats.behaviour_logprobs))
+  mask = np.asarray(stats.token_mask)
+  expected = [np.mean((r[m] - 1) ** 2) for r, m in zip(ratio, mask)]
+  np.testing.assert_allclose(
+      metrics['constraint/violation'], np.asarray(expected) - 0.05, rtol=1e-4,
+      atol=1e-6,
+  )
+  *before, last = after_each_update(metrics)
+  np.testing.assert_allclose(metrics['dual/multiplier'], before, rtol=1e-5)
+  np.testing.assert_allclose(state.dual.multiplier, [last], rtol=1e-5)
+  assert last > 0.04 and int(state.policy_version) == 4
+
+
+def test_a_skipped_update_leaves_the_dual_as_it_is():
+  _, learn_fn, start, scored = constrained()
+  bad = scored._replace(rewards=scored.rewards.at[3].set(jnp.nan))
+  state, _, metrics = learn_fn(start, bad, KEY)
+  skipped = np.asarray(metrics['optimizer/skipped'])
+  assert 0 < skipped.sum() < 4
+  *before, last = after_each_update(metrics)
+  np.testing.assert_allclose(metrics['dual/multiplier'], before, rtol=1e-5)
+  np.testing.assert_allclose(state.dual.multiplier, [last], rtol=1e-5)
+  worse = scored._replace(rewards=jnp.full(NUM_ROWS, jnp.nan))
+  state, _, metrics = learn_fn(start, worse, KEY)
+  assert metrics['optimizer/skipped'].all()
+  tiny_model.assert_trees_equal(state.dual, start.dual)
+
+
+def test_micro_batches_move_the_dual_as_the_whole_mini_batch_does():
+  (state, _, metrics), *_ = constrained(num_microbatches=2)
+  (whole, _, expected), *_ = constrained()
+  for name in ('constraint/violation', 'dual/multiplier', 'loss'):
+    np.testing.assert_allclose(
+        metrics[name], expected[name], rtol=1e-4, atol=1e-6
+    )
+  np.testing.assert_allclose(state.params, whole.params, atol=1e-5)
+
+
+def test_a_dual_for_a_loss_without_a_constraint_is_refused():
+  _, _, state, scored = constrained()
+  learn_fn = tiny_model.make_learner(
+      NONE, model=table_model.MODEL, dual=RULE
+  )
+  with pytest.raises(ValueError, match='the loss has no constraint for it; use '
+                     'loss r2vpo, or dual none'):
+    jax.eval_shape(learn_fn, state, scored, KEY)

@@ -13,6 +13,7 @@ import table_model
 from dppo_jax import advantages
 from dppo_jax import algorithms
 from dppo_jax import divergences
+from dppo_jax import duals
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax.types import LossInputs
@@ -101,6 +102,7 @@ def test_every_algorithm_has_a_source_and_the_settings_of_its_paper(name):
       'advantage.name': 'group_mean',  # Nowhere a standard deviation, but ...
       'anchor': 'behaviour',
       'normalizer.name': 'constant',
+      'dual.name': 'none',
   } | hand_numbers.PAPER_SETTINGS[name]
   options = dict(config['divergence'])
   divergence = divergences.build(options.pop('name'), **options)
@@ -263,6 +265,179 @@ def test_on_policy_gradient_is_the_advantage_for_every_algorithm():
         advantages=0.75 * signs,
     )
     close(got, -0.75 * signs)
+
+
+# --- the constraint of r2vpo -------------------------------------------------
+
+
+def constrained_inputs(multiplier=0.3, limit=0.05):
+  """Four sequences of one to five tokens at ratios around 1. [4, 5]."""
+  rng = np.random.RandomState(3)
+  mask = np.arange(5) < np.asarray([5, 1, 3, 4])[:, None]
+  behaviour = -2 - rng.exponential(size=(4, 5))
+  step = np.asarray([0.05, 0.6, 0.3, 0.5])[:, None]
+  logprobs = behaviour + step * rng.standard_normal((4, 5))
+  credit = np.asarray([1.0, -0.5, 2.0, 0.0])[:, None]
+  f32 = lambda x: jnp.asarray(x, jnp.float32)
+  return LossInputs(
+      logprobs=f32(logprobs),
+      behaviour_logprobs=f32(behaviour),
+      divergence=jnp.zeros((4, 5)),
+      trust_region=jnp.ones((4, 5), bool),
+      advantages=f32(np.broadcast_to(credit, (4, 5))),
+      token_mask=jnp.asarray(mask),
+      multiplier=multiplier,
+      limit=limit,
+  )
+
+
+def per_sequence(values, mask):
+  """The mean of each sequence. [B, T] -> [B]."""
+  return jnp.sum(jnp.where(mask, values, 0), 1) / jnp.sum(mask, 1)
+
+
+def constrained_slopes(inputs, normalizer, **options):
+  """The gradient of the normalised loss by logprobs."""
+  loss_fn = losses.build('r2vpo', **options)
+  weights = normalizers.build(normalizer)(inputs.token_mask)
+  return jax.grad(lambda x: jnp.sum(
+      weights * loss_fn(inputs._replace(logprobs=x))[0]
+  ))(inputs.logprobs)
+
+
+@pytest.mark.parametrize('center', ['one', 'mean'])
+@pytest.mark.parametrize('ratio, normalizer', [
+    # What counts once is a token, or a sequence, by its product or its mean.
+    ('token', 'token_mean'),
+    ('sequence', 'sequence_sum'),
+    ('geometric', 'sequence_mean'),
+])
+def test_gradient_of_r2vpo_is_that_of_its_lagrangian(center, ratio, normalizer):
+  inputs = constrained_inputs()
+  mask = inputs.token_mask
+
+  def lagrangian(logprobs):
+    log_ratio = jnp.where(mask, logprobs - inputs.behaviour_logprobs, 0)
+    credit = inputs.advantages
+    if ratio == 'token':
+      r, credit = jnp.exp(log_ratio[mask]), credit[mask]
+    else:
+      total = jnp.sum(log_ratio, 1)
+      r = jnp.exp(total if ratio == 'sequence' else total / jnp.sum(mask, 1))
+      credit = credit[:, 0]
+    middle = jnp.mean(r) if center == 'mean' else 1
+    violation = jnp.mean((r - middle) ** 2) - inputs.limit
+    return jnp.mean(r * credit) - inputs.multiplier * violation
+
+  got = constrained_slopes(inputs, normalizer, center=center, ratio=ratio)
+  expected = -jax.grad(lagrangian)(inputs.logprobs)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+  assert jnp.all(got[mask] != 0)  # Also where the advantage is 0.
+
+
+def test_per_sequence_only_sequences_above_the_limit_are_braked():
+  inputs = constrained_inputs()
+  mask = inputs.token_mask
+  second_moment = lambda r: per_sequence((r - 1) ** 2, mask)
+
+  def lagrangian(logprobs):
+    r = jnp.exp(jnp.where(mask, logprobs - inputs.behaviour_logprobs, 0))
+    above = jnp.maximum(second_moment(r) - inputs.limit, 0)
+    rewarded = per_sequence(r * inputs.advantages, mask)
+    return jnp.mean(rewarded - inputs.multiplier * above)
+
+  r = jnp.exp(inputs.logprobs - inputs.behaviour_logprobs)
+  above = second_moment(r) > inputs.limit
+  assert not above[0] and jnp.sum(above) >= 2
+  got = constrained_slopes(inputs, 'sequence_mean', per='sequence')
+  expected = -jax.grad(lagrangian)(inputs.logprobs)
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('options, mean', [
+    # Tokens count once, or each sequence does.
+    ({}, lambda c, mask: jnp.mean(c[mask])),
+    ({'per': 'sequence'}, lambda c, mask: jnp.mean(per_sequence(c, mask))),
+], ids=str)
+def test_r2vpo_tells_the_mean_of_its_constraint(options, mean):
+  inputs = constrained_inputs()
+  _, metrics = losses.build('r2vpo', **options)(inputs)
+  violation, _ = duals.violation(
+      metrics['constraint'], jnp.zeros((4, 1), int), limit=0.05, by_age=False
+  )
+  r = jnp.exp(inputs.logprobs - inputs.behaviour_logprobs)
+  close(violation[0] + 0.05, mean((r - 1) ** 2, inputs.token_mask))
+
+
+@pytest.mark.parametrize('log_ratio', [100.0, -100.0])
+@pytest.mark.parametrize('options', [
+    {}, {'ratio': 'sequence'}, {'ratio': 'geometric'}, {'center': 'mean'},
+    {'per': 'sequence'}, {'stop_at_turning_point': True},
+], ids=str)
+def test_r2vpo_is_finite_at_any_ratio(log_ratio, options):
+  inputs = constrained_inputs()
+  inputs = inputs._replace(
+      behaviour_logprobs=(inputs.logprobs - log_ratio).at[2].set(
+          inputs.logprobs[2]
+      )
+  )
+  loss, metrics = losses.build('r2vpo', **options)(inputs)
+  for leaf in jax.tree.leaves((loss, metrics)):
+    assert np.all(np.isfinite(leaf))
+  slopes = constrained_slopes(inputs, 'token_mean', **options)
+  assert np.all(np.isfinite(slopes))
+  if log_ratio > 0 and not options.get('stop_at_turning_point'):
+    # Beyond the turning point everything is pulled back.
+    assert np.all(slopes[jnp.asarray([0, 1, 3])][:, 0] > 0)
+
+
+def turning(ratios, advantages, **options):
+  """Weights and whether a token is beyond the turning point; lambda is 1."""
+  ratios = np.asarray(ratios)[None]
+  inputs = LossInputs(
+      logprobs=hand_numbers.logs(0.01 * ratios),
+      behaviour_logprobs=hand_numbers.logs(np.full(ratios.shape, 0.01)),
+      divergence=jnp.zeros(ratios.shape),
+      trust_region=jnp.ones(ratios.shape, bool),
+      advantages=jnp.asarray(advantages, jnp.float32)[None],
+      token_mask=jnp.ones(ratios.shape, bool),
+      multiplier=1.0,
+      limit=0.02,
+  )
+  loss_fn = losses.build('r2vpo', **options)
+  total = lambda x: jnp.sum(loss_fn(inputs._replace(logprobs=x))[0])
+  beyond = loss_fn(inputs)[1]['constraint'].beyond
+  return -jax.grad(total)(inputs.logprobs)[0], beyond[0]
+
+
+def test_r2vpo_turns_at_one_plus_a_over_two_lambda_unless_it_stops_there():
+  # A + + - - 0: it turns at 1.5 1.5 .5 .5 and, without reward, nowhere.
+  case = (1.4, 1.6, 0.6, 0.4, 1.5), (1, 1, -1, -1, 0)
+  # r (A - 2 (r - 1)): 1.4 * .2, 1.6 * -.2, .6 * -.2, .4 * .2, 1.5 * -1.
+  weights, beyond = turning(*case)
+  close(weights, (0.28, -0.32, -0.12, 0.08, -1.5))
+  assert beyond.tolist() == [False, True, False, True, False]
+  stopped, beyond = turning(*case, stop_at_turning_point=True)
+  close(stopped, (0.28, 0, -0.12, 0, -1.5))
+  assert beyond.tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize('told', [{}, {'multiplier': 1.0}, {'limit': 0.02}])
+def test_r2vpo_without_a_dual_says_what_it_needs(told):
+  inputs = constrained_inputs()._replace(multiplier=None, limit=None)
+  with pytest.raises(ValueError, match='needs the multiplier and the limit of '
+                     'a dual, for example config.dual.name=projected_ascent'):
+    losses.build('r2vpo')(inputs._replace(**told))
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'center': 'mena'}, "Unknown center 'mena'. Did you mean 'mean'"),
+    ({'per': 'sequnce'}, "Unknown per 'sequnce'. Did you mean 'sequence'"),
+    ({'ratio': 'geometrc'}, "Unknown ratio 'geometrc'. Did you mean 'geom"),
+])
+def test_r2vpo_with_an_unknown_choice_is_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    losses.build('r2vpo', **options)
 
 
 # --- normalisers -------------------------------------------------------------

@@ -204,17 +204,21 @@ def without_results(workdir):
   (workdir / 'masked_tokens.json').unlink()
 
 
-@pytest.mark.slow
-def test_a_run_resumed_from_step_2_ends_bitwise_the_same(
-    cli, finished, copied
-):
-  without_results(copied)
-  files = (copied / 'checkpoints' / str(STEPS)).rglob('*')
+def damage_last_checkpoint(workdir):
+  files = (workdir / 'checkpoints' / str(STEPS)).rglob('*')
   largest = max(
       (path for path in files if path.is_file()),
       key=lambda path: path.stat().st_size,
   )
   largest.write_bytes(largest.read_bytes()[:-100])
+
+
+@pytest.mark.slow
+def test_a_run_resumed_from_step_2_ends_bitwise_the_same(
+    cli, finished, copied
+):
+  without_results(copied)
+  damage_last_checkpoint(copied)
   done = cli(workdir=copied)
   assert done.returncode == 0, done.stderr[-3000:]
   assert re.search('step 4 is damaged.*falling back to step 2', done.stderr)
@@ -325,6 +329,56 @@ def test_updates_that_are_not_finite_stop_the_run_and_are_never_saved(
   assert last['optimizer/skipped'] == 4
   assert last['policy/version'] == 0
   assert checkpoints(workdir) == []
+
+
+# Old data: replayed, or late.
+
+STALE = {
+    'config': 'r2vpo.py',
+    'staleness': 1,
+    'replay.capacity': 2,
+    'replay.max_age': 11,  # Four updates a step: two steps late, at its end.
+}
+
+
+@pytest.fixture(scope='module')
+def stale(cli, tmp_path_factory):
+  """A run whose rollouts wait for a step and are learned from again."""
+  workdir = tmp_path_factory.mktemp('stale') / 'run'
+  done = cli(workdir=workdir, **STALE)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return workdir
+
+
+@pytest.mark.slow
+def test_a_rollout_that_waits_a_step_is_as_old_as_the_updates_of_a_step(stale):
+  learned = rows(stale)[1:]
+  assert [row['policy/version'] for row in learned] == [4, 8, 12, 16]
+  # The start model sampled what the first two steps learn from.
+  assert [row['policy/age_max'] for row in learned] == [0, 4, 4, 4]
+  # At its first update a rollout in the buffer is 8 old, at its last one 11.
+  assert [row['replay/age_max'] for row in learned] == [0, 4, 8, 8]
+  assert [row['replay/slots_filled'] for row in learned] == [0, 1, 2, 2]
+  for row in learned[1:]:
+    assert row['replay/groups'] > 0
+    assert 0 < row['replay/gradient_share'] < 1
+  for row in learned:
+    for name in ('dual/multiplier', 'constraint/violation', 'constraint/value'):
+      assert math.isfinite(row[name])
+  assert len({row['dual/multiplier'] for row in learned}) == STEPS
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_with_its_buffer_its_dual_and_what_was_late(
+    cli, stale, tmp_path
+):
+  workdir = shutil.copytree(stale, tmp_path / 'run')
+  without_results(workdir)
+  damage_last_checkpoint(workdir)
+  done = cli(workdir=workdir, **STALE)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert 'Continuing after step 2' in done.stderr
+  assert_same_run(workdir, stale)
 
 
 # Other data.

@@ -152,9 +152,14 @@ def test_region_of_packed_rows_is_that_of_one_sequence_a_row(name, options):
   assert outcomes.min() < 1 and outcomes.max() == 1  # Both are there.
 
 
+@pytest.mark.parametrize('options', [
+    {'ratio_cap': 1.5}, {'center': 'one'}, {'center': 'mean'},
+    {'per': 'sequence'},
+], ids=str)
 @pytest.mark.parametrize('ratio', ['token', 'sequence', 'geometric'])
-def test_loss_of_packed_rows_is_that_of_one_sequence_a_row(ratio):
-  loss_fn = losses.build('policy_gradient', ratio=ratio, ratio_cap=1.5)
+def test_loss_of_packed_rows_is_that_of_one_sequence_a_row(ratio, options):
+  name = 'policy_gradient' if 'ratio_cap' in options else 'r2vpo'
+  loss_fn = losses.build(name, ratio=ratio, **options)
 
   @jax.jit
   def loss_of(arrays):
@@ -166,6 +171,8 @@ def test_loss_of_packed_rows_is_that_of_one_sequence_a_row(ratio):
         advantages=arrays['advantages'],
         token_mask=arrays['token_mask'],
         segment_ids=arrays['segment_ids'],
+        multiplier=0.5,
+        limit=0.05,
     ))
     return loss
 

@@ -469,12 +469,12 @@ def test_the_age_of_a_token_is_the_updates_since_it_was_sampled():
   counts = np.asarray(stats.token_mask).sum((1, 2))
   for name, updates in (
       ('0', [0]), ('1', [1]), ('2-3', [2, 3]), ('4-7', [4, 5, 6, 7]),
-      ('8-15', []), ('16-', []),
+      ('8-15', []), ('16-31', []), ('64-', []),
   ):
     assert metrics[f'by_age/{name}/tokens'] == counts[updates].sum()
   assert metrics['by_age/0/ratio_second_moment'] < 1e-9
   assert metrics['by_age/4-7/ratio_second_moment'] > 1e-4
-  assert metrics['by_age/16-/divergence_max'] == 0
+  assert metrics['by_age/64-/divergence_max'] == 0
   # A rollout that waited for three updates.
   data = scored()
   late = state_of()._replace(policy_version=jnp.int32(3))
@@ -496,6 +496,8 @@ def token_stats(**changes):
       'entropy': [1, 1, 1, 9],
       'surrogate': [1, 0, -0.5, 9],
       'capped': [0, 0, 0, 1],
+      'gradient_weight': [1, 0, 0.5, 9],
+      'weights': [1 / 3, 1 / 3, 1 / 3, 0],
   } | changes
   return diagnostics.TokenStats(
       targets=row([3, 4, 4, 4], jnp.int32),

@@ -60,6 +60,20 @@ def make_rollout(
   )
 
 
+def make_rollout_fn(divergence, *, num_rows, length, vocabulary):
+  """As `rollout.make_rollout_fn`; row i is drawn from rows of its own."""
+
+  def rollout_fn(params, prompts, key, version):
+    del prompts
+    logits = params.reshape(num_rows, length, vocabulary)
+    tokens = jax.random.categorical(key, logits)
+    rollout = make_rollout(divergence, behaviour=logits, tokens=tokens)
+    versions = jnp.full(num_rows, version, jnp.int32)
+    return rollout._replace(policy_version=versions), jnp.int32(length)
+
+  return rollout_fn
+
+
 def seen(
     name,
     *,
@@ -119,6 +133,7 @@ def _gradient(name, **options):
   }
   divergence = options.pop('divergence')
   prepare, weighted_loss = tiny_model.make_objective(divergence, **options)
+  dual = options['dual']
 
   def gradient(start, target, scored, advantages):
     state = types.SimpleNamespace(params=start, reference=())
@@ -129,7 +144,7 @@ def _gradient(name, **options):
         weights=mask.astype(jnp.float32),
     )
     return jax.grad(weighted_loss, has_aux=True)(
-        target, batch, (), jnp.int32(0)
+        target, batch, (), jnp.int32(0), dual.init() if dual else ()
     )
 
   return divergence, tiny_model.jit(gradient)

@@ -15,6 +15,7 @@ import optax
 from dppo_jax import advantages
 from dppo_jax import algorithms
 from dppo_jax import divergences
+from dppo_jax import duals
 from dppo_jax import learner
 from dppo_jax import losses
 from dppo_jax import normalizers
@@ -160,12 +161,13 @@ def make_learner(
     num_epochs=1,
     num_minibatches=1,
     num_microbatches=1,
+    dual=None,
     **options,
 ):
   """`learner.make_learner` with one update, unless told otherwise."""
   num_parts = num_minibatches * num_microbatches
   prepare, weighted_loss = make_objective(
-      divergence, num_parts=num_parts, **options
+      divergence, num_parts=num_parts, dual=dual, **options
   )
   return learner.make_learner(
       weighted_loss=weighted_loss,
@@ -174,6 +176,7 @@ def make_learner(
       num_epochs=num_epochs,
       num_minibatches=num_minibatches,
       num_microbatches=num_microbatches,
+      dual=dual,
   )
 
 
@@ -199,6 +202,7 @@ def row_options(name, **known):
       'anchor': row['anchor'],
       'advantage_fn': build(advantages, row['advantage']),
       'normalizer': build(normalizers, row['normalizer']),
+      'dual': build(duals, row['dual']),
   }
 
 

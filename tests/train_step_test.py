@@ -255,26 +255,38 @@ ONE_STEP = """
     config.num_prompts, config.group_size = 8, 4
     config.eval.num_prompts, config.eval.num_samples = 8, 2
     config.learner.num_minibatches = 2
+    config.replay.capacity = 2
     config.task.data_dir = sys.argv[1]
     config.mesh.update(json.loads(sys.argv[2]))
     parts = main.build(config)
     state, pending = parts.state, main.blank_rollout(parts)
-    for _ in range(2):
+    for call in range(3):
       batch = next(parts.prompts)
-      state, rollout, metrics = parts.train_step(state, pending, batch.prompts)
+      state, rollout, latest = parts.train_step(state, pending, batch.prompts)
       pending, _ = main.score(parts, rollout, batch)
-      tokens = rollout.tokens if int(state.step) == 0 else tokens
+      if call == 0:
+        tokens = rollout.tokens
+      if call == 1:
+        metrics = latest
+        # On several devices the third call dispatches by an entry of its own;
+        # XLA compiles nothing for it.
+        compilations = parts.train_step._cache_size()
     metrics.pop('masked_tokens')
     metrics.pop('scatter')
+    held = state.replay.scored.rollout.tokens
     used = {d for x in jax.tree.leaves(state.params)
             for d in x.sharding.device_set}
     kernel = state.params['layers']['mlp']['up']['kernel']
     print(json.dumps({
         'devices': len(used),
         'kernel': list(kernel.addressable_shards[0].data.shape),
-        'compilations': parts.train_step._cache_size(),
+        'compilations': compilations,
         'tokens': np.asarray(tokens).tolist(),
         'metrics': {k: float(v) for k, v in metrics.items()},
+        'held': np.asarray(held[0]).tolist(),
+        'held_shard': list(held.addressable_shards[0].data.shape),
+        'replayed': [int(latest['replay/' + k])
+                     for k in ('groups', 'tokens', 'slots_filled')],
     }))
 """
 
@@ -313,6 +325,13 @@ def test_eight_devices_compute_what_one_does(one_device, mesh, kernel):
   assert actual['kernel'] == kernel
   assert expected['compilations'] == actual['compilations'] == 1
   assert actual['tokens'] == expected['tokens']
+  # What the second update learned from again lies where rollouts do.
+  assert actual['held'] == expected['held'] == expected['tokens']
+  slots, batch, length = expected['held_shard']
+  split = mesh['data'] * mesh.get('fsdp', 1)
+  assert actual['held_shard'] == [slots, batch // split, length]
+  assert actual['replayed'] == expected['replayed']
+  assert actual['replayed'][0] > 0
   assert actual['metrics'].keys() == expected['metrics'].keys()
   for name, value in expected['metrics'].items():
     if not name.startswith('on_policy/'):  # Rounding itself.

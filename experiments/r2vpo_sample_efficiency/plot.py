@@ -22,11 +22,13 @@ LABELS = {
     'r2vpo': 'R2VPO',
     'r2vpo_replay': 'R2VPO with replay',
 }
-LAST = 3  # Evaluations at the end of a run that are averaged.
+# Where methods are compared under staleness: the last quarter of those runs.
+ENDS = {method: (3840, 5120) for method in LABELS}
+ENDS['r2vpo_replay'] = (2400, 3200)
 
 
 def interval(values, draws=10_000):
-  """Bootstrapped 95 % interval of the mean over seeds. [n, ...] -> 2 x [...]."""
+  """Bootstrapped 95 % interval of the mean of [n, ...] over n. 2 x [...]."""
   values = np.asarray(values, float)
   rng = np.random.default_rng(0)
   picks = rng.integers(len(values), size=(draws, len(values)))
@@ -42,8 +44,11 @@ def select(curves, method, staleness):
   }
 
 
-def final_accuracy(curve):
-  return curve[1][-LAST:].mean()
+def final_accuracy(method, curve):
+  """Held-out accuracy, averaged over the evaluations of the last quarter."""
+  rollouts, accuracy = curve
+  first, last = ENDS[method]
+  return accuracy[(rollouts >= first) & (rollouts <= last)].mean()
 
 
 def draw_curves(curves):
@@ -71,7 +76,7 @@ def draw_curves(curves):
 
 
 def draw_staleness(curves):
-  """Accuracy at the end by staleness, a point for each run."""
+  """Accuracy by staleness, a point for each run."""
   fig = figure.Figure(figsize=(7.2, 3.6), layout='constrained')
   axes = fig.subplots()
   ages = sorted({job.staleness for job in curves}, key=int)
@@ -79,7 +84,7 @@ def draw_staleness(curves):
     shift = (number - (len(LABELS) - 1) / 2) * 0.13
     for place, staleness in enumerate(ages):
       runs = select(curves, method, staleness).values()
-      ends = [final_accuracy(curve) for curve in runs]
+      ends = [final_accuracy(method, curve) for curve in runs]
       axes.scatter(
           [place + shift] * len(ends), ends, s=14, color=f'C{number}',
           label=label if not place else None,
@@ -90,7 +95,7 @@ def draw_staleness(curves):
       )
   axes.set_xticks(range(len(ages)), [f'{x} steps' for x in ages])
   axes.set_xlabel('staleness')
-  axes.set_ylabel('held-out accuracy at the end')
+  axes.set_ylabel('held-out accuracy after half the steps')
   axes.legend(frameon=False, fontsize=8, loc='lower left')
   _clean(axes)
   fig.savefig(sweep.HERE / 'staleness.png', dpi=130)
@@ -127,7 +132,7 @@ def print_tables(curves):
     cells = []
     for staleness in ages:
       runs = select(curves, method, staleness).values()
-      ends = [final_accuracy(curve) for curve in runs]
+      ends = [final_accuracy(method, curve) for curve in runs]
       low, high = interval(ends)
       cells.append(f'{np.mean(ends):.3f} ({low:.3f} to {high:.3f})')
     print(f'| {label} |', ' | '.join(cells), '|')

@@ -54,8 +54,9 @@ COLUMNS = {
     'replay_gradient_share': 'replay/gradient_share',
 }
 
-# 128 completions are learned from in each step, in 2 updates. Without replay
-# all of them are fresh.
+# A step learns from 128 completions, all of them fresh, in 2 updates; with
+# replay, from 32 fresh and 96 replayed ones in 1 update. Staleness is given in
+# steps of 2 updates.
 COMMON = (
     'total_steps=80',
     'num_prompts=16',
@@ -67,13 +68,21 @@ COMMON = (
     'checkpoint_every=1000',
     'tensorboard=False',
 )
-_HALF_REPLAYED = ('num_prompts=8', 'replay.capacity=4', 'replay.max_age=16')
+_REPLAY = (
+    'num_prompts=4',
+    'replay.ratio=3',
+    'replay.capacity=32',
+    'replay.max_age=64',
+    'learner.num_minibatches=1',
+    'total_steps=200',
+    'eval.every=10',
+)
 METHODS = {
     'grpo': ('grpo', ()),
     'grpo_clip_higher': ('grpo_clip_higher', ()),
     'dppo_binary_tv': ('dppo_binary_tv', ()),
     'r2vpo': ('r2vpo', ()),
-    'r2vpo_replay': ('r2vpo', _HALF_REPLAYED),
+    'r2vpo_replay': ('r2vpo', _REPLAY),
 }
 
 
@@ -101,11 +110,11 @@ def grid():
 
 
 def final(best):
-  """Every method at its best rate; whole seeds one after the other."""
+  """Every method at its best rate; seeds one after the other."""
   return [
       Job(method, best[method], staleness, seed)
-      for seed in _SEEDS.value
       for staleness in _STALENESS.value
+      for seed in _SEEDS.value
       for method in chosen_methods()
   ]
 
@@ -116,13 +125,18 @@ def flags_of(job):
   config = {
       **dict(change.split('=') for change in (*COMMON, *changes)),
       'optimizer.learning_rate': job.learning_rate,
-      'staleness': job.staleness,
       'seed': job.seed,
   }
+  if int(job.staleness):  # Only the end matters.
+    config['total_steps'] = int(config['total_steps']) // 2
+    config['eval.every'] = 2 * int(config['eval.every'])
+  elif job.seed not in GRID_SEEDS:
+    config['total_steps'] = 3 * int(config['total_steps']) // 2
+  updates = 2 * int(job.staleness)
+  config['staleness'] = updates // int(config['learner.num_minibatches'])
   if 'replay.max_age' in config:
     # Replay looks back as far as without staleness, from older fresh data.
-    fresh = 2 * int(job.staleness)
-    config['replay.max_age'] = str(int(config['replay.max_age']) + fresh)
+    config['replay.max_age'] = int(config['replay.max_age']) + updates
   return [
       f'--config=configs/default.py:{algorithm}',
       *(f'--config.{name}={value}' for name, value in config.items()),
