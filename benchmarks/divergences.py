@@ -48,6 +48,9 @@ _VOCAB = flags.DEFINE_integer('vocab', 32768, 'Vocabulary.')
 _HIDDEN = flags.DEFINE_integer('hidden', 64, 'Width of the hidden states.')
 _CHUNK = flags.DEFINE_integer('chunk', 256, 'Tokens whose logits exist.')
 _ROUNDS = flags.DEFINE_integer('rounds', 9, 'Runs of each.', lower_bound=1)
+_ONLY = flags.DEFINE_list(
+    'divergences', [], 'Only these beside the baseline; everything if empty.'
+)
 _RECORD_LIMIT = flags.DEFINE_float(
     'record_limit', 2.0, 'Skip what remembers more, in GB.'
 )
@@ -218,7 +221,9 @@ def compare(programs: dict, num_rounds: int) -> dict[str, Any]:
   return rows
 
 
-def measure(*, tokens, vocab, width, chunk, num_rounds, record_limit):
+def measure(
+    *, tokens, vocab, width, chunk, num_rounds, record_limit, only=()
+):
   """One row for each case; those that remember too much say so instead."""
   if tokens % chunk:
     raise ValueError(f'tokens={tokens} is not divisible by chunk={chunk}.')
@@ -226,7 +231,11 @@ def measure(*, tokens, vocab, width, chunk, num_rounds, record_limit):
       jax.random.key(0), tokens=tokens, vocab=vocab, width=width
   )
   programs, rows = {}, {}
-  for case in sorted(cases(), key=lambda case: case != BASELINE):
+  chosen = [
+      case for case in cases()
+      if not only or case == BASELINE or case[0] in only
+  ]
+  for case in sorted(chosen, key=lambda case: case != BASELINE):
     needed = record_bytes(case, tokens=tokens, vocab=vocab)
     if needed > record_limit:
       rows[case] = {'skipped': f'its record needs {needed / 1e9:.1f} GB'}
@@ -266,6 +275,7 @@ def main(argv):
       chunk=_CHUNK.value,
       num_rounds=_ROUNDS.value,
       record_limit=_RECORD_LIMIT.value * 1e9,
+      only=_ONLY.value,
   )
   result = {
       'benchmark': 'divergences',

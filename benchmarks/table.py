@@ -70,11 +70,12 @@ def divergences_table(result: dict) -> str:
   for row in result['rows']:
     names = f'| `{row["divergence"]}` | `{row["loss"]}` |'
     if 'skipped' in row:
-      lines.append(f'{names} skipped: {row["skipped"]} | | | |')
+      lines.append(f'{names} skipped: {row["skipped"]} | | | | |')
       continue
     lines.append(
         f'{names} {range_of(row["learn_ratio"])} '
         f'| {range_of(row["sample_ratio"])} '
+        f'| {row["step_ratio"]:.3f} '
         f'| {row.get("temporary_ratio", float("nan")):.2f} '
         f'| {row["record_bytes_per_token"]:.0f} |'
     )
@@ -82,8 +83,8 @@ def divergences_table(result: dict) -> str:
   head = (
       '### Divergences and losses, relative to `ratio_gap`\n\n'
       f'{sizes}. {machine_line(result)}\n\n'
-      '| divergence | loss | learn | sample | temporary memory '
-      '| record, bytes a token |\n|---|---|---|---|---|---|'
+      '| divergence | loss | learn | sample | both | temporary memory '
+      '| record, bytes a token |\n|---|---|---|---|---|---|---|'
   )
   return '\n'.join([head, *lines])
 
