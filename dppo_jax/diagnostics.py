@@ -68,12 +68,12 @@ def token_metrics(
   pair = {'behaviour': behaviour, 'target': logprobs}
   binary_tv = divergences.binary_total_variation(**pair)
   binary_kl = divergences.binary_kullback_leibler(**pair)
-  buckets = jnp.arange(ages.NUM_BUCKETS).reshape(-1, 1, 1, 1)
-  by_age = mask & (ages.bucket(stats.age) == buckets)
+  buckets = ages.bucket(stats.age)
+  by_age = [mask & (buckets == i) for i in range(ages.NUM_BUCKETS)]
   # One program for all: nine would take as long to compile as the learner.
   values = jax.vmap(
       lambda chosen: _telling(stats, chosen, masked, log_ratio, gap, binary_tv)
-  )(jnp.concatenate([mask[None], by_age]))
+  )(jnp.stack([mask, *by_age]))
   metrics = {name: x[0] for name, x in values.items()}
   for i, age in enumerate(ages.names()):
     metrics[f'by_age/{age}/tokens'] = jnp.sum(by_age[i])

@@ -223,8 +223,8 @@ def test_metrics_of_an_age_by_hand():
 
 
 def test_ages_share_the_tokens_out_and_are_zero_where_there_are_none():
-  metrics = metrics_of(with_ages(0, 1, 2, 7, 15, 16))
-  ages = ('0', '1', '2-3', '4-7', '8-15', '16-')
+  metrics = metrics_of(with_ages(0, 1, 2, 31, 63, 64))
+  ages = ('0', '1', '2-3', '16-31', '32-63', '64-')
   for age in ages:
     assert metrics[f'by_age/{age}/tokens'] == 1
   for token, age in enumerate(ages):
@@ -258,17 +258,20 @@ def test_the_effective_sample_size_of_ratios_that_overflow_when_squared():
   assert float(share) == pytest.approx(1 / 3)
 
 
-def test_on_policy_metrics_look_at_the_first_update_only():
+def test_on_policy_metrics_look_at_tokens_of_age_0_only():
   off = make_stats()
+  off = off._replace(age=jnp.ones_like(off.age))
   on = off._replace(
-      logprobs=off.behaviour_logprobs, divergence=jnp.zeros((1, 1, 8))
+      logprobs=off.behaviour_logprobs,
+      divergence=jnp.zeros((1, 1, 8)),
+      age=jnp.zeros_like(off.age),
   )
   join = lambda *x: jax.tree.map(lambda *y: jnp.concatenate(y), *x)
   metrics = metrics_of(join(on, off))
   assert metrics['on_policy/log_ratio_max'] == 0
   assert metrics['on_policy/divergence_max'] == 0
   assert metrics['divergence/max'] == pytest.approx(0.6)
-  metrics = metrics_of(join(off, on))
+  metrics = metrics_of(off._replace(age=jnp.zeros_like(off.age)))
   assert metrics['on_policy/log_ratio_max'] == pytest.approx(math.log(3))
   assert metrics['on_policy/divergence_max'] == pytest.approx(0.6)
   assert metrics['on_policy/prob_gap_mean'] == pytest.approx(1.6 / 6)
