@@ -270,28 +270,31 @@ def _start(
     logbook.set_state(host['masked_tokens'])
   else:
     writer.truncate_after(-1)  # A run killed before its first checkpoint.
-    # The start model samples what is learned from at first, as if in steps
-    # before the first one, each with its own key.
-    for early in range(-config.staleness, 0):
-      state, stale, _ = parts.train_step(
-          state._replace(step=jax.numpy.full_like(state.step, early)),
-          blank,
-          batch.prompts,
-      )
-      backlog.push(stale, batch)
-      batch = next(parts.prompts)
-    if config.staleness:
-      state, rollout, _ = parts.train_step(
-          state._replace(step=jax.numpy.zeros_like(state.step)),
-          blank,
-          batch.prompts,
-      )
-    backlog.push(rollout, batch)
+    state = _fill(config, parts, state, blank, backlog, rollout, batch)
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(logbook, 0, backlog.newest())
     _evaluate(parts, state, logbook, 0)
     logbook.flush()
   return _Run(state, backlog, logbook)
+
+
+def _fill(config, parts, state, blank, backlog, rollout, batch) -> TrainState:
+  """The start model samples what the first steps learn from.
+
+  As if in steps before the first one, so that each has a key of its own.
+  """
+  if not config.staleness:
+    backlog.push(rollout, batch)
+  for early in range(-config.staleness, 1 if config.staleness else 0):
+    state, rollout, _ = parts.train_step(
+        state._replace(step=jax.numpy.full_like(state.step, early)),
+        blank,
+        batch.prompts,
+    )
+    backlog.push(rollout, batch)
+    if early:
+      batch = next(parts.prompts)
+  return state
 
 
 def _checkpointed(config: Any, state: TrainState, rollout: ScoredRollout):
