@@ -54,6 +54,11 @@ _ONLY = flags.DEFINE_list(
 _RECORD_LIMIT = flags.DEFINE_float(
     'record_limit', 2.0, 'Skip what remembers more, in GB.'
 )
+_CLOCK = flags.DEFINE_enum(
+    'clock', 'wall', ['wall', 'cpu'],
+    "Seconds that passed, or seconds of all the process's threads: on CPU, the "
+    'one that other programs do not disturb.',
+)
 _OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
 
 BASELINE = ('ratio_gap', 'policy_gradient')
@@ -259,9 +264,10 @@ def _time(program: Programs, half: str) -> float:
   """Seconds of one run."""
   function = getattr(program, half)
   arguments = getattr(program, f'{half}_arguments')
-  start = time.perf_counter()
+  clock = time.process_time if _CLOCK.value == 'cpu' else time.perf_counter
+  start = clock()
   jax.block_until_ready(function(*arguments))
-  return time.perf_counter() - start
+  return clock() - start
 
 
 def main(argv):
@@ -285,6 +291,7 @@ def main(argv):
           'hidden': _HIDDEN.value,
           'chunk': _CHUNK.value,
       },
+      'clock': _CLOCK.value,
       'rounds': _ROUNDS.value,
       'baseline': BASELINE,
       'rows': rows,

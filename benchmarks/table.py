@@ -80,6 +80,8 @@ def divergences_table(result: dict) -> str:
         f'| {row["record_bytes_per_token"]:.0f} |'
     )
   sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  if result.get('clock') == 'cpu':
+    sizes += ', in CPU seconds'
   head = (
       '### Divergences and losses, relative to `ratio_gap`\n\n'
       f'{sizes}. {machine_line(result)}\n\n'
