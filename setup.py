@@ -48,7 +48,10 @@ setuptools.setup(
         'cuda12': ['jax[cuda12]'],
         'cuda13': ['jax[cuda13]'],
         'parity': ['torch>=2.6'],
-        'test': ['hypothesis>=6.100', 'pebble>=5.1', 'pytest>=8.0'],
+        'test': [
+            'hypothesis>=6.100', 'pebble>=5.1', 'pytest>=8.0',
+            'pytest-xdist>=3.6',
+        ],
         'tpu': ['jax[tpu]'],
         'verifiers': ['pebble>=5.1'],
         'wandb': ['wandb>=0.17'],
