@@ -10,7 +10,8 @@ hidden states and head. `sample` is what the sampler does with one chunk of
 logits: draw, log-prob, record. The trunk is left out, so in a whole step every
 ratio is nearer to 1. Runs alternate with the baseline, A B A C A D, and a ratio
 is the median over rounds of the run and the baseline just before it. The row of
-the baseline itself shows the noise.
+the baseline itself shows the noise. `step` adds both: all tokens sampled, chunk
+by chunk, and learned from.
 
 The defaults take about a minute on two CPU cores. A real vocabulary:
 
@@ -207,9 +208,11 @@ def record_bytes(case, *, tokens: int, vocab: int) -> int:
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(record))
 
 
-def compare(programs: dict, num_rounds: int) -> dict[str, Any]:
+def compare(programs: dict, num_rounds: int, num_chunks: int):
   """Times of all cases, each run just after one of the baseline."""
   rows = {}
+  # Of the same tokens learned from and sampled, without the trunk.
+  steps = {case: 0.0 for case in programs}
   for half in ('learn', 'sample'):
     times = {case: [] for case in programs}
     for index in range(num_rounds + 1):
@@ -219,10 +222,14 @@ def compare(programs: dict, num_rounds: int) -> dict[str, Any]:
           times[case].append(pair)
     for case, pairs in times.items():
       before, own = np.array(pairs).T
+      runs = num_chunks if half == 'sample' else 1
+      steps[case] += runs * np.median(pairs, axis=0)
       rows.setdefault(case, {}).update({
           f'{half}_s': machine.spread(own),
           f'{half}_ratio': machine.spread(own / before),
       })
+  for case, (before, own) in steps.items():
+    rows[case]['step_ratio'] = round(float(own / before), 3)
   return rows
 
 
@@ -246,7 +253,7 @@ def measure(
       rows[case] = {'skipped': f'its record needs {needed / 1e9:.1f} GB'}
     else:
       programs[case] = prepare(case, target, behaviour, chunk=chunk)
-  rows |= compare(programs, num_rounds)
+  rows |= compare(programs, num_rounds, tokens // chunk)
   baseline = programs[BASELINE].temporary_bytes
   for case, program in programs.items():
     rows[case]['record_bytes_per_token'] = program.record_bytes / tokens
