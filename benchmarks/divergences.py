@@ -13,10 +13,12 @@ is the median over rounds of the run and the baseline just before it. The row of
 the baseline itself shows the noise. `step` adds both: all tokens sampled, chunk
 by chunk, and learned from.
 
-The defaults take about a minute on two CPU cores. A real vocabulary:
+The defaults take about a minute on two CPU cores. A real size, ten minutes:
 
-    python benchmarks/divergences.py --tokens=16384 --vocab=151936 \
-        --hidden=1024 --chunk=1024
+    python benchmarks/divergences.py --tokens=16384 --vocab=151936 --rounds=3 \
+        --divergences=topk_tv --clock=cpu
+
+and on an accelerator with --hidden=1024 --chunk=1024.
 """
 
 import functools
