@@ -358,7 +358,7 @@ def test_per_sequence_only_sequences_above_the_limit_are_braked():
     # Tokens count once, or each sequence does.
     ({}, lambda c, mask: jnp.mean(c[mask])),
     ({'per': 'sequence'}, lambda c, mask: jnp.mean(per_sequence(c, mask))),
-], ids=str)
+], ids=['token', 'sequence'])
 def test_r2vpo_tells_the_mean_of_its_constraint(options, mean):
   inputs = constrained_inputs()
   _, metrics = losses.build('r2vpo', **options)(inputs)
