@@ -1,9 +1,8 @@
 """The decode engine: prompts in, completions out, inside a compiled program.
 
-A prompt is prefilled once and shared by the G completions drawn from it. All B
-= N * G completions advance together in one `while_loop` that ends with the last
-of them. What the behaviour policy must remember (log-prob, record) is taken
-from the very logits that were sampled. N prompts, P prompt tokens, C completion
+A prompt is prefilled once for the G completions drawn from it; a loop of
+`decoding` draws the rest of the B = N * G completions. What the behaviour policy
+must remember (log-prob, record) is taken from the very logits that were sampled. N prompts, P prompt tokens, C completion
 tokens, V vocabulary.
 """
 
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dppo_jax import decoding
 from dppo_jax import divergences
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Prompts
@@ -27,7 +27,7 @@ class Completions(NamedTuple):
   logprobs: jax.Array  # float32, of the distribution that was sampled.
   record: PyTree  # [B, C, ...]
   truncated: jax.Array  # [B] bool, no end token within C.
-  num_steps: jax.Array  # [] int32, tokens of the longest completion.
+  num_steps: jax.Array  # [] int32, calls of the model, prefill included.
 
 
 def process_logits(
@@ -91,6 +91,7 @@ def make_sampler(
     top_k: int = 0,
     record: Callable[[jax.Array, jax.Array], PyTree] = lambda *_: (),
     dtype: Any = None,
+    num_slots: int = 0,
 ) -> Callable[[PyTree, Prompts, jax.Array], Completions]:
   """A function that samples G completions of each prompt.
 
@@ -106,6 +107,8 @@ def make_sampler(
     record: what to remember of each position, from [B, V] logits and [B]
       tokens.
     dtype: of parameters, cache and computation; the model's if not given.
+    num_slots: completions that are decoded at a time, see `decoding`; 0 or B
+      for all of them.
 
   Returns:
     `sample(params, prompts, keys [B])`, a pure function. Rows are grouped by
@@ -113,76 +116,48 @@ def make_sampler(
   """
   dtype = jnp.dtype(dtype or model.dtype)
   model = model.replace(dtype=dtype, remat=False)
-  length = max_completion_length
+  sizes = {'length': max_completion_length, 'pad_id': pad_id}
 
-  def draw(logits, keys, index, done):
-    """Samples token number `index` of every row that is not done."""
+  def draw(logits, keys, index):
+    """Token number `index` of every row, and whether it ends the row."""
     logits = process_logits(
         logits, temperature=temperature, top_p=top_p, top_k=top_k
     )
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-    tokens = jax.vmap(jax.random.categorical)(keys, logits)
-    tokens = jnp.where(done, pad_id, tokens.astype(jnp.int32))
-    ended = jnp.isin(tokens, jnp.asarray(eos_ids))
-    # [B, ...] leaves, one column of each output.
-    column = (
+    index = jnp.broadcast_to(index, keys.shape)
+    keys = jax.vmap(jax.random.fold_in)(keys, index)
+    tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    return decoding.Column(
         tokens,
-        ~done,
-        jnp.where(done, 0.0, divergences.token_logprobs(logits, tokens)),
+        jnp.ones(tokens.shape, bool),
+        divergences.token_logprobs(logits, tokens),
         record(logits, tokens),
-    )
-    return column, done | ended
-
-  def write(outputs, column, index):
-    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(
-        old, new.astype(old.dtype), index, axis=1
-    )
-    return jax.tree.map(put, outputs, column)
+    ), jnp.isin(tokens, jnp.asarray(eos_ids))
 
   def sample(params, prompts, keys):
-    batch = keys.shape[0]
     # Cast and unstack once, not once a token.
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     logits, prompt_cache = model.prefill(
         params, prompts.tokens, mask=prompts.mask
     )
-    params = model.unstacked(params)
-    starts = jnp.repeat(jnp.sum(prompts.mask, axis=-1), group_size)  # [B]
-    column, done = draw(
-        jnp.repeat(logits, group_size, axis=0), keys, 0, jnp.zeros(batch, bool)
+    first, ended = draw(jnp.repeat(logits, group_size, axis=0), keys, 0)
+    start = decoding.Start(
+        model.unstacked(params), prompts, prompt_cache, keys, first, ended
     )
-    outputs = jax.tree.map(
-        lambda x: jnp.zeros((batch, length, *x.shape[1:]), x.dtype), column
-    )
-    outputs = (jnp.full_like(outputs[0], pad_id), *outputs[1:])
-    carry = (
-        jnp.int32(1),
-        write(outputs, column, 0),
-        done,
-        model.empty_cache(batch, length, dtype),
-    )
-
-    def unfinished(carry):
-      index, _, done, _ = carry
-      return (index < length) & ~jnp.all(done)
-
-    def advance(carry):
-      index, outputs, done, cache = carry
-      last = jax.lax.dynamic_index_in_dim(outputs[0], index - 1, 1, False)
-      logits, cache = model.decode(
-          params,
-          last,
-          positions=starts + index - 1,
-          prompt_cache=prompt_cache,
-          prompt_mask=prompts.mask,
-          cache=cache,
-          index=index - 1,
+    if 0 < num_slots < keys.shape[0]:
+      outputs, num_steps = decoding.in_slots(
+          model, draw, start, num_slots=num_slots, **sizes
       )
-      column, done = draw(logits, keys, index, done)
-      return index + 1, write(outputs, column, index), done, cache
-
-    index, outputs, done, _ = jax.lax.while_loop(unfinished, advance, carry)
-    tokens, mask, logprobs, recorded = outputs
-    return Completions(tokens, mask, logprobs, recorded, ~done, index)
+    else:
+      outputs, num_steps = decoding.together(model, draw, start, **sizes)
+    tokens, mask = outputs.tokens, outputs.mask
+    ended = jnp.isin(tokens, jnp.asarray(eos_ids)) & mask
+    return Completions(
+        tokens=tokens,
+        mask=mask,
+        logprobs=outputs.logprobs,
+        record=outputs.record,
+        truncated=~jnp.any(ended, axis=-1),
+        num_steps=num_steps,
+    )
 
   return sample

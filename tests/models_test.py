@@ -156,7 +156,8 @@ def test_cached_decoding_equals_the_full_forward():
         prompt_cache=prompt_cache,
         prompt_mask=jnp.asarray(mask),
         cache=cache,
-        index=jnp.int32(i),
+        place=jnp.int32(i),
+        count=jnp.int32(i + 1),
     )
     np.testing.assert_allclose(logits, full[:, 4 + i], rtol=0, atol=1e-5)
 

@@ -50,30 +50,36 @@ def visible_in_cache(
     prompt_positions: jax.Array,
     positions: jax.Array,
     length: int,
-    index: jax.Array,
+    place: jax.Array,
+    count: jax.Array,
     window: int | None,
 ) -> tuple[jax.Array, jax.Array]:
   """What one new token of each completion sees of its prompt and of itself.
+
+  The cache of the completions is a ring: all write to the same place, one step
+  after the other, wherever each of them began.
 
   Args:
     prompt_mask: [N, P] bool.
     prompt_positions: [N, P] int32.
     positions: [B] int32 of the new tokens; B = N * G.
     length: C, of the completions' cache.
-    index: [] int32, where in the completion the new token stands.
+    place: [] int32, where in the cache the new tokens go.
+    count: [] or [B] int32, tokens of a completion with the new one, at most C.
     window: see `LayerKind`.
 
   Returns:
-    [N, G or 1, P] and [1, 1, C] bool.
+    [N, G or 1, P] and [N or 1, G or 1, C] bool.
   """
-  place = jnp.arange(length)
+  num_prompts = prompt_mask.shape[0]
+  age = (place - jnp.arange(length)[None, None]) % length  # Tokens ago.
+  own = age < count.reshape(num_prompts if count.ndim else 1, -1, 1)
   prompt = prompt_mask[:, None, :]
-  own = place <= index
   if window is not None:
-    new = positions.reshape(prompt_mask.shape[0], -1, 1)  # [N, G, 1]
+    new = positions.reshape(num_prompts, -1, 1)  # [N, G, 1]
     prompt = prompt & (new - prompt_positions[:, None, :] < window)
-    own = own & (index - place < window)
-  return prompt, own[None, None, :]
+    own = own & (age < window)
+  return prompt, own
 
 
 def attend_within_row(
@@ -103,7 +109,7 @@ def attend_to_cache(
     prompt: tuple[jax.Array, jax.Array],
     cache: tuple[jax.Array, jax.Array],
     visible: tuple[jax.Array, jax.Array],
-    index: jax.Array,
+    place: jax.Array,
     scale: float,
     cap: float | None,
 ) -> AttendFn:
@@ -116,7 +122,7 @@ def attend_to_cache(
     prompt: keys and values [N, P, K, E].
     cache: keys and values [B, C, K, E] of the completions so far.
     visible: from `visible_in_cache`.
-    index: [] int32, where in the completion the new token stands.
+    place: [] int32, where in the cache the new tokens go.
     scale: of the scores.
     cap: see `softcap`; of the scores.
   """
@@ -124,7 +130,7 @@ def attend_to_cache(
 
   def attend(q, k, v):  # [B, 1, H or K, E]
     keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1)
+        jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=1)
         for old, new in zip(cache, (k, v), strict=True)
     )
     batch, _, heads, size = q.shape

@@ -188,18 +188,21 @@ class CausalLM:
       prompt_cache: list,
       prompt_mask: jax.Array,
       cache: list,
-      index: jax.Array,
+      place: jax.Array,
+      count: jax.Array,
   ) -> tuple[jax.Array, list]:
     """Reads one more token of each completion.
 
     Args:
       params: from `unstacked`.
-      tokens: [B] int32, token number `index` of each completion.
+      tokens: [B] int32, the latest token of each completion.
       positions: [B] int32, its position in the whole sequence.
       prompt_cache: list over layers of keys and values [N, P, K, E].
       prompt_mask: [N, P] bool.
       cache: list over layers of keys and values [B, C, K, E].
-      index: [] int32.
+      place: [] int32, where in the cache the tokens go: a step after the other,
+        from 0 again after C - 1.
+      count: [] or [B] int32, tokens of each completion with this one, 1 to C.
 
     Returns:
       logits [B, V] of the token after it, and the new cache.
@@ -213,7 +216,8 @@ class CausalLM:
                 prompt_positions=positions_of(prompt_mask),
                 positions=positions,
                 length=cache[0][0].shape[1],
-                index=index,
+                place=place,
+                count=count,
                 window=kind.window,
             ),
         )
@@ -232,7 +236,7 @@ class CausalLM:
           prompt=prompt,
           cache=own,
           visible=visible,
-          index=index,
+          place=place,
           **self._scores(),
       )
       x, kept = self._block(layer_params, x, rotation=rotation, attend=attend)

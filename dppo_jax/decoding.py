@@ -1,0 +1,256 @@
+"""The two loops that draw one token after the other until all have ended.
+
+`together` lets all completions advance side by side: prompts are read from one
+shared cache, and the loop ends with the longest completion. `in_slots` keeps a
+fixed number of slots busy: one whose completion has ended takes the next of the
+queue within the loop, so the cost follows the tokens and not the longest
+completion of the batch. A row draws with a key of its own and attends to its
+own prompt and tokens, so both loops give the same tokens.
+
+N prompts, G completions of each, B = N * G rows, S slots, P prompt tokens, C
+completion tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.types import Prompts
+from dppo_jax.types import PyTree
+
+
+class Column(NamedTuple):
+  """One token of each of B rows; as `Outputs` all C of them, [B, C, ...]."""
+
+  tokens: jax.Array  # [B] int32.
+  mask: jax.Array  # [B] bool, whether it was sampled.
+  logprobs: jax.Array  # [B] float32.
+  record: PyTree  # [B, ...]
+
+
+Outputs = Column
+# draw(logits [B, V], keys [B], index [] or [B]) -> (column, ended [B] bool).
+DrawFn = Callable[
+    [jax.Array, jax.Array, jax.Array], tuple[Column, jax.Array]
+]
+
+
+class Start(NamedTuple):
+  """What is known after the prompts were read.
+
+  Attributes:
+    params: from `CausalLM.unstacked`.
+    prompts: [N, P].
+    prompt_cache: a list over layers of keys and values [N, P, K, E].
+    keys: [B], one for each row.
+    first: token 0 of every row.
+    ended: [B] bool, that it ended the completion.
+  """
+
+  params: PyTree
+  prompts: Prompts
+  prompt_cache: list
+  keys: jax.Array
+  first: Column
+  ended: jax.Array
+
+
+def together(
+    model: CausalLM, draw: DrawFn, start: Start, *, length: int, pad_id: int
+) -> tuple[Outputs, jax.Array]:
+  """All rows at once. Returns what was drawn and how many steps it took.
+
+  Args:
+    model: the architecture, in the sampler's dtype.
+    draw: takes token number `index` of every row.
+    start: the prompts, read.
+    length: C.
+    pad_id: the token of what was not sampled.
+  """
+  batch = start.keys.shape[0]
+  group_size = batch // start.prompts.mask.shape[0]
+  lengths = jnp.repeat(jnp.sum(start.prompts.mask, axis=-1), group_size)
+
+  def write(outputs, column, index):
+    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(
+        old, new.astype(old.dtype), index, axis=1
+    )
+    return jax.tree.map(put, outputs, column)
+
+  def unfinished(carry):
+    index, _, done, _ = carry
+    return (index < length) & ~jnp.all(done)
+
+  def advance(carry):
+    index, outputs, done, cache = carry
+    last = jax.lax.dynamic_index_in_dim(outputs.tokens, index - 1, 1, False)
+    logits, cache = model.decode(
+        start.params,
+        last,
+        positions=lengths + index - 1,
+        prompt_cache=start.prompt_cache,
+        prompt_mask=start.prompts.mask,
+        cache=cache,
+        place=index - 1,
+        count=index,
+    )
+    column, ended = draw(logits, start.keys, index)
+    column = column._replace(
+        tokens=jnp.where(done, pad_id, column.tokens),
+        mask=column.mask & ~done,
+        logprobs=jnp.where(done, 0.0, column.logprobs),
+    )
+    return index + 1, write(outputs, column, index), done | ended, cache
+
+  outputs = _blank(start.first, length, pad_id)
+  index, outputs, _, _ = jax.lax.while_loop(unfinished, advance, (
+      jnp.int32(1),
+      write(outputs, start.first, 0),
+      start.ended,
+      model.empty_cache(batch, length, model.dtype),
+  ))
+  return outputs, index
+
+
+class Slots(NamedTuple):
+  """What is being decoded, [S] each."""
+
+  row: jax.Array  # int32, which completion; B where there is none.
+  count: jax.Array  # int32, tokens drawn so far.
+  last: jax.Array  # int32, the latest of them.
+
+
+def in_slots(
+    model: CausalLM,
+    draw: DrawFn,
+    start: Start,
+    *,
+    num_slots: int,
+    length: int,
+    pad_id: int,
+) -> tuple[Outputs, jax.Array]:
+  """S rows at a time; what comes next in the queue fills a slot at once.
+
+  The cache of the slots is a ring that all write to at the same place, so no
+  scatter touches it and nothing is copied when a slot changes hands: who came
+  later sees less of it. Only the keys and values of a prompt are copied, once
+  for each row.
+
+  Args:
+    model: the architecture, in the sampler's dtype.
+    draw: takes token number `index` of every slot.
+    start: the prompts, read.
+    num_slots: S, at most B.
+    length: C.
+    pad_id: the token of what was not sampled.
+
+  Returns:
+    what was drawn, and how many steps it took.
+  """
+  batch = start.keys.shape[0]
+  masks = start.prompts.mask
+  group_size = batch // masks.shape[0]
+  # A row that ended with its first token needs no slot.
+  queue = jnp.argsort(start.ended, stable=True)
+  waiting = jnp.sum(~start.ended)
+
+  def prompt_of(row):
+    return jnp.minimum(row, batch - 1) // group_size
+
+  def fill(slots, free, following, own_prompts):
+    """Free slots take what follows in the queue, and a copy of its prompt."""
+    place = following + jnp.cumsum(free) - 1
+    taken = free & (place < waiting)
+    row = jnp.where(taken, queue[jnp.minimum(place, batch - 1)], batch)
+    order = jnp.argsort(~taken, stable=True)  # Those that took one first.
+
+    def copy(i, own_prompts):
+      slot = order[i]
+      prompt = prompt_of(row[slot])
+      take = lambda to, of: jax.lax.dynamic_update_slice_in_dim(
+          to, jax.lax.dynamic_slice_in_dim(of, prompt, 1), slot, axis=0
+      )
+      return jax.tree.map(take, own_prompts, start.prompt_cache)
+
+    count = jnp.sum(taken)
+    return (
+        Slots(
+            jnp.where(free, row, slots.row),
+            jnp.where(free, 1, slots.count),
+            jnp.where(
+                taken,
+                start.first.tokens[jnp.minimum(row, batch - 1)],
+                slots.last,
+            ),
+        ),
+        following + count,
+        jax.lax.fori_loop(0, count, copy, own_prompts),
+    )
+
+  def unfinished(carry):
+    return jnp.any(carry[1].row < batch)
+
+  def advance(carry):
+    step, slots, following, own_prompts, cache, outputs = carry
+    prompt = prompt_of(slots.row)
+    mask = masks[prompt]  # [S, P]
+    logits, cache = model.decode(
+        start.params,
+        slots.last,
+        positions=jnp.sum(mask, axis=-1) + slots.count - 1,
+        prompt_cache=own_prompts,
+        prompt_mask=mask,
+        cache=cache,
+        place=step % length,
+        count=slots.count,
+    )
+    keys = start.keys[jnp.minimum(slots.row, batch - 1)]
+    column, ended = draw(logits, keys, slots.count)
+    # Slots without a row write nowhere.
+    put = lambda old, new: old.at[slots.row, slots.count].set(
+        new.astype(old.dtype), mode='drop'
+    )
+    outputs = jax.tree.map(put, outputs, column)
+    slots = slots._replace(count=slots.count + 1, last=column.tokens)
+    free = ended | (slots.count == length) | (slots.row == batch)
+    return (
+        step + 1, *fill(slots, free, following, own_prompts), cache, outputs
+    )
+
+  nobody = jnp.full(num_slots, batch, jnp.int32)
+  zeros = jnp.zeros(num_slots, jnp.int32)
+  copies = jax.tree.map(
+      lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype),
+      start.prompt_cache,
+  )
+  outputs = jax.tree.map(
+      lambda old, new: old.at[:, 0].set(new.astype(old.dtype)),
+      _blank(start.first, length, pad_id),
+      start.first,
+  )
+  filled = fill(
+      Slots(nobody, zeros, zeros),
+      jnp.ones(num_slots, bool),
+      jnp.int32(0),
+      copies,
+  )
+  carry = (
+      jnp.int32(0),
+      *filled,
+      model.empty_cache(num_slots, length, model.dtype),
+      outputs,
+  )
+  if length > 1:
+    carry = jax.lax.while_loop(unfinished, advance, carry)
+  return carry[-1], carry[0] + 1
+
+
+def _blank(first: Column, length: int, pad_id: int) -> Outputs:
+  """Nothing sampled yet. [B, C, ...] leaves."""
+  outputs = jax.tree.map(
+      lambda x: jnp.zeros((x.shape[0], length, *x.shape[1:]), x.dtype), first
+  )
+  return outputs._replace(tokens=jnp.full_like(outputs.tokens, pad_id))
