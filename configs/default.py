@@ -70,6 +70,9 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'top_p': 1.0,  # Training takes no other value, see checks.py.
       'top_k': 0,
       'dtype': 'float32',  # Of the sampler; the learner has model.dtype.
+      # Completions decoded at a time, over all devices: when one ends, the next
+      # takes its slot. 0 decodes all at once, until the longest has ended.
+      'num_slots': 0,
   }
   config.learner = {
       'num_epochs': 1,
@@ -87,6 +90,7 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'temperature': 1.0,
       'top_p': 1.0,
       'top_k': 0,
+      'num_slots': 0,  # As sampling.num_slots.
   }
 
   # Where it runs and what it writes.

@@ -226,9 +226,18 @@ def _check_sizes(config, num_batch_shards):
           else f'{sizes}, not divisible by {name}; for {groups}, '
           f'{_nearest(count, multiple)}.'
       )
+  _check_slots(
+      'sampling', config.sampling.num_slots, config, 'num_prompts', 'group_size'
+  )
+  _check_slots(
+      'eval', config.eval.num_slots, config, 'eval.num_prompts',
+      'eval.num_samples',
+  )
   for name, rows in (
       ('num_prompts', config.num_prompts),
       ('eval.num_prompts', config.eval.num_prompts),
+      ('sampling.num_slots', config.sampling.num_slots),
+      ('eval.num_slots', config.eval.num_slots),
       ('num_prompts * group_size of a micro-batch', batch // parts),
   ):
     if rows % num_batch_shards:
@@ -237,6 +246,16 @@ def _check_sizes(config, num_batch_shards):
           'devices of mesh axes data and fsdp; '
           f'{_nearest(rows, num_batch_shards)}.'
       )
+
+
+def _check_slots(section, num_slots, config, *factors):
+  sizes = [_get(config, name) for name in factors]
+  if not 0 <= num_slots <= math.prod(sizes):
+    raise ValueError(
+        f'config.{section}.num_slots={num_slots} must be between 0 (all) and '
+        f'the {math.prod(sizes)} completions of {factors[0]}={sizes[0]} times '
+        f'{factors[1]}={sizes[1]}.'
+    )
 
 
 def _nearest(size: int, divisor: int) -> str:

@@ -115,9 +115,7 @@ class Parts(NamedTuple):
 def build(config: Any) -> Parts:
   """Turns names into functions and puts the parameters on their devices."""
   mesh = sharding.make_mesh(**config.mesh)
-  checks.check(
-      config, num_batch_shards=mesh.shape['data'] * mesh.shape['fsdp']
-  )
+  checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
   method = _make_method(config)
   task = _build(tasks, config.task)
   tokenizer = load.load_tokenizer(config.model.name)
@@ -133,7 +131,7 @@ def build(config: Any) -> Parts:
       dual=method.dual,
   )
   rollout_fn = _make_rollout_fn(
-      config, model, tokenizer, method.divergence
+      config, model, tokenizer, method.divergence, mesh
   )
   replay = _make_replay(config, model)
   if replay is not None:
@@ -156,7 +154,7 @@ def build(config: Any) -> Parts:
           seed=config.seed,
       ),
       evaluate_fn=_make_evaluate_fn(
-          config, model, tokenizer, task, verify, key_eval
+          config, model, tokenizer, task, verify, key_eval, mesh
       ),
       rollout_fn=rollout_fn,
       learn=learn,
@@ -435,7 +433,9 @@ def _load_model(config: Any) -> tuple[CausalLM, Any]:
   return model, params
 
 
-def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
+def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
+  settings = config.sampling.to_dict()
+  num_slots = settings.pop('num_slots')
   sampler = sampling.make_sampler(
       model,
       group_size=config.group_size,
@@ -443,9 +443,12 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
       eos_ids=(tokenizer.eos_token_id,),
       pad_id=tokenizer.pad_token_id,
       record=divergence.record,
-      **config.sampling,
+      num_slots=num_slots // sharding.num_row_shards(mesh),
+      **settings,
   )
-  return rollout_lib.make_rollout_fn(sampler, group_size=config.group_size)
+  return rollout_lib.make_rollout_fn(
+      sharding.by_rows(sampler, mesh), group_size=config.group_size
+  )
 
 
 def _make_method(config: Any) -> Method:
@@ -525,7 +528,7 @@ def _make_learner(config: Any, model: CausalLM, method: Method):
   )
 
 
-def _make_evaluate_fn(config, model, tokenizer, task, verify, key):
+def _make_evaluate_fn(config, model, tokenizer, task, verify, key, mesh):
   settings = config.eval
   sampler = sampling.make_sampler(
       model,
@@ -537,6 +540,7 @@ def _make_evaluate_fn(config, model, tokenizer, task, verify, key):
       top_p=settings.top_p,
       top_k=settings.top_k,
       dtype=config.sampling.dtype,
+      num_slots=settings.num_slots // sharding.num_row_shards(mesh),
   )
   [batch] = evaluation_batches(
       task.test,
@@ -545,7 +549,7 @@ def _make_evaluate_fn(config, model, tokenizer, task, verify, key):
       max_prompt_length=config.max_prompt_length,
   )
   return evaluate.make_evaluate_fn(
-      sampler=sampler,
+      sampler=sharding.by_rows(sampler, mesh),
       batch=batch,
       num_samples=settings.num_samples,
       verify=verify,

@@ -5,8 +5,10 @@ splits heads, widths and vocabulary, `expert` splits experts. Batches go over
 `data` and `fsdp`.
 """
 
+from collections.abc import Callable
 import math
 import re
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
@@ -16,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 from dppo_jax.types import PyTree
 
 AXES = ('data', 'fsdp', 'tensor', 'expert')
-BATCH = P(('data', 'fsdp'))
+ROW_AXES = ('data', 'fsdp')
+BATCH = P(ROW_AXES)
 
 # Path below the parameters -> axes; layers are stacked on a leading axis.
 RULES = (
@@ -59,6 +62,46 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int):
 def batch(mesh) -> NamedSharding:
   """Leading axis over `data` and `fsdp`."""
   return NamedSharding(mesh, BATCH)
+
+
+def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
+  """`sample(params, prompts, keys)`, on each shard of the rows by itself.
+
+  Every device group decodes its own rows and leaves its loop when these have
+  ended: no collective asks the others, and none moves weights within the loop,
+  as they are gathered over `fsdp` before it. Over `tensor` and `expert` they
+  stay split.
+
+  Args:
+    sample: from `sampling.make_sampler`; rows only know their own prompt.
+    mesh: its axes `data` and `fsdp` must divide the number of prompts.
+  """
+  if num_row_shards(mesh) == 1:
+    return sample
+
+  def sample_shard(*arguments):
+    completions = sample(*arguments)
+    num_steps = jax.lax.pmax(completions.num_steps, ROW_AXES)
+    return completions._replace(num_steps=num_steps)
+
+  def sample_all(params, prompts, keys):
+    # Only a shape: rows go over the mesh, the number of steps does not.
+    shapes = jax.eval_shape(sample, params, prompts, keys)
+    return jax.shard_map(
+        sample_shard,
+        mesh=mesh,
+        in_specs=(P(), BATCH, BATCH),
+        out_specs=jax.tree.map(lambda x: BATCH if x.ndim else P(), shapes),
+        axis_names=set(ROW_AXES),
+        check_vma=False,
+    )(params, prompts, keys)
+
+  return sample_all
+
+
+def num_row_shards(mesh) -> int:
+  """Over how many groups of devices a batch is split."""
+  return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def in_slots(mesh) -> NamedSharding:

@@ -67,6 +67,7 @@ def test_fewer_completions_than_mini_batches_suggest_the_next_number():
 
 @pytest.mark.parametrize('change, message', [
     ({'num_prompts': 12}, 'config.num_prompts=12 .* 8 devices .* try 8 or 16'),
+    ({'sampling.num_slots': 100}, 'sampling.num_slots=100 .* try 96 or 104'),
     ({'eval.num_prompts': 100}, 'eval.num_prompts=100 .* try 96 or 104'),
     # 8 * 2 rows in 4 mini-batches: 4 rows on 8 devices.
     ({'num_prompts': 8, 'group_size': 2}, 'micro-batch=4 .* try 8'),
@@ -77,6 +78,20 @@ def test_sizes_that_the_devices_do_not_divide_are_named(change, message):
   checks.check(config, num_batch_shards=1)
   with pytest.raises(ValueError, match=message):
     checks.check(config, num_batch_shards=8)
+
+
+@pytest.mark.parametrize('section, completions', [
+    ('sampling', '256 completions of num_prompts=32 times group_size=8'),
+    ('eval', '1024 completions of eval.num_prompts=128 times '
+             'eval.num_samples=8'),
+])
+def test_slots_are_at_most_the_completions(section, completions):
+  for count in (-1, 2000):
+    refused(
+        rf'{section}.num_slots={count} must be between 0 \(all\) and the '
+        + completions,
+        **{f'{section}.num_slots': count},
+    )
 
 
 def test_a_mesh_that_does_not_fit_is_refused():

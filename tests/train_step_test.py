@@ -258,6 +258,7 @@ ONE_STEP = """
     config.replay.capacity = 2
     config.task.data_dir = sys.argv[1]
     config.mesh.update(json.loads(sys.argv[2]))
+    config.sampling.num_slots = int(sys.argv[3])
     parts = main.build(config)
     state, pending = parts.state, main.blank_rollout(parts)
     for call in range(3):
@@ -291,14 +292,14 @@ ONE_STEP = """
 """
 
 
-def run_on(num_devices, data_dir, mesh):
+def run_on(num_devices, data_dir, mesh, num_slots=0):
   flags = (
       f'--xla_force_host_platform_device_count={num_devices} '
       '--xla_backend_optimization_level=0'  # Half of the compile time.
   )
   done = subprocess.run(
       [sys.executable, '-c', textwrap.dedent(ONE_STEP), str(data_dir),
-       json.dumps(mesh)],
+       json.dumps(mesh), str(num_slots)],
       cwd=ROOT, capture_output=True, text=True, check=False,
       env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
   )
@@ -313,14 +314,16 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, kernel', [
+@pytest.mark.parametrize('mesh, num_slots, kernel', [
     # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.
-    ({'data': 8}, [4, 160, 480]),
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, [4, 80, 240]),
+    ({'data': 8}, 0, [4, 160, 480]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 12, [4, 80, 240]),
 ], ids=str)
-def test_eight_devices_compute_what_one_does(one_device, mesh, kernel):
+def test_eight_devices_compute_what_one_does(
+    one_device, mesh, num_slots, kernel
+):
   data_dir, expected = one_device
-  actual = run_on(8, data_dir, mesh)
+  actual = run_on(8, data_dir, mesh, num_slots)
   assert (expected['devices'], actual['devices']) == (1, 8)
   assert actual['kernel'] == kernel
   assert expected['compilations'] == actual['compilations'] == 1
@@ -333,8 +336,11 @@ def test_eight_devices_compute_what_one_does(one_device, mesh, kernel):
   assert actual['replayed'] == expected['replayed']
   assert actual['replayed'][0] > 0
   assert actual['metrics'].keys() == expected['metrics'].keys()
+  steps = expected['metrics']['sample/decode_steps']
+  assert (actual['metrics']['sample/decode_steps'] > steps) == (num_slots > 0)
   for name, value in expected['metrics'].items():
-    if not name.startswith('on_policy/'):  # Rounding itself.
+    # The first is rounding itself.
+    if not name.startswith(('on_policy/', 'sample/decode_steps')):
       np.testing.assert_allclose(
           actual['metrics'][name], value, rtol=1e-4, atol=2e-6, err_msg=name
       )

@@ -1,0 +1,220 @@
+"""Slots that are filled again draw what rows side by side draw."""
+
+import dataclasses
+import functools
+import heapq
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from dppo_jax import sampling
+from dppo_jax import sharding
+from dppo_jax.models import layers
+
+HERE = pathlib.Path(__file__).resolve().parent
+NUM_PROMPTS, G, C = 8, 4, 12
+NUM_ROWS = NUM_PROMPTS * G
+# One token of 64, so that lengths differ more than with the usual eight.
+EOS_IDS = (1, 2, 3)
+# A token sees 3 of its row, so who sees too much of a ring draws another one.
+WINDOW = dataclasses.replace(
+    tiny_model.CONFIG,
+    sliding_window=3,
+    layer_types=(layers.SLIDING, layers.FULL),
+)
+
+
+def record_logprobs(logits, tokens):
+  """A record that must come out equal to the sampler's own log-probs."""
+  logprobs = jax.nn.log_softmax(logits)
+  return jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+
+
+def make_sampler(num_slots, *, config=tiny_model.CONFIG, **options):
+  return sampling.make_sampler(
+      tiny_model.MODEL.replace(config=config),
+      **{
+          'group_size': G,
+          'max_completion_length': C,
+          'eos_ids': EOS_IDS,
+          'pad_id': tiny_model.PAD_ID,
+          'temperature': 1.5,
+          'record': record_logprobs,
+          'num_slots': num_slots,
+          **options,
+      },
+  )
+
+
+@functools.cache
+def sample(num_slots, **options):
+  """Completions of 8 prompts of 1 to 5 tokens."""
+  sampler = tiny_model.jit(make_sampler(num_slots, **options))
+  keys = sampling.row_keys(jax.random.key(3), NUM_ROWS)
+  prompts = tiny_model.prompts(NUM_PROMPTS)
+  return jax.device_get(sampler(tiny_model.params(), prompts, keys))
+
+
+def assert_same(actual, expected):
+  for name in ('tokens', 'mask', 'truncated'):
+    np.testing.assert_array_equal(
+        getattr(actual, name), getattr(expected, name), err_msg=name
+    )
+  mask = expected.mask
+  for name in ('logprobs', 'record'):
+    np.testing.assert_allclose(
+        getattr(actual, name)[mask], getattr(expected, name)[mask],
+        rtol=0, atol=1e-5, err_msg=name,
+    )
+  assert not actual.logprobs[~mask].any()
+
+
+@pytest.mark.parametrize('num_slots', [1, 5, 31])
+def test_any_number_of_slots_gives_the_same_tokens(num_slots):
+  expected = sample(0)
+  lengths = expected.mask.sum(1)
+  assert lengths.min() == 1 and lengths.max() == C  # Every kind of row.
+  assert 0 < expected.truncated.sum() < NUM_ROWS
+  assert_same(sample(num_slots), expected)
+
+
+def test_a_slot_does_not_see_what_its_last_owner_left():
+  # Rows begin anywhere in the ring and go around its end.
+  expected = sample(0, config=WINDOW)
+  assert (expected.tokens != sample(0).tokens).any()  # The window matters.
+  assert_same(sample(5, config=WINDOW), expected)
+
+
+@pytest.mark.parametrize('num_slots', [1, 5, 31])
+def test_a_slot_is_filled_again_in_the_step_in_which_its_row_ends(num_slots):
+  # A schedule without gaps: the next row starts where a slot is free first.
+  lengths = sample(0).mask.sum(1)
+  ends = [0] * num_slots
+  for length in lengths[lengths > 1]:
+    heapq.heappush(ends, heapq.heappop(ends) + int(length) - 1)
+  assert sample(num_slots).num_steps == 1 + max(ends)
+
+
+def test_rows_that_end_at_once_need_no_slot():
+  everything = tuple(range(tiny_model.CONFIG.vocab_size))
+  ended = sample(5, eos_ids=everything)
+  assert ended.num_steps == 1 and (ended.mask.sum(1) == 1).all()
+  assert_same(ended, sample(0, eos_ids=everything))
+
+
+def test_completions_of_one_token_need_no_slot():
+  one = sample(5, max_completion_length=1)
+  assert one.num_steps == 1 and one.mask.all()
+  assert_same(one, sample(0, max_completion_length=1))
+
+
+@pytest.mark.parametrize('num_slots', [0, 8])
+def test_each_layer_costs_the_memory_of_its_cache_and_no_copy_of_it(num_slots):
+  def temporary_bytes(num_layers):
+    config = dataclasses.replace(
+        tiny_model.CONFIG, num_hidden_layers=num_layers
+    )
+    sampler = make_sampler(
+        num_slots, config=config, max_completion_length=length
+    )
+    shapes = jax.eval_shape(
+        lambda: (
+            tiny_model.MODEL.replace(config=config).init(jax.random.key(0)),
+            jax.tree.map(jnp.asarray, tiny_model.prompts(NUM_PROMPTS)),
+            sampling.row_keys(jax.random.key(0), NUM_ROWS),
+        )
+    )
+    compiled = jax.jit(sampler).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  length, config = 4096, tiny_model.CONFIG
+  width = config.num_key_value_heads * config.head_dim
+  cache = 4 * 2 * width * length * (num_slots or NUM_ROWS)  # Of one layer.
+  grown = (temporary_bytes(6) - temporary_bytes(2)) / 4
+  assert cache < grown < 1.05 * cache  # Weights beside it are small.
+
+
+# --- on eight devices --------------------------------------------------------
+
+
+def collectives_in_loops(hlo):
+  """Names of the collectives that a loop of a compiled program calls."""
+  bodies = dict(re.findall(r'^%?([\w.-]+) .*?\{\n(.*?)^\}', hlo, re.M | re.S))
+  assert len(bodies) > 3
+  called = lambda text: re.findall(
+      r'(?:to_apply|body|condition|calls|computations?)=\{?%?([\w.-]+)', text
+  )
+  reached = set(re.findall(r'(?:body|condition)=%?([\w.-]+)', hlo))
+  assert reached
+  for _ in range(len(bodies)):
+    reached |= {name for x in reached for name in called(bodies.get(x, ''))}
+  return [
+      name
+      for x in sorted(reached)
+      for name in re.findall(
+          r'(all-gather|all-reduce|all-to-all|collective-permute'
+          r'|reduce-scatter)(?:-start)?\(', bodies.get(x, '')
+      )
+  ]
+
+
+def on_eight_devices():
+  """Prints what a sampler over a mesh draws, and what its loops wait for."""
+  prompts = tiny_model.prompts(NUM_PROMPTS)
+  keys = sampling.row_keys(jax.random.key(3), NUM_ROWS)
+  for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, (*sizes, 1))))
+    params = jax.device_put(
+        tiny_model.params(), sharding.of_params(tiny_model.params(), mesh)
+    )
+    rows = jax.device_put((prompts, keys), sharding.batch(mesh))
+    for num_slots in (0, 2):
+      sampler = sharding.by_rows(make_sampler(num_slots), mesh)
+      program = jax.jit(sampler).lower(params, *rows).compile()
+      out = program(params, *rows)
+      print(json.dumps({
+          'sizes': sizes,
+          'num_slots': num_slots,
+          'devices': len(out.tokens.sharding.device_set),
+          'tokens': np.asarray(out.tokens).tolist(),
+          'num_steps': int(out.num_steps),
+          'collectives': collectives_in_loops(program.as_text()),
+      }))
+
+
+@pytest.mark.slow
+def test_over_a_mesh_tokens_are_the_same_and_no_loop_moves_weights_or_waits():
+  done = subprocess.run(
+      [sys.executable, '-c',
+       'import decoding_test; decoding_test.on_eight_devices()'],
+      cwd=HERE.parent,
+      env=os.environ | {
+          'JAX_PLATFORMS': 'cpu',
+          'PYTHONPATH': os.pathsep.join(map(str, (HERE.parent, HERE))),
+          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+      },
+      capture_output=True,
+      text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  lines = [json.loads(x) for x in done.stdout.splitlines()]
+  assert len(lines) == 6
+  expected = sample(0)
+  for line in lines:
+    assert line['devices'] == 8
+    np.testing.assert_array_equal(line['tokens'], expected.tokens)
+    if line['sizes'][2] == 1:
+      assert not line['collectives']
+    else:  # The sums of tensor parallelism, and nothing of the weights' size.
+      assert set(line['collectives']) <= {'all-reduce', 'all-gather'}
+    if not line['num_slots']:
+      assert line['num_steps'] == expected.num_steps
