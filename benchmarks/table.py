@@ -91,13 +91,36 @@ def divergences_table(result: dict) -> str:
   return '\n'.join([head, *lines])
 
 
+def rollout_table(result: dict) -> str:
+  """One row for each number of slots."""
+  lines = [
+      f'| {row["slots"]} | {range_of(row["seconds"], " s")} '
+      f'| {range_of(row["speedup"])} | {row["model_calls"]} '
+      f'| {_megabytes(row["temporary_bytes"])} |'
+      for row in result['rows']
+  ]
+  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  head = (
+      '### Slots that are filled again, against all completions at once\n\n'
+      f'{sizes}: {result["tokens"]} tokens, {result["mean_length"]} a '
+      f'completion, at most {result["longest"]}. {machine_line(result)}\n\n'
+      '| slots | time | times as fast | calls of the model | temporary memory '
+      '|\n|---|---|---|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
 def _megabytes(count: int) -> str:
   return f'{count / 1e6:.0f} MB'
 
 
 def main():
   """Replaces what stands between the two marks."""
-  tables = {'step': step_table, 'divergences': divergences_table}
+  tables = {
+      'step': step_table,
+      'divergences': divergences_table,
+      'rollout': rollout_table,
+  }
   results = [
       json.loads(path.read_text())
       for path in sorted((_HERE / 'results').glob('*.json'))

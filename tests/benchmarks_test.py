@@ -74,3 +74,17 @@ def test_divergences_are_compared_or_say_why_not(tmp_path):
   compared = rows['binary_tv']
   assert compared.keys() >= {'learn_ratio', 'sample_ratio', 'temporary_ratio'}
   assert compared['record_bytes_per_token'] == 4
+
+
+def test_slots_draw_the_same_completions_and_are_timed_against_all_at_once(
+    tmp_path,
+):
+  result = run(
+      'rollout.py', '--prompts=4', '--group=2', '--length=8', '--mean=3',
+      '--slots=2', '--rounds=1', data_dir=tmp_path / 'data',
+  )
+  everything, two = result['rows']  # It compares the tokens itself.
+  assert (everything['slots'], two['slots']) == (8, 2)
+  assert two['model_calls'] > everything['model_calls'] == result['longest']
+  assert result['tokens'] == round(8 * result['mean_length'])
+  assert two['speedup']['median'] > 0
