@@ -54,6 +54,16 @@ def check(config: Any, *, num_batch_shards: int) -> None:
   _check_sizes(config, num_batch_shards)
 
 
+def check_verifier(config: Any, *, may_hang: bool) -> None:
+  """Raises a ValueError if nothing would end a verification that hangs."""
+  if may_hang and not config.scoring.num_workers:
+    raise ValueError(
+        f'config.scoring.num_workers=0, but the verifier of task '
+        f'{config.task.name!r} may hang on what a policy writes; set '
+        'config.scoring.num_workers, for example to 4.'
+    )
+
+
 def check_model(config: Any, *, vocab_size: int, max_positions: int) -> None:
   """Raises a ValueError for what the model cannot do, from its sizes."""
   k = config.divergence.get('k', 0)

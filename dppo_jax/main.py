@@ -55,8 +55,10 @@ from dppo_jax.metrics import Progress
 from dppo_jax.models import load
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.tasks.prompts import evaluation_batches
+from dppo_jax.tasks.prompts import prepare
 from dppo_jax.tasks.prompts import PromptBatch
 from dppo_jax.tasks.prompts import PromptIterator
+from dppo_jax.tasks.scoring import may_hang
 from dppo_jax.tasks.scoring import Scorer
 from dppo_jax.tasks.verify import make_verify_fn
 from dppo_jax.tasks.verify import VerifyFn
@@ -120,7 +122,11 @@ def build(config: Any) -> Parts:
   )
   method = _make_method(config)
   task = _build(tasks, config.task)
+  checks.check_verifier(config, may_hang=may_hang(task.score))
   tokenizer = load.load_tokenizer(config.model.name)
+  task = prepare(
+      task, tokenizer, max_prompt_length=config.max_prompt_length
+  )
   model, params = _load_model(config)
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
@@ -154,6 +160,7 @@ def build(config: Any) -> Parts:
           num_prompts=config.num_prompts,
           max_prompt_length=config.max_prompt_length,
           seed=config.seed,
+          add_special_tokens=task.chat is None,
       ),
       evaluate_fn=_make_evaluate_fn(
           config, model, tokenizer, task, verify, key_eval
@@ -221,6 +228,7 @@ def train(config: Any, workdir: str) -> bool:
       if step % config.eval.every == 0 or last:
         _note_samples(logbook, step, backlog.newest())
         _evaluate(parts, state, logbook, step)
+      logbook.add_scalars(step, parts.scorer.take_counts())
       due = step % config.checkpoint_every == 0 or last or stop.requested
       if due and healthy:
         logbook.flush()  # A checkpoint never knows more than the log.
@@ -274,6 +282,7 @@ def _start(
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(logbook, 0, backlog.newest())
     _evaluate(parts, state, logbook, 0)
+    logbook.add_scalars(0, parts.scorer.take_counts())
     logbook.flush()
   return _Run(state, backlog, logbook)
 
@@ -543,6 +552,7 @@ def _make_evaluate_fn(config, model, tokenizer, task, verify, key):
       tokenizer,
       num_prompts=settings.num_prompts,
       max_prompt_length=config.max_prompt_length,
+      add_special_tokens=task.chat is None,
   )
   return evaluate.make_evaluate_fn(
       sampler=sampler,

@@ -3,6 +3,8 @@
 from dppo_jax.tasks import arithmetic
 from dppo_jax.tasks import base
 from dppo_jax.tasks import jsonl
+from dppo_jax.tasks import math
+from dppo_jax.tasks import reasoning_gym
 from dppo_jax.tasks.base import build
 from dppo_jax.tasks.base import config
 from dppo_jax.tasks.base import names
@@ -16,6 +18,8 @@ __all__ = [
   'build',
   'config',
   'jsonl',
+  'math',
   'names',
+  'reasoning_gym',
   'register',
 ]
