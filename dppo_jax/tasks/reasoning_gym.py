@@ -140,6 +140,12 @@ class GymScore:
     self._answer_in = answer_in
     self._partial_credit = partial_credit
 
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    """Imports the package where a worker starts, before time is counted."""
+    self.__dict__.update(state)
+    for part in self._parts.values():
+      _data_set(part)
+
   def __call__(self, completion: str, answer: str) -> float:
     given = _ANSWER_IN[self._answer_in](completion)
     if not given:  # Some data sets give credit for saying nothing.
