@@ -47,9 +47,15 @@ setuptools.setup(
     extras_require={
         'cuda12': ['jax[cuda12]'],
         'cuda13': ['jax[cuda13]'],
+        # jinja2 renders the chat template that such a file holds.
+        'gguf': ['gguf>=0.17', 'jinja2>=3.1'],
         'parity': ['torch>=2.6'],
         'test': [
-            'hypothesis>=6.100', 'pebble>=5.1', 'pytest>=8.0',
+            'gguf>=0.17',
+            'hypothesis>=6.100',
+            'jinja2>=3.1',
+            'pebble>=5.1',
+            'pytest>=8.0',
             'pytest-xdist>=3.6',
         ],
         'tpu': ['jax[tpu]'],
