@@ -2,21 +2,22 @@
 
     kernel + alpha / rank * a @ b
 
-A transform of parameter trees that no model knows about: `init` makes adapters
-for the kernels that path rules choose, `merge` adds them to the frozen tree,
-and the merged tree is a tree like any other. A gradient with respect to the
-adapters goes through `merge`, so only they are trained and only they have
-optimizer state:
-
-    loss(lora.merge(frozen, adapters, alpha=16.0))
+Two transforms of parameter trees that no model knows about. `attach` puts the
+unmerged sum in the place of each kernel: a product with it costs what the rank
+costs, and a gradient reaches the adapters only, so only they have optimizer
+state. `merge` adds the change to the kernel, for sampling and for export.
 
 Kernels are [L, in, out], stacked over L layers, or [L, E, in, out] with E
-experts; then a is [L, in, r] and b [L, r, out], or the same with E. Folders are
-in PEFT's format (github.com/huggingface/peft: docs/source/developer_guides/
-checkpoint.md and src/peft/tuners/lora/config.py).
+experts; then a is [L, in, r] and b [L, r, out], or the same with E. Adapters
+are a tree like the parameters, with {'a', 'b'} in the place of the kernels that
+have one, and nothing else. Folders are in PEFT's format
+(github.com/huggingface/peft: docs/source/developer_guides/checkpoint.md and
+src/peft/tuners/lora/config.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -40,6 +41,37 @@ _WEIGHTS = 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=['kernel', 'a', 'b'],
+    meta_fields=['scale'],
+)
+@dataclasses.dataclass(frozen=True)
+class LowRankSum:
+  """kernel + scale * a @ b, which is never computed.
+
+  Stands where a model has a kernel: it can be sliced by layer (as a pytree),
+  cast, and multiplied from the left, which is all that a projection does.
+  """
+
+  kernel: Any  # [..., in, out]
+  a: Any  # [..., in, r]
+  b: Any  # [..., r, out]
+  scale: float
+
+  def __getitem__(self, index: Any) -> 'LowRankSum':
+    """What reading a parameter does: `kernel[...]`."""
+    if index is not Ellipsis:
+      raise TypeError('Only the whole of a LowRankSum can be read.')
+    return self
+
+  def astype(self, dtype: Any) -> 'LowRankSum':
+    return jax.tree.map(lambda x: x.astype(dtype), self)
+
+  def __rmatmul__(self, x: jax.Array) -> jax.Array:
+    return x @ self.kernel + self.scale * ((x @ self.a) @ self.b)
+
+
 def init(
     params: PyTree,
     key: jax.Array,
@@ -56,8 +88,7 @@ def init(
     targets: which projections, of `TARGETS`.
 
   Returns:
-    {path of a kernel: {'a': [L, in, r], 'b': [L, r, out]}}, float32. a is
-    uniform up to 1 / sqrt(in), as PEFT draws it.
+    adapters, float32. a is uniform up to 1 / sqrt(in), as PEFT draws it.
   """
   if rank < 1:
     raise ValueError(f'rank={rank} must be at least 1.')
@@ -72,17 +103,36 @@ def init(
           f'outputs ({outputs}); use at most {min(inputs, outputs)}.'
       )
     limit = inputs**-0.5
-    adapters[path] = {
-        'a': jax.random.uniform(
-            key_a, (*stacked, inputs, rank), minval=-limit, maxval=limit
-        ),
-        'b': jnp.zeros((*stacked, rank, outputs)),
-    }
-  return adapters
+    adapters[f'{path}/a'] = jax.random.uniform(
+        key_a, (*stacked, inputs, rank), minval=-limit, maxval=limit
+    )
+    adapters[f'{path}/b'] = jnp.zeros((*stacked, rank, outputs))
+  return weights.unflatten(adapters)
+
+
+def attach(params: PyTree, adapters: PyTree, *, alpha: float) -> PyTree:
+  """The tree for learning: a `LowRankSum` where there is an adapter.
+
+  Args:
+    params: stacked parameter tree; nothing flows back into it.
+    adapters: from `init`.
+    alpha: scale of the change, for any rank.
+
+  Returns:
+    a tree that models take for one of parameters. Kernels of experts are merged
+    in it, because a grouped product needs the whole of them.
+  """
+
+  def put(kernel, a, b, scale):
+    if kernel.ndim > 3:
+      return _sum(kernel, a, b, scale)
+    return LowRankSum(kernel, a, b, scale)
+
+  return _replace(params, adapters, alpha, put)
 
 
 def merge(params: PyTree, adapters: PyTree, *, alpha: float) -> PyTree:
-  """The full tree: kernel + alpha / r * a @ b where there is an adapter.
+  """The tree for sampling and export: kernel + alpha / r * a @ b.
 
   Args:
     params: stacked parameter tree; nothing flows back into it.
@@ -92,19 +142,40 @@ def merge(params: PyTree, adapters: PyTree, *, alpha: float) -> PyTree:
   Returns:
     a tree like `params`, in its dtypes. The sum is taken in float32.
   """
+  return _replace(params, adapters, alpha, _sum)
+
+
+def _replace(
+    params: PyTree,
+    adapters: PyTree,
+    alpha: float,
+    put: Callable[..., Any],
+) -> PyTree:
+  """The tree with `put(kernel, a, b, scale)` where there is an adapter."""
   flat = weights.flatten(jax.lax.stop_gradient(params))
-  unknown = sorted(set(adapters) - set(flat))
-  if unknown:
-    raise ValueError(
-        f'{unknown[0]!r} has an adapter but is no parameter. Do the adapters '
-        'belong to this model?'
-    )
-  for path, adapter in adapters.items():
-    kernel, (a, b) = flat[path], (adapter['a'], adapter['b'])
-    change = jnp.matmul(a, b, preferred_element_type=jnp.float32)
-    scale = alpha / a.shape[-1]
-    flat[path] = (kernel + scale * change).astype(kernel.dtype)
+  for path, pair in _pairs(adapters).items():
+    if path not in flat:
+      raise ValueError(
+          f'{path!r} has an adapter but is no parameter. Do the adapters '
+          'belong to this model?'
+      )
+    scale = alpha / pair['a'].shape[-1]
+    flat[path] = put(flat[path], pair['a'], pair['b'], scale)
   return weights.unflatten(flat)
+
+
+def _sum(kernel, a, b, scale):
+  change = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  return (kernel + scale * change).astype(kernel.dtype)
+
+
+def _pairs(adapters: PyTree) -> dict[str, dict[str, Any]]:
+  """{path of a kernel: {'a': ..., 'b': ...}}."""
+  pairs: dict[str, dict[str, Any]] = {}
+  for path, x in weights.flatten(adapters).items():
+    kernel, which = path.rsplit('/', 1)
+    pairs.setdefault(kernel, {})[which] = x
+  return pairs
 
 
 def save_pretrained(
@@ -124,9 +195,9 @@ def save_pretrained(
     alpha: as in `merge`.
     base: folder or hub name of the model that was adapted, for PEFT.
   """
-  tensors = {}
-  for parameter in _adapted(model, adapters):
-    pair = jax.device_get(adapters[parameter.path])
+  tensors, pairs = {}, _pairs(adapters)
+  for parameter in _adapted(model, pairs):
+    pair = jax.device_get(pairs[parameter.path])
     for name, part in parameter.names():
       for which, theirs in (('a', 'lora_A'), ('b', 'lora_B')):
         # PEFT has A as [r, in] and B as [out, r].
@@ -135,7 +206,7 @@ def save_pretrained(
         )
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  ranks = {pair['a'].shape[-1] for pair in adapters.values()}
+  ranks = {pair['a'].shape[-1] for pair in pairs.values()}
   if len(ranks) != 1:
     raise ValueError(f'Adapters of one folder have one rank, not {ranks}.')
   modules = {_module(name) for name in tensors}
@@ -170,12 +241,13 @@ def load_pretrained(
   contents = weights.read_json(folder / _CONFIG)
   _refuse(contents, folder / _CONFIG)
   stored = weights.stored_in_file(folder / _WEIGHTS)
-  adapters, used = {}, set()
+  adapters: dict[str, Any] = {}
+  used: set[str] = set()
   for parameter in weights.parameters(model):
     pair = _read_pair(parameter, stored, rank=contents['r'])
     if pair is not None:
-      adapters[parameter.path], names = pair
-      used |= names
+      adapters[f'{parameter.path}/a'], adapters[f'{parameter.path}/b'] = pair[0]
+      used |= pair[1]
   left = sorted(set(stored) - used)
   if left or not adapters:
     raise ValueError(
@@ -183,7 +255,7 @@ def load_pretrained(
         f'belong to this {model.config.model_type}. Load the model that was '
         'adapted.'
     )
-  return adapters, float(contents['lora_alpha'])
+  return weights.unflatten(adapters), float(contents['lora_alpha'])
 
 
 def _chosen(params: PyTree, targets: Sequence[str]) -> dict[str, Any]:
@@ -202,10 +274,12 @@ def _chosen(params: PyTree, targets: Sequence[str]) -> dict[str, Any]:
   return chosen
 
 
-def _adapted(model: CausalLM, adapters: PyTree) -> list[weights.Parameter]:
+def _adapted(
+    model: CausalLM, pairs: dict[str, Any]
+) -> list[weights.Parameter]:
   """The parameters that have an adapter, with their names."""
-  found = [p for p in weights.parameters(model) if p.path in adapters]
-  unknown = sorted(set(adapters) - {parameter.path for parameter in found})
+  found = [p for p in weights.parameters(model) if p.path in pairs]
+  unknown = sorted(set(pairs) - {parameter.path for parameter in found})
   if unknown:
     raise ValueError(
         f'{unknown[0]!r} has an adapter but is no parameter of this '
@@ -248,37 +322,35 @@ def _read_pair(
     stored: dict[str, weights.StoredTensor],
     *,
     rank: int,
-) -> tuple[PyTree, set[str]] | None:
-  """The adapter of a parameter, if any, and the names of its tensors."""
+) -> tuple[tuple[jax.Array, jax.Array], set[str]] | None:
+  """(a, b) of a parameter, if it has them, and the names of their tensors."""
   if not parameter.transposed:
     return None
   *_, inputs, outputs = parameter.shape
-  shapes = {'lora_A': (rank, inputs), 'lora_B': (outputs, rank)}
-  names = {
-      (_peft_name(name, which), part): shape
+  stacked = parameter.shape[: parameter.num_stacked]
+  pair = (
+      np.empty((*stacked, inputs, rank), np.float32),
+      np.empty((*stacked, rank, outputs), np.float32),
+  )
+  places = {
+      _peft_name(name, which): out[part]
       for name, part in parameter.names()
-      for which, shape in shapes.items()
+      for which, out in zip(('lora_A', 'lora_B'), pair)
   }
-  present = [name for name, _ in names if name in stored]
+  present = set(places) & set(stored)
   if not present:
     return None
-  stacked = parameter.shape[: parameter.num_stacked]
-  pair = {
-      'a': np.empty((*stacked, inputs, rank), np.float32),
-      'b': np.empty((*stacked, rank, outputs), np.float32),
-  }
-  for (name, part), shape in names.items():
+  for name, place in places.items():
     if name not in stored:
       raise ValueError(
-          f'{stored[present[0]].file}: {name!r} is missing; adapters of some '
+          f'{stored[min(present)].file}: {name!r} is missing; adapters of some '
           'layers only are not supported.'
       )
     tensor = stored[name]
-    if tensor.shape != shape:
+    if tensor.shape != place.T.shape:
       raise ValueError(
           f'{tensor.file}: tensor {name!r} has shape {tensor.shape}, r={rank} '
-          f'and the model say {shape}.'
+          f'and the model say {place.T.shape}.'
       )
-    values = tensor.read(tuple(slice(0, n) for n in shape))
-    pair['a' if '.lora_A.' in name else 'b'][part] = values.T
-  return jax.tree.map(jnp.asarray, pair), set(present)
+    place[...] = tensor.read(tuple(slice(0, n) for n in tensor.shape)).T
+  return (jnp.asarray(pair[0]), jnp.asarray(pair[1])), present

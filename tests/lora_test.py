@@ -1,6 +1,7 @@
 """Adapters change what they are put on, alone, and are PEFT's on disk."""
 
 import json
+import re
 
 from golden import make_family_logits as golden
 import jax
@@ -36,18 +37,25 @@ def random_adapters(params, **options):
   ])
 
 
+def pair_of(adapters, path):
+  """{'a', 'b'} of a kernel."""
+  flat = weights.flatten(adapters)
+  return {which: flat[f'{path}/{which}'] for which in 'ab'}
+
+
 def test_new_adapters_change_nothing(model):
   adapters = lora.init(model.params, jax.random.key(0), rank=4)
   merged = lora.merge(model.params, adapters, alpha=ALPHA)
   tiny_model.assert_trees_equal(merged, model.params)
-  assert all(np.any(np.asarray(pair['a'])) for pair in adapters.values())
+  for path, x in weights.flatten(adapters).items():
+    assert np.any(x) == path.endswith('/a')
 
 
 def test_merging_adds_alpha_over_rank_times_a_b_layer_by_layer(model):
   adapters = random_adapters(model.params, targets=('q', 'down'))
   merged = lora.merge(model.params, adapters, alpha=ALPHA)
   for part, name in (('attention', 'q'), ('mlp', 'down')):
-    pair = adapters[f'layers/{part}/{name}/kernel']
+    pair = pair_of(adapters, f'layers/{part}/{name}/kernel')
     for layer in range(2):
       a, b, before, after = (
           np.asarray(x[layer], np.float64)
@@ -62,7 +70,9 @@ def test_merging_adds_alpha_over_rank_times_a_b_layer_by_layer(model):
       )
   # Everything else is as it was.
   before, after = weights.flatten(model.params), weights.flatten(merged)
-  for path in set(before) - set(adapters):
+  for path in set(before) - {
+      f'layers/{name}/kernel' for name in ('attention/q', 'mlp/down')
+  }:
     np.testing.assert_array_equal(after[path], before[path])
 
 
@@ -73,18 +83,21 @@ def test_each_target_chooses_its_projections(model):
     adapters = lora.init(
         shapes, jax.random.key(0), rank=2, targets=[target]
     )
-    assert list(adapters) == [f'layers/{part}/{target}/kernel']
+    assert list(weights.flatten(adapters)) == [
+        f'layers/{part}/{target}/kernel/{which}' for which in 'ab'
+    ]
   every = lora.init(shapes, jax.random.key(0), rank=2)
-  assert len(every) == len(lora.TARGETS)
+  assert len(jax.tree.leaves(every)) == 2 * len(lora.TARGETS)
 
 
 def test_experts_have_an_adapter_each(tmp_path):
   golden.write(tmp_path, 'mixtral', tied=True)
   model = load.from_pretrained(tmp_path)
   adapters = random_adapters(model.params, targets=('gate', 'down'))
-  assert adapters['layers/mlp/experts/gate/kernel']['a'].shape == (2, 4, 32, 3)
+  gate = pair_of(adapters, 'layers/mlp/experts/gate/kernel')
+  assert gate['a'].shape == (2, 4, 32, 3)
   merged = lora.merge(model.params, adapters, alpha=ALPHA)
-  pair = adapters['layers/mlp/experts/down/kernel']
+  pair = pair_of(adapters, 'layers/mlp/experts/down/kernel')
   change, a, b = (
       np.asarray(x[1, 2])
       for x in (
@@ -104,11 +117,12 @@ def test_parameters_keep_their_dtype(model):
   tiny_model.assert_trees_equal(merged, params)
 
 
-def test_gradients_reach_adapters_and_nothing_else(model):
+@pytest.mark.parametrize('put', [lora.attach, lora.merge])
+def test_gradients_reach_adapters_and_nothing_else(model, put):
   tokens = jnp.asarray(golden.batch()[0])
 
   def loss(params, adapters):
-    logits = model.apply(lora.merge(params, adapters, alpha=ALPHA), tokens)
+    logits = model.apply(put(params, adapters, alpha=ALPHA), tokens)
     return jnp.mean(jax.nn.log_softmax(logits)[..., 7])
 
   adapters = random_adapters(model.params)
@@ -117,6 +131,44 @@ def test_gradients_reach_adapters_and_nothing_else(model):
   )
   assert not any(np.any(x) for x in jax.tree.leaves(frozen))
   assert all(np.any(x) for x in jax.tree.leaves(trained))
+
+
+@pytest.mark.parametrize('case', ['llama3', 'qwen2', 'gemma2', 'mixtral'])
+def test_the_unmerged_policy_is_the_merged_one(tmp_path, case):
+  golden.write(tmp_path, case, tied=True)
+  model = load.from_pretrained(tmp_path)
+  adapters = random_adapters(model.params)
+  tokens = jnp.asarray(golden.batch()[0])
+  apply = tiny_model.jit(model.apply)
+  base, merged, unmerged = (
+      apply(params, tokens)
+      for params in (
+          model.params,
+          lora.merge(model.params, adapters, alpha=ALPHA),
+          lora.attach(model.params, adapters, alpha=ALPHA),
+      )
+  )
+  np.testing.assert_allclose(unmerged, merged, rtol=0, atol=1e-4)
+  assert jnp.max(jnp.abs(merged - base)) > 0.1
+
+
+def test_the_gradient_of_adapters_makes_no_gradient_of_kernels(model):
+  tokens = jnp.asarray(golden.batch()[0])
+  adapters = lora.init(model.params, jax.random.key(0), rank=2)
+
+  def products(put):
+    """Shapes of all matrix products of a gradient, [outputs, inputs]."""
+
+    def loss(adapters):
+      params = put(model.params, adapters, alpha=ALPHA)
+      return jnp.sum(model.apply(params, tokens))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(adapters))
+    return re.findall(r'f32\[([\d,]+)\] = dot_general', text)
+
+  # Inner width 48, width 32; the transposed product puts outputs first.
+  assert '48,32' not in products(lora.attach)
+  assert '48,32' in products(lora.merge)
 
 
 # On disk.
@@ -151,7 +203,7 @@ def test_a_folder_has_the_names_and_shapes_of_peft(model, tmp_path):
   prefix = 'base_model.model.model.layers.1.mlp.down_proj.'
   np.testing.assert_array_equal(
       tensors[f'{prefix}lora_A.weight'],
-      adapters['layers/mlp/down/kernel']['a'][1].T,
+      pair_of(adapters, 'layers/mlp/down/kernel')['a'][1].T,
   )
 
 
@@ -178,7 +230,9 @@ def test_options_that_cannot_be_are_named(model):
   with pytest.raises(ValueError, match='rank=17.*at most 16'):
     lora.init(model.params, key, rank=17, targets=['k'])
   with pytest.raises(ValueError, match='no parameter'):
-    lora.merge(model.params, {'layers/no/kernel': {}}, alpha=1.0)
+    lora.merge(
+        model.params, {'layers': {'no': {'kernel': {'a': key}}}}, alpha=1.0
+    )
 
 
 def edit_config(folder, **changes):

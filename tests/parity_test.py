@@ -19,8 +19,7 @@ from dppo_jax.models import load
 torch = pytest.importorskip(
     'torch', reason='torch is in the extra [parity] only'
 )
-import safetensors.torch  # Needs torch.
-
+safetensors_torch = pytest.importorskip('safetensors.torch')
 pytestmark = pytest.mark.slow
 
 each_case = pytest.mark.parametrize('name', golden.CASES)
@@ -100,7 +99,7 @@ def test_smollm2_has_the_weights_that_transformers_reads(tmp_path):
       file.parent, gguf_file=file.name, dtype=torch.float32
   ).eval()
   load.save_pretrained(ours, tmp_path)
-  tensors = safetensors.torch.load_file(tmp_path / 'model.safetensors')
+  tensors = safetensors_torch.load_file(tmp_path / 'model.safetensors')
   state = theirs.state_dict()
   assert set(tensors) == set(state) - {'lm_head.weight'}  # Tied.
   for name, tensor in tensors.items():

@@ -2,6 +2,7 @@
 
 from dppo_jax.tasks import arithmetic
 from dppo_jax.tasks import base
+from dppo_jax.tasks import few_shot_arithmetic
 from dppo_jax.tasks import jsonl
 from dppo_jax.tasks.base import build
 from dppo_jax.tasks.base import config
@@ -15,6 +16,7 @@ __all__ = [
   'base',
   'build',
   'config',
+  'few_shot_arithmetic',
   'jsonl',
   'names',
   'register',
