@@ -32,6 +32,7 @@ from dppo_jax import divergences
 from dppo_jax import duals
 from dppo_jax import evaluate
 from dppo_jax import learner
+from dppo_jax import lora
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import objective
@@ -44,6 +45,7 @@ from dppo_jax import shaping
 from dppo_jax import sharding
 from dppo_jax import tasks
 from dppo_jax import train_step as train_step_lib
+from dppo_jax import trainable as trainable_lib
 from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
 from dppo_jax.backlog import Backlog
@@ -54,6 +56,7 @@ from dppo_jax.metrics import MetricsWriter
 from dppo_jax.metrics import Progress
 from dppo_jax.models import load
 from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.tasks.prompts import end_ids
 from dppo_jax.tasks.prompts import evaluation_batches
 from dppo_jax.tasks.prompts import prepare
 from dppo_jax.tasks.prompts import PromptBatch
@@ -101,6 +104,7 @@ class Parts(NamedTuple):
 
   method: Method
   model: CausalLM  # Without parameters: those are in the state.
+  trainable: trainable_lib.Trainable
   tokenizer: Any
   scorer: Scorer
   verify: VerifyFn
@@ -130,12 +134,22 @@ def build(config: Any) -> Parts:
   model, params = _load_model(config)
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
-  key_state, key_eval = jax.random.split(jax.random.key(config.seed))
+  key_state, key_eval, key_adapters = jax.random.split(
+      jax.random.key(config.seed), 3
+  )
+  trainable = _make_trainable(config, params)
+  if trainable.factors is not None:
+    method = method._replace(
+        optimizer=optim.scaled(method.optimizer, trainable.factors)
+    )
+  params, frozen = trainable.split(params, key_adapters)
   state = train_step_lib.init_state(
       params,
       method.optimizer,
       key_state,
-      with_reference=method.extras.needs_reference,
+      frozen=frozen,
+      # Adapters stand beside what they started from.
+      with_reference=method.extras.needs_reference and not config.lora.rank,
       dual=method.dual,
   )
   rollout_fn = _make_rollout_fn(
@@ -143,14 +157,15 @@ def build(config: Any) -> Parts:
   )
   replay = _make_replay(config, model)
   if replay is not None:
-    state = state._replace(replay=replay.init(
-        train_step_lib.blank(rollout_fn, state, _prompt_shapes(config))
-    ))
+    state = state._replace(replay=replay.init(train_step_lib.blank(
+        rollout_fn, state, _prompt_shapes(config), trainable
+    )))
   shardings = train_step_lib.state_shardings(state, mesh)
-  learn = _make_learner(config, model, method)
+  learn = _make_learner(config, model, method, trainable)
   return Parts(
       method=method,
       model=model,
+      trainable=trainable,
       tokenizer=tokenizer,
       scorer=scorer,
       verify=verify,
@@ -176,6 +191,7 @@ def build(config: Any) -> Parts:
           state_shardings=shardings,
           mesh=mesh,
           replay=replay,
+          trainable=trainable,
       ),
       state=jax.device_put(state, shardings),
       prompt_shapes=_prompt_shapes(config),
@@ -239,7 +255,7 @@ def train(config: Any, workdir: str) -> bool:
 
     logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
     logbook.write_scatter(workdir / 'scatter.json')
-    _export(parts, state, workdir / 'model')
+    _export(config, parts, state, workdir)
   path = report.write_report(workdir)
   logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
   return True
@@ -260,7 +276,7 @@ def _start(
   batch = next(parts.prompts)
   state, blank = parts.state, blank_rollout(parts)
   backlog = Backlog(functools.partial(score, parts))
-  restored = checkpoints.restore_latest(_checkpointed(config, state, blank))
+  restored = _restore(config, parts, checkpoints, blank)
   if restored is not None:
     step, arrays, host = restored
     state = arrays['state']
@@ -307,14 +323,38 @@ def _fill(config, parts, state, blank, backlog, rollout, batch) -> TrainState:
 
 
 def _checkpointed(config: Any, state: TrainState, rollout: ScoredRollout):
-  """The arrays of a checkpoint."""
-  return {'state': state, 'pending': [rollout] * (1 + config.staleness)}
+  """The arrays of a checkpoint: all that is not there at every start."""
+  return {
+      'state': state._replace(frozen=()),
+      'pending': [rollout] * (1 + config.staleness),
+  }
+
+
+def _restore(config, parts, checkpoints, blank):
+  """The latest checkpoint, beside the frozen parameters it was made with."""
+  restored = checkpoints.restore_latest(
+      _checkpointed(config, parts.state, blank)
+  )
+  if restored is None:
+    return None
+  step, arrays, host = restored
+  frozen = parts.state.frozen
+  if host['frozen'] != trainable_lib.fingerprint(frozen):
+    raise ValueError(
+        f'config.model.name={config.model.name!r} has other weights than when '
+        f'the checkpoint of step {step} was saved, and a checkpoint does not '
+        'hold what is frozen. Use the same model, or another --workdir.'
+    )
+  state = arrays['state']._replace(frozen=frozen)
+  return step, arrays | {'state': state}, host
 
 
 def blank_rollout(parts: Parts) -> ScoredRollout:
   """A rollout in which nothing was sampled, on its devices."""
   return jax.device_put(
-      train_step_lib.blank(parts.rollout_fn, parts.state, parts.prompt_shapes),
+      train_step_lib.blank(
+          parts.rollout_fn, parts.state, parts.prompt_shapes, parts.trainable
+      ),
       sharding.batch(parts.mesh),
   )
 
@@ -357,6 +397,11 @@ def score(
   return ScoredRollout(rollout, rewards), texts
 
 
+def policy(parts: Parts, state: TrainState) -> Any:
+  """The parameters of the policy; those of the state if all are trained."""
+  return jax.jit(parts.trainable.merge)(state.params, state.frozen)
+
+
 def _note_samples(logbook: Logbook, step: int, newest: Scored) -> None:
   batch, texts, scored = newest
   logbook.add_samples(
@@ -374,7 +419,7 @@ def _evaluate(
 ) -> None:
   """Held-out metrics and samples, written under `step`."""
   start = time.perf_counter()
-  metrics, samples = parts.evaluate_fn(state.params)
+  metrics, samples = parts.evaluate_fn(policy(parts, state))
   logbook.add_scalars(
       step, metrics | {'time/eval_s': time.perf_counter() - start}
   )
@@ -385,8 +430,12 @@ def _evaluate(
 def _save(checkpoints, parts, step, state, backlog, logbook) -> None:
   checkpoints.save(
       step,
-      {'state': state, 'pending': backlog.get_state()},
       {
+          'state': state._replace(frozen=()),
+          'pending': backlog.get_state(),
+      },
+      {
+          'frozen': trainable_lib.fingerprint(state.frozen),
           'prompts': parts.prompts.get_state(),
           'masked_tokens': logbook.get_state(),
       },
@@ -415,14 +464,37 @@ def _check_finite(
   )
 
 
-def _export(parts: Parts, state: TrainState, folder: pathlib.Path) -> None:
-  """The trained model as a Hugging Face folder."""
+def _export(
+    config: Any, parts: Parts, state: TrainState, workdir: pathlib.Path
+) -> None:
+  """The trained model as a Hugging Face folder; adapters for PEFT too."""
   load.save_pretrained(
       parts.model,
-      folder,
-      params=jax.device_get(state.params),
+      workdir / 'model',
+      params=jax.device_get(policy(parts, state)),
       tokenizer=parts.tokenizer,
   )
+  if parts.trainable.adapters is not None:
+    lora.save_pretrained(
+        parts.model,
+        parts.trainable.adapters(state.params, state.frozen),
+        workdir / 'adapter',
+        alpha=config.lora.alpha,
+        base=config.model.name,
+    )
+
+
+def _make_trainable(config: Any, params: Any) -> trainable_lib.Trainable:
+  try:
+    return trainable_lib.make_trainable(
+        jax.eval_shape(lambda: params),
+        rules=config.learning_rates,
+        **config.lora,
+    )
+  except ValueError as error:
+    raise ValueError(
+        f'config.lora or config.learning_rates: {error}'
+    ) from error
 
 
 def _load_model(config: Any) -> tuple[CausalLM, Any]:
@@ -449,7 +521,7 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
       model,
       group_size=config.group_size,
       max_completion_length=config.max_completion_length,
-      eos_ids=(tokenizer.eos_token_id,),
+      eos_ids=end_ids(tokenizer, config.stop),
       pad_id=tokenizer.pad_token_id,
       record=divergence.record,
       **config.sampling,
@@ -498,7 +570,7 @@ def _make_replay(config: Any, model: CausalLM) -> replay_lib.Replay | None:
   )
 
 
-def _make_learner(config: Any, model: CausalLM, method: Method):
+def _make_learner(config, model: CausalLM, method: Method, trainable):
   sizes = config.learner
   options = {
       'model': model,
@@ -531,6 +603,7 @@ def _make_learner(config: Any, model: CausalLM, method: Method):
       num_minibatches=sizes.num_minibatches,
       num_microbatches=sizes.num_microbatches,
       dual=method.dual,
+      trainable=trainable,
   )
 
 
@@ -540,7 +613,7 @@ def _make_evaluate_fn(config, model, tokenizer, task, verify, key):
       model,
       group_size=settings.num_samples,
       max_completion_length=config.max_completion_length,
-      eos_ids=(tokenizer.eos_token_id,),
+      eos_ids=end_ids(tokenizer, config.stop),
       pad_id=tokenizer.pad_token_id,
       temperature=settings.temperature,
       top_p=settings.top_p,
@@ -636,7 +709,7 @@ def run_evaluate() -> None:
       state = parts.state
       if _WORKDIR.value:
         state = _latest_state(config, parts, pathlib.Path(_WORKDIR.value))
-      metrics, _ = parts.evaluate_fn(state.params)
+      metrics, _ = parts.evaluate_fn(policy(parts, state))
     print(json.dumps({'step': int(state.step)} | metrics), flush=True)
     return True
 
@@ -652,10 +725,9 @@ def _latest_state(
         f'{folder} does not exist: no run to evaluate. Leave out --workdir to '
         'evaluate the model that the config starts from.'
     )
-  template = _checkpointed(config, parts.state, blank_rollout(parts))
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     try:
-      restored = checkpoints.restore_latest(template)
+      restored = _restore(config, parts, checkpoints, blank_rollout(parts))
     except ValueError as error:
       raise ValueError(
           f"{error} Pass the run's own --config and --config.NAME flags."

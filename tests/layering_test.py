@@ -15,7 +15,7 @@ LAYERS = (
     ('types', 'masking', 'segments', 'registry', 'ages'),
     ('divergences', 'trust_regions', 'losses', 'penalties', 'advantages',
      'shaping', 'normalizers', 'algorithms', 'diagnostics', 'duals'),
-    ('models.*', 'tasks.*', 'optim', 'sharding'),
+    ('models.*', 'tasks.*', 'lora', 'optim', 'sharding', 'trainable'),
     ('sampling', 'packing', 'replay'),
     ('rollout', 'target', 'evaluate'),
     ('objective',),

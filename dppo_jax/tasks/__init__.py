@@ -2,6 +2,7 @@
 
 from dppo_jax.tasks import arithmetic
 from dppo_jax.tasks import base
+from dppo_jax.tasks import few_shot_arithmetic
 from dppo_jax.tasks import jsonl
 from dppo_jax.tasks import math
 from dppo_jax.tasks import reasoning_gym
@@ -17,6 +18,7 @@ __all__ = [
   'base',
   'build',
   'config',
+  'few_shot_arithmetic',
   'jsonl',
   'math',
   'names',

@@ -200,6 +200,33 @@ def _check_length(text: str, length: int, limit: int, source_name: str):
   )
 
 
+def end_ids(tokenizer: Any, stop: Sequence[str] = ()) -> tuple[int, ...]:
+  """Tokens that end a completion: the end token, and all that hold a stop.
+
+  Args:
+    tokenizer: of transformers, with an end token.
+    stop: texts, for example a line feed, which many tokens may hold. One that
+      only several tokens together spell does not end a completion.
+
+  Raises:
+    ValueError: no token holds a stop.
+  """
+  ids = {tokenizer.eos_token_id}
+  if not stop:
+    return tuple(ids)
+  rows = [[i] for i in range(len(tokenizer))]
+  texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+  for wanted in stop:
+    found = {i for i, text in enumerate(texts) if wanted and wanted in text}
+    if not found:
+      raise ValueError(
+        f'No token of the tokenizer holds config.stop {wanted!r}; use a '
+        'shorter text, which a single token holds.'
+      )
+    ids |= found
+  return tuple(sorted(ids))
+
+
 def evaluation_batches(
   source: base.Source,
   tokenizer: Any,
