@@ -31,6 +31,8 @@ setuptools.setup(
         # TFDS needs it for builders inside a package, without saying so.
         'importlib-resources>=6.0',
         'grain>=0.2.12,<0.3',
+        # Renders the chat templates of tokenizers.
+        'jinja2>=3.1',
         # 0.10.2 is the newest for Python 3.11, 0.12 needs Python 3.12.
         'jax>=0.10.2,<0.13',
         'matplotlib>=3.9',
@@ -47,13 +49,23 @@ setuptools.setup(
     extras_require={
         'cuda12': ['jax[cuda12]'],
         'cuda13': ['jax[cuda13]'],
+        'gguf': ['gguf>=0.17'],
+        'hub': ['datasets>=3.0'],
         'parity': ['torch>=2.6'],
+        'parquet': ['pyarrow>=15.0'],
+        'reasoning-gym': ['pebble>=5.1', 'reasoning-gym>=0.1.23'],
         'test': [
-            'hypothesis>=6.100', 'pebble>=5.1', 'pytest>=8.0',
+            'gguf>=0.17',
+            'hypothesis>=6.100',
+            'math-verify>=0.9',
+            'pebble>=5.1',
+            'pyarrow>=15.0',
+            'pytest>=8.0',
             'pytest-xdist>=3.6',
+            'reasoning-gym>=0.1.23',
         ],
         'tpu': ['jax[tpu]'],
-        'verifiers': ['pebble>=5.1'],
+        'verifiers': ['math-verify>=0.9', 'pebble>=5.1'],
         'wandb': ['wandb>=0.17'],
         'dev': ['mypy>=1.11', 'pre-commit>=3.7', 'ruff>=0.6'],
     },

@@ -19,10 +19,20 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
 
   # What is trained, on what.
   config.model = {
-      'name': 'embedded',  # Or a Hugging Face folder or hub name.
+      # Or a Hugging Face folder or hub name, a GGUF file, or a package of one.
+    'name': 'embedded',
       'dtype': 'float32',  # Of the computation; parameters are float32.
       'remat': False,  # Recompute activations: less memory, more time.
   }
+  # What of it is trained: everything, or adapters beside every such projection.
+  config.lora = {
+      'rank': 0,  # Of the adapters; 0 for none.
+      'alpha': 32.0,  # kernel + alpha / rank * a @ b.
+      'targets': ('q', 'k', 'v', 'o', 'gate', 'up', 'down'),
+  }
+  # (regular expression, factor of the learning rate) pairs, the first that is
+  # found in `layers/3/attention/q/kernel` counts; 0 freezes: (('embed', 0.0),).
+  config.learning_rates = ()
   config.task = tasks.config('arithmetic')
   config.scoring = {
       'num_workers': 0,  # Verifier processes; 0 scores in the main one.
@@ -56,6 +66,7 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   config.group_size = 8
   config.max_prompt_length = 4  # Tokens; longer prompts are refused.
   config.max_completion_length = 20  # Tokens; longer ones are truncated.
+  config.stop = ()  # Texts; a token that holds one ends a completion, as eos.
   # Old data. A step learns from what was sampled with the weights of so many
   # steps ago; beside that, from groups of the rollouts before.
   config.staleness = 0

@@ -5,7 +5,11 @@ divergences, losses and so on are checked by building them, which is cheap.
 """
 
 import math
+import re
 from typing import Any
+
+from dppo_jax import lora
+from dppo_jax import registry
 
 _POSITIVE = (
     'total_steps',
@@ -47,11 +51,23 @@ def check(config: Any, *, num_batch_shards: int) -> None:
       raise ValueError(
           f'config.{name}={_get(config, name)!r} is not one of {_DTYPES}.'
       )
+  _check_lora(config.lora)
+  _check_rules(config.learning_rates)
   _check_sampling(config.sampling)
   _check_eval_sampling(config.eval)
   _check_dual(config)
   _check_replay(config)
   _check_sizes(config, num_batch_shards)
+
+
+def check_verifier(config: Any, *, may_hang: bool) -> None:
+  """Raises a ValueError if nothing would end a verification that hangs."""
+  if may_hang and not config.scoring.num_workers:
+    raise ValueError(
+        f'config.scoring.num_workers=0, but the verifier of task '
+        f'{config.task.name!r} may hang on what a policy writes; set '
+        'config.scoring.num_workers, for example to 4.'
+    )
 
 
 def check_model(config: Any, *, vocab_size: int, max_positions: int) -> None:
@@ -81,6 +97,43 @@ def _get(config, name):
   for part in name.split('.'):
     config = config[part]
   return config
+
+
+def _check_lora(settings):
+  if settings.rank < 0:
+    raise ValueError(
+        f'config.lora.rank={settings.rank} must be 0 (no adapters) or more.'
+    )
+  if not settings.alpha > 0:
+    raise ValueError(f'config.lora.alpha={settings.alpha} must be positive.')
+  for target in settings.targets:
+    if target not in lora.TARGETS:
+      raise ValueError(
+          registry.unknown('config.lora.targets', target, lora.TARGETS)
+      )
+
+
+def _check_rules(rules):
+  """Pairs of a pattern and a factor; what they match needs the model."""
+  for rule in rules:
+    if not isinstance(rule, tuple) or len(rule) != 2:
+      raise ValueError(
+          f'config.learning_rates has {rule!r}, not a pair of a regular '
+          "expression and a factor; write (('embed', 0.0),), commas included."
+      )
+    pattern, factor = rule
+    try:
+      re.compile(pattern)
+    except (re.error, TypeError) as error:
+      raise ValueError(
+          f'config.learning_rates: {pattern!r} is no regular expression '
+          f'({error}).'
+      ) from error
+    if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+      raise ValueError(
+          f'config.learning_rates: factor {factor!r} of {pattern!r} must be '
+          'a number, 0 (frozen) or more.'
+      )
 
 
 def _check_sampling(sampling):

@@ -13,6 +13,7 @@ import optax
 from dppo_jax import ages
 from dppo_jax import diagnostics
 from dppo_jax import duals
+from dppo_jax import trainable as trainable_lib
 from dppo_jax.objective import Batch
 from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
@@ -27,6 +28,7 @@ def make_learner(
     num_minibatches: int,
     num_microbatches: int = 1,
     dual: duals.Dual | None = None,
+    trainable: trainable_lib.Trainable = trainable_lib.EVERYTHING,
 ) -> Callable[..., tuple[TrainState, diagnostics.TokenStats, dict]]:
   """A pure function that learns from one scored rollout.
 
@@ -38,6 +40,7 @@ def make_learner(
     num_minibatches: updates per pass, over sequences shuffled anew each pass.
     num_microbatches: parts of a mini-batch whose gradients are accumulated.
     dual: of the loss's constraint, moved one step with each update.
+    trainable: what is trained, and how it makes a policy.
 
   Returns:
     `learn(state, scored, key) -> (state, token stats [U, ...], metrics)`; the
@@ -47,13 +50,18 @@ def make_learner(
 
   def accumulate(state, batch, rows):
     """Loss, gradient and tokens of the micro-batches `rows` [k, b]."""
+    reference = trainable.start(state.reference, state.frozen)
+
+    def loss_of(params, part):
+      policy = trainable.join(params, state.frozen)
+      return weighted_loss(
+          policy, part, reference, state.policy_version, state.dual
+      )
 
     def add(total, chosen):
       part = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), batch)
-      (loss, stats), gradients = jax.value_and_grad(
-          weighted_loss, has_aux=True
-      )(
-          state.params, part, state.reference, state.policy_version, state.dual
+      (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+          state.params, part
       )
       return jax.tree.map(jnp.add, total, (loss, gradients)), stats
 
@@ -117,7 +125,13 @@ def make_learner(
     return new_state, (stats, metrics)
 
   def learn(state, scored, key):
-    batch = prepare(state, scored)
+    batch = prepare(
+        state._replace(
+            params=trainable.join(state.params, state.frozen),
+            reference=trainable.start(state.reference, state.frozen),
+        ),
+        scored,
+    )
     # Weights make the loss of the rollout; a mini-batch is a part of it.
     batch = batch._replace(weights=batch.weights * num_minibatches)
     num_rows = batch.weights.shape[0]

@@ -32,6 +32,7 @@ from dppo_jax import divergences
 from dppo_jax import duals
 from dppo_jax import evaluate
 from dppo_jax import learner
+from dppo_jax import lora
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import objective
@@ -44,6 +45,7 @@ from dppo_jax import shaping
 from dppo_jax import sharding
 from dppo_jax import tasks
 from dppo_jax import train_step as train_step_lib
+from dppo_jax import trainable as trainable_lib
 from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
 from dppo_jax.backlog import Backlog
@@ -54,9 +56,12 @@ from dppo_jax.metrics import MetricsWriter
 from dppo_jax.metrics import Progress
 from dppo_jax.models import load
 from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.tasks.prompts import end_ids
 from dppo_jax.tasks.prompts import evaluation_batches
+from dppo_jax.tasks.prompts import prepare
 from dppo_jax.tasks.prompts import PromptBatch
 from dppo_jax.tasks.prompts import PromptIterator
+from dppo_jax.tasks.scoring import may_hang
 from dppo_jax.tasks.scoring import Scorer
 from dppo_jax.tasks.verify import make_verify_fn
 from dppo_jax.tasks.verify import VerifyFn
@@ -99,6 +104,7 @@ class Parts(NamedTuple):
 
   method: Method
   model: CausalLM  # Without parameters: those are in the state.
+  trainable: trainable_lib.Trainable
   tokenizer: Any
   scorer: Scorer
   verify: VerifyFn
@@ -118,16 +124,30 @@ def build(config: Any) -> Parts:
   checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
   method = _make_method(config)
   task = _build(tasks, config.task)
+  checks.check_verifier(config, may_hang=may_hang(task.score))
   tokenizer = load.load_tokenizer(config.model.name)
+  task = prepare(
+      task, tokenizer, max_prompt_length=config.max_prompt_length
+  )
   model, params = _load_model(config)
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
-  key_state, key_eval = jax.random.split(jax.random.key(config.seed))
+  key_state, key_eval, key_adapters = jax.random.split(
+      jax.random.key(config.seed), 3
+  )
+  trainable = _make_trainable(config, params)
+  if trainable.factors is not None:
+    method = method._replace(
+        optimizer=optim.scaled(method.optimizer, trainable.factors)
+    )
+  params, frozen = trainable.split(params, key_adapters)
   state = train_step_lib.init_state(
       params,
       method.optimizer,
       key_state,
-      with_reference=method.extras.needs_reference,
+      frozen=frozen,
+      # Adapters stand beside what they started from.
+      with_reference=method.extras.needs_reference and not config.lora.rank,
       dual=method.dual,
   )
   rollout_fn = _make_rollout_fn(
@@ -135,14 +155,15 @@ def build(config: Any) -> Parts:
   )
   replay = _make_replay(config, model)
   if replay is not None:
-    state = state._replace(replay=replay.init(
-        train_step_lib.blank(rollout_fn, state, _prompt_shapes(config))
-    ))
+    state = state._replace(replay=replay.init(train_step_lib.blank(
+        rollout_fn, state, _prompt_shapes(config), trainable
+    )))
   shardings = train_step_lib.state_shardings(state, mesh)
-  learn = _make_learner(config, model, method)
+  learn = _make_learner(config, model, method, trainable)
   return Parts(
       method=method,
       model=model,
+      trainable=trainable,
       tokenizer=tokenizer,
       scorer=scorer,
       verify=verify,
@@ -152,6 +173,7 @@ def build(config: Any) -> Parts:
           num_prompts=config.num_prompts,
           max_prompt_length=config.max_prompt_length,
           seed=config.seed,
+          add_special_tokens=task.chat is None,
       ),
       evaluate_fn=_make_evaluate_fn(
           config, model, tokenizer, task, verify, key_eval, mesh
@@ -167,6 +189,7 @@ def build(config: Any) -> Parts:
           state_shardings=shardings,
           mesh=mesh,
           replay=replay,
+          trainable=trainable,
       ),
       state=jax.device_put(state, shardings),
       prompt_shapes=_prompt_shapes(config),
@@ -219,6 +242,7 @@ def train(config: Any, workdir: str) -> bool:
       if step % config.eval.every == 0 or last:
         _note_samples(logbook, step, backlog.newest())
         _evaluate(parts, state, logbook, step)
+      logbook.add_scalars(step, parts.scorer.take_counts())
       due = step % config.checkpoint_every == 0 or last or stop.requested
       if due and healthy:
         logbook.flush()  # A checkpoint never knows more than the log.
@@ -229,7 +253,7 @@ def train(config: Any, workdir: str) -> bool:
 
     logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
     logbook.write_scatter(workdir / 'scatter.json')
-    _export(parts, state, workdir / 'model')
+    _export(config, parts, state, workdir)
   path = report.write_report(workdir)
   logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
   return True
@@ -250,7 +274,7 @@ def _start(
   batch = next(parts.prompts)
   state, blank = parts.state, blank_rollout(parts)
   backlog = Backlog(functools.partial(score, parts))
-  restored = checkpoints.restore_latest(_checkpointed(config, state, blank))
+  restored = _restore(config, parts, checkpoints, blank)
   if restored is not None:
     step, arrays, host = restored
     state = arrays['state']
@@ -272,6 +296,7 @@ def _start(
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(logbook, 0, backlog.newest())
     _evaluate(parts, state, logbook, 0)
+    logbook.add_scalars(0, parts.scorer.take_counts())
     logbook.flush()
   return _Run(state, backlog, logbook)
 
@@ -296,14 +321,38 @@ def _fill(config, parts, state, blank, backlog, rollout, batch) -> TrainState:
 
 
 def _checkpointed(config: Any, state: TrainState, rollout: ScoredRollout):
-  """The arrays of a checkpoint."""
-  return {'state': state, 'pending': [rollout] * (1 + config.staleness)}
+  """The arrays of a checkpoint: all that is not there at every start."""
+  return {
+      'state': state._replace(frozen=()),
+      'pending': [rollout] * (1 + config.staleness),
+  }
+
+
+def _restore(config, parts, checkpoints, blank):
+  """The latest checkpoint, beside the frozen parameters it was made with."""
+  restored = checkpoints.restore_latest(
+      _checkpointed(config, parts.state, blank)
+  )
+  if restored is None:
+    return None
+  step, arrays, host = restored
+  frozen = parts.state.frozen
+  if host['frozen'] != trainable_lib.fingerprint(frozen):
+    raise ValueError(
+        f'config.model.name={config.model.name!r} has other weights than when '
+        f'the checkpoint of step {step} was saved, and a checkpoint does not '
+        'hold what is frozen. Use the same model, or another --workdir.'
+    )
+  state = arrays['state']._replace(frozen=frozen)
+  return step, arrays | {'state': state}, host
 
 
 def blank_rollout(parts: Parts) -> ScoredRollout:
   """A rollout in which nothing was sampled, on its devices."""
   return jax.device_put(
-      train_step_lib.blank(parts.rollout_fn, parts.state, parts.prompt_shapes),
+      train_step_lib.blank(
+          parts.rollout_fn, parts.state, parts.prompt_shapes, parts.trainable
+      ),
       sharding.batch(parts.mesh),
   )
 
@@ -346,6 +395,11 @@ def score(
   return ScoredRollout(rollout, rewards), texts
 
 
+def policy(parts: Parts, state: TrainState) -> Any:
+  """The parameters of the policy; those of the state if all are trained."""
+  return jax.jit(parts.trainable.merge)(state.params, state.frozen)
+
+
 def _note_samples(logbook: Logbook, step: int, newest: Scored) -> None:
   batch, texts, scored = newest
   logbook.add_samples(
@@ -363,7 +417,7 @@ def _evaluate(
 ) -> None:
   """Held-out metrics and samples, written under `step`."""
   start = time.perf_counter()
-  metrics, samples = parts.evaluate_fn(state.params)
+  metrics, samples = parts.evaluate_fn(policy(parts, state))
   logbook.add_scalars(
       step, metrics | {'time/eval_s': time.perf_counter() - start}
   )
@@ -374,8 +428,12 @@ def _evaluate(
 def _save(checkpoints, parts, step, state, backlog, logbook) -> None:
   checkpoints.save(
       step,
-      {'state': state, 'pending': backlog.get_state()},
       {
+          'state': state._replace(frozen=()),
+          'pending': backlog.get_state(),
+      },
+      {
+          'frozen': trainable_lib.fingerprint(state.frozen),
           'prompts': parts.prompts.get_state(),
           'masked_tokens': logbook.get_state(),
       },
@@ -404,14 +462,37 @@ def _check_finite(
   )
 
 
-def _export(parts: Parts, state: TrainState, folder: pathlib.Path) -> None:
-  """The trained model as a Hugging Face folder."""
+def _export(
+    config: Any, parts: Parts, state: TrainState, workdir: pathlib.Path
+) -> None:
+  """The trained model as a Hugging Face folder; adapters for PEFT too."""
   load.save_pretrained(
       parts.model,
-      folder,
-      params=jax.device_get(state.params),
+      workdir / 'model',
+      params=jax.device_get(policy(parts, state)),
       tokenizer=parts.tokenizer,
   )
+  if parts.trainable.adapters is not None:
+    lora.save_pretrained(
+        parts.model,
+        parts.trainable.adapters(state.params, state.frozen),
+        workdir / 'adapter',
+        alpha=config.lora.alpha,
+        base=config.model.name,
+    )
+
+
+def _make_trainable(config: Any, params: Any) -> trainable_lib.Trainable:
+  try:
+    return trainable_lib.make_trainable(
+        jax.eval_shape(lambda: params),
+        rules=config.learning_rates,
+        **config.lora,
+    )
+  except ValueError as error:
+    raise ValueError(
+        f'config.lora or config.learning_rates: {error}'
+    ) from error
 
 
 def _load_model(config: Any) -> tuple[CausalLM, Any]:
@@ -440,7 +521,7 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
       model,
       group_size=config.group_size,
       max_completion_length=config.max_completion_length,
-      eos_ids=(tokenizer.eos_token_id,),
+      eos_ids=end_ids(tokenizer, config.stop),
       pad_id=tokenizer.pad_token_id,
       record=divergence.record,
       num_slots=num_slots // sharding.num_row_shards(mesh),
@@ -492,7 +573,7 @@ def _make_replay(config: Any, model: CausalLM) -> replay_lib.Replay | None:
   )
 
 
-def _make_learner(config: Any, model: CausalLM, method: Method):
+def _make_learner(config, model: CausalLM, method: Method, trainable):
   sizes = config.learner
   options = {
       'model': model,
@@ -525,6 +606,7 @@ def _make_learner(config: Any, model: CausalLM, method: Method):
       num_minibatches=sizes.num_minibatches,
       num_microbatches=sizes.num_microbatches,
       dual=method.dual,
+      trainable=trainable,
   )
 
 
@@ -534,7 +616,7 @@ def _make_evaluate_fn(config, model, tokenizer, task, verify, key, mesh):
       model,
       group_size=settings.num_samples,
       max_completion_length=config.max_completion_length,
-      eos_ids=(tokenizer.eos_token_id,),
+      eos_ids=end_ids(tokenizer, config.stop),
       pad_id=tokenizer.pad_token_id,
       temperature=settings.temperature,
       top_p=settings.top_p,
@@ -547,6 +629,7 @@ def _make_evaluate_fn(config, model, tokenizer, task, verify, key, mesh):
       tokenizer,
       num_prompts=settings.num_prompts,
       max_prompt_length=config.max_prompt_length,
+      add_special_tokens=task.chat is None,
   )
   return evaluate.make_evaluate_fn(
       sampler=sharding.by_rows(sampler, mesh),
@@ -630,7 +713,7 @@ def run_evaluate() -> None:
       state = parts.state
       if _WORKDIR.value:
         state = _latest_state(config, parts, pathlib.Path(_WORKDIR.value))
-      metrics, _ = parts.evaluate_fn(state.params)
+      metrics, _ = parts.evaluate_fn(policy(parts, state))
     print(json.dumps({'step': int(state.step)} | metrics), flush=True)
     return True
 
@@ -646,10 +729,9 @@ def _latest_state(
         f'{folder} does not exist: no run to evaluate. Leave out --workdir to '
         'evaluate the model that the config starts from.'
     )
-  template = _checkpointed(config, parts.state, blank_rollout(parts))
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     try:
-      restored = checkpoints.restore_latest(template)
+      restored = _restore(config, parts, checkpoints, blank_rollout(parts))
     except ValueError as error:
       raise ValueError(
           f"{error} Pass the run's own --config and --config.NAME flags."

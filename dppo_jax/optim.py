@@ -1,6 +1,6 @@
 """Optimizers from optax, as options."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -13,6 +13,7 @@ names = register.names
 config = register.config
 
 _SCHEDULES = ('constant', 'cosine', 'linear')
+_DECAYING = ('kernel', 'embedding', 'a', 'b')  # The last two are adapters.
 
 
 class Optimizer(NamedTuple):
@@ -74,6 +75,26 @@ def adamw(
   return Optimizer(transformation, rate)
 
 
+def scaled(optimizer: Optimizer, factors: Any) -> Optimizer:
+  """Another learning rate for each parameter, decay included.
+
+  Args:
+    optimizer: its schedule stays that of a factor of 1.
+    factors: a tree like the parameters, of arrays that broadcast against them.
+  """
+
+  def scale(updates, _):
+    return jax.tree.map(
+        lambda x, factor: (x * factor).astype(x.dtype), updates, factors
+    )
+
+  return optimizer._replace(
+      transformation=optax.chain(
+          optimizer.transformation, optax.stateless(scale)
+      )
+  )
+
+
 def _make_schedule(name, peak, warmup, total) -> optax.Schedule:
   after = max(total - warmup, 1)
   main = {
@@ -90,5 +111,5 @@ def _make_schedule(name, peak, warmup, total) -> optax.Schedule:
 
 def _decays(params):
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: path[-1].key in ('kernel', 'embedding'), params
+      lambda path, _: path[-1].key in _DECAYING, params
   )

@@ -33,6 +33,17 @@ RULES = (
     (r'layers/.*/(q|k|v|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
     (r'layers/.*/(o|down)/kernel$', P(None, 'tensor', 'fsdp')),
     (r'layers/.*/(q|k|v)/bias$', P(None, 'tensor')),
+    # Adapters: a as the inputs of its kernel, b as the outputs.
+    (r'layers/.*/experts/(gate|up)/kernel/a$',
+     P(None, 'expert', 'fsdp', None)),
+    (r'layers/.*/experts/(gate|up)/kernel/b$',
+     P(None, 'expert', None, 'tensor')),
+    (r'layers/.*/experts/down/kernel/a$', P(None, 'expert', 'tensor', None)),
+    (r'layers/.*/experts/down/kernel/b$', P(None, 'expert', None, 'fsdp')),
+    (r'layers/.*/(q|k|v|gate|up)/kernel/a$', P(None, 'fsdp', None)),
+    (r'layers/.*/(q|k|v|gate|up)/kernel/b$', P(None, None, 'tensor')),
+    (r'layers/.*/(o|down)/kernel/a$', P(None, 'tensor', None)),
+    (r'layers/.*/(o|down)/kernel/b$', P(None, None, 'fsdp')),
     (r'/scale$', P()),
 )
 

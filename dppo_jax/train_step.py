@@ -15,6 +15,7 @@ from dppo_jax import diagnostics
 from dppo_jax import duals
 from dppo_jax import replay as replay_lib
 from dppo_jax import sharding
+from dppo_jax import trainable as trainable_lib
 from dppo_jax.rollout import RolloutFn
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
@@ -40,6 +41,7 @@ def make_train_step(
     state_shardings: PyTree,
     mesh: Any,
     replay: replay_lib.Replay | None = None,
+    trainable: trainable_lib.Trainable = trainable_lib.EVERYTHING,
 ) -> TrainStep:
   """The jitted step. Its state is donated and every sharding is pinned.
 
@@ -56,6 +58,7 @@ def make_train_step(
     state_shardings: a `TrainState` of shardings.
     mesh: where everything else lives.
     replay: from `replay.make_replay`; None learns from fresh rollouts alone.
+    trainable: what is trained, and how it makes a policy.
   """
 
   def learn_and_measure(state, scored, key):
@@ -63,7 +66,10 @@ def make_train_step(
     if replay is not None:
       key, key_replay = jax.random.split(key)
       pool, replay_metrics = replay.mix(
-          state.replay, scored, state, key_replay
+          state.replay,
+          scored,
+          state._replace(params=trainable.join(state.params, state.frozen)),
+          key_replay,
       )
     new_state, stats, metrics = learn(state, pool, key)
     if replay is not None:
@@ -87,20 +93,20 @@ def make_train_step(
     metrics['masked_tokens'] = diagnostics.masked_token_counts(
         stats, vocab_size=vocab_size
     )
-    return new_state._replace(step=state.step + 1), metrics
+    return _moving(new_state._replace(step=state.step + 1)), metrics
 
   def train_step(state, scored, prompts):
     def skip(state, scored, key):
       """What learning returns, from nothing."""
       _, metrics = jax.eval_shape(learn_and_measure, state, scored, key)
       zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-      return state, jax.tree.map(zeros, metrics)
+      return _moving(state), jax.tree.map(zeros, metrics)
 
     # Each key is derived from the step it serves, so nothing needs carrying.
     stream_learn, stream_sample = jax.random.split(state.key)
     key_learn = jax.random.fold_in(stream_learn, state.step)
     with jax.named_scope('learn'):
-      state, metrics = jax.lax.cond(
+      moved, metrics = jax.lax.cond(
           jnp.any(scored.rollout.token_mask),
           learn_and_measure,
           skip,
@@ -108,10 +114,14 @@ def make_train_step(
           scored,
           key_learn,
       )
+    state = moved._replace(frozen=state.frozen, reference=state.reference)
     key_sample = jax.random.fold_in(stream_sample, state.step)
     with jax.named_scope('sample'):
       rollout, num_steps = rollout_fn(
-          state.params, prompts, key_sample, state.policy_version
+          trainable.merge(state.params, state.frozen),
+          prompts,
+          key_sample,
+          state.policy_version,
       )
     metrics['sample/decode_steps'] = num_steps
     return state, rollout, metrics
@@ -130,15 +140,17 @@ def init_state(
     optimizer: Any,
     key: jax.Array,
     *,
+    frozen: PyTree = (),
     with_reference: bool = False,
     dual: duals.Dual | None = None,
 ) -> TrainState:
   """The state before the first update.
 
   Args:
-    params: parameter tree.
+    params: what is trained.
     optimizer: an `optim.Optimizer`.
     key: typed PRNG key.
+    frozen: what is not, see `trainable.Trainable.split`.
     with_reference: keep a frozen copy of the parameters, for penalties.
     dual: of the loss's constraint, if it has one.
   """
@@ -152,6 +164,7 @@ def init_state(
       nonfinite_in_a_row=jnp.zeros((), jnp.int32),
       reference=jax.tree.map(jnp.copy, params) if with_reference else (),
       dual=() if dual is None else dual.init(),
+      frozen=frozen,
   )
 
 
@@ -163,20 +176,32 @@ def state_shardings(state: TrainState, mesh: Any) -> TrainState:
       params=sharding.of_params(state.params, mesh),
       opt_state=sharding.of_params(state.opt_state, mesh),
       reference=sharding.of_params(state.reference, mesh),
+      frozen=sharding.of_params(state.frozen, mesh),
       replay=jax.tree.map(
           lambda x: in_slots if x.ndim > 1 else everywhere, state.replay
       ),
   )
 
 
-def blank(rollout_fn: RolloutFn, state: TrainState, prompts: Prompts):
+def blank(
+    rollout_fn: RolloutFn,
+    state: TrainState,
+    prompts: Prompts,
+    trainable: trainable_lib.Trainable = trainable_lib.EVERYTHING,
+) -> ScoredRollout:
   """A `ScoredRollout` of zeros in the shapes that `rollout_fn` makes."""
+  policy = jax.eval_shape(trainable.merge, state.params, state.frozen)
   shapes, _ = jax.eval_shape(
-      rollout_fn, state.params, prompts, state.key, state.policy_version
+      rollout_fn, policy, prompts, state.key, state.policy_version
   )
   rollout = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   batch = rollout.token_mask.shape[0]
   return ScoredRollout(rollout, jnp.zeros(batch, jnp.float32))
+
+
+def _moving(state: TrainState) -> TrainState:
+  """Without what never changes, which a conditional would copy."""
+  return state._replace(frozen=(), reference=())
 
 
 def _over_updates(name: str, values: jax.Array) -> jax.Array:

@@ -87,11 +87,12 @@ class TrainState(NamedTuple):
   """Everything the compiled step carries from one call to the next."""
 
   step: jax.Array  # [] int32, rollouts learned from.
-  params: PyTree
+  params: PyTree  # What is trained: everything, a part of it, or adapters.
   opt_state: PyTree
   key: jax.Array  # typed PRNG key; the step folds `step` into it.
   policy_version: jax.Array  # [] int32, optimizer updates applied.
   nonfinite_in_a_row: jax.Array  # [] int32, updates skipped just now.
-  reference: PyTree = ()  # Frozen parameters, where a penalty needs them.
+  reference: PyTree = ()  # The first `params`, where a penalty needs them.
   dual: PyTree = ()  # A `DualState`, where there is a constraint.
   replay: PyTree = ()  # A `replay.Buffer`, where rollouts are used again.
+  frozen: PyTree = ()  # What was loaded and is not trained, see trainable.py.

@@ -15,7 +15,7 @@ LAYERS = (
     ('types', 'masking', 'segments', 'registry', 'ages'),
     ('divergences', 'trust_regions', 'losses', 'penalties', 'advantages',
      'shaping', 'normalizers', 'algorithms', 'diagnostics', 'duals'),
-    ('models.*', 'tasks.*', 'optim', 'sharding'),
+    ('models.*', 'tasks.*', 'lora', 'optim', 'sharding', 'trainable'),
     ('decoding', 'packing', 'replay'),
     ('sampling',),
     ('rollout', 'target', 'evaluate'),
@@ -29,10 +29,13 @@ LAYERS = (
 MATHEMATICS = LAYERS[0] + LAYERS[1]
 
 # Slow to import or not installed everywhere: only where they are used.
-ONLY_INSIDE_FUNCTIONS = {'tensorflow_datasets', 'grain', 'transformers'}
+ONLY_INSIDE_FUNCTIONS = {
+    'datasets', 'grain', 'math_verify', 'pyarrow', 'reasoning_gym',
+    'tensorflow_datasets', 'transformers',
+}
 NEVER = {'torch'}
 # Wholly about one of these packages, so imported only inside functions itself.
-BEHIND_A_FUNCTION = {'tasks.arithmetic_tfds'}
+BEHIND_A_FUNCTION = {'tasks.arithmetic_tfds', 'tasks.math_verifier'}
 
 ROOT = pathlib.Path(dppo_jax.__file__).parent
 

@@ -430,7 +430,7 @@ def test_a_malformed_row_is_named_by_file_and_line(cli, data, tmp_path):
     ({'total_step': 3}, 'total_step.*Did you mean.*total_steps'),
     ({'config': 'default.py:grpoo'}, "'grpoo'. Did you mean 'grpo'"),
     ({'divergence.k': 455}, 'k=455 .* vocabulary of 454 tokens'),
-    ({'model.name': './nowhere'}, "Model folder './nowhere' does not exist"),
+    ({'model.name': './nowhere'}, "Model './nowhere' does not exist"),
     ({'config': '/nowhere/config.py'}, '/nowhere/config.py'),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else '')
 def test_a_mistake_is_one_line_and_exit_code_2(

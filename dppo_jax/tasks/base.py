@@ -9,7 +9,7 @@ choice here:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from dppo_jax import registry
 
@@ -20,11 +20,25 @@ config = register.config
 
 
 class Source(Protocol):
-  """Random access to rows {'prompt': str, 'answer': str}."""
+  """Random access to rows {'prompt': str, 'answer': str}.
+
+  A prompt may also be a list of messages {'role': str, 'content': str}, which
+  `prompts.prepare` makes a text of.
+  """
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int, /) -> dict[str, str]: ...
+  def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+class Chat(NamedTuple):
+  """How a prompt becomes a conversation, in the words of the model's template.
+
+  The template is the tokenizer's. Without a system prompt of one's own it may
+  bring another, as those of Qwen2.5 and SmolLM2 do.
+  """
+
+  system_prompt: str = ''
 
 
 class Task(NamedTuple):
@@ -37,3 +51,29 @@ class Task(NamedTuple):
   train: Source
   test: Source
   score: Callable[[str, str], float]
+  chat: Chat | None = None  # None: prompts are continued as they are.
+  drop_long_prompts: bool = False  # False: one that is too long is an error.
+
+
+def is_conversation(value: Any) -> bool:
+  """Whether it is a list of messages {'role': str, 'content': str}."""
+  return bool(value) and isinstance(value, list) and all(
+      isinstance(message, dict)
+      and isinstance(message.get('role'), str)
+      and isinstance(message.get('content'), str)
+      for message in value
+  )
+
+
+def chat_options(chat_template: bool, system_prompt: str) -> Chat | None:
+  """The options of a task as a `Chat`.
+
+  Raises:
+    ValueError: a system prompt without a template that could hold it.
+  """
+  if system_prompt and not chat_template:
+    raise ValueError(
+        f'config.task.system_prompt={system_prompt!r} needs '
+        'config.task.chat_template=True; a raw prompt has no system.'
+    )
+  return Chat(system_prompt) if chat_template else None

@@ -1,14 +1,17 @@
 """Your own prompts: JSON-lines files of prompts and answers.
 
 One row a line: `{"prompt": "Capital of France?", "answer": "Paris"}`. An answer
-may also be an integer. Other fields are ignored, and so are empty lines.
+may also be an integer, a prompt a list of messages `{"role": "user", "content":
+"Capital of France?"}`. Other fields are ignored, and so are empty lines.
 """
 
 import json
 import os
 import pathlib
+from typing import Any
 
 from dppo_jax.tasks import base
+from dppo_jax.tasks import own_verifier
 from dppo_jax.tasks import scoring
 
 
@@ -18,6 +21,10 @@ def jsonl(
   train_path: str = '',
   test_path: str = '',
   scorer: str = 'answer_after_hashes',
+  verifier: str = '',
+  chat_template: bool = False,
+  system_prompt: str = '',
+  drop_long_prompts: bool = False,
 ) -> base.Task:
   """Prompts and answers of two JSON-lines files.
 
@@ -25,14 +32,22 @@ def jsonl(
     train_path: rows to learn from.
     test_path: rows to be tested on, another file.
     scorer: how a completion is judged, 'answer_after_hashes' (the completion
-      ends in `#### 85`; every answer must be an integer) or 'exact'.
+      ends in `#### 85`; every answer must be an integer), 'boxed_math' or
+      'exact'.
+    verifier: your own in its place, 'module:function' or 'file.py:function'.
+      An answer may then be any JSON; what is not text reaches it as JSON text.
+    chat_template: put prompts into the words of the tokenizer's chat template.
+    system_prompt: first message of the conversation.
+    drop_long_prompts: leave out prompts of more than max_prompt_length tokens;
+      if False, one of them is an error.
 
   Raises:
     FileNotFoundError: a file is missing.
+    ImportError: the scorer needs a package; says which.
     ValueError: a path is not given, or a row is malformed; the message names
       file and line.
   """
-  score = scoring.scorer(scorer)
+  score = own_verifier.load(verifier) if verifier else scoring.scorer(scorer)
   for option, path in (('train_path', train_path), ('test_path', test_path)):
     if not path:
       raise ValueError(
@@ -46,10 +61,16 @@ def jsonl(
       f'train_path and test_path are the same file, {test_path}; '
       'a policy is not tested on what it learned from. Split it in two.'
     )
-  return base.Task(train, test, score)
+  return base.Task(
+    train,
+    test,
+    score,
+    chat=base.chat_options(chat_template, system_prompt),
+    drop_long_prompts=drop_long_prompts,
+  )
 
 
-def read(path: str, *, score: scoring.ScoreFn) -> list[dict[str, str]]:
+def read(path: str, *, score: scoring.ScoreFn) -> list[dict[str, Any]]:
   """All rows of a file, checked.
 
   Args:
@@ -57,7 +78,7 @@ def read(path: str, *, score: scoring.ScoreFn) -> list[dict[str, str]]:
     score: the verifier; a row whose answer it refuses is malformed.
 
   Returns:
-    a list of {'prompt': str, 'answer': str}.
+    a list of {'prompt': str or messages, 'answer': str}.
 
   Raises:
     FileNotFoundError: no such file.
@@ -83,7 +104,7 @@ def _path(path: str) -> pathlib.Path:
   return pathlib.Path(path).expanduser()
 
 
-def _row(line: bytes, score: scoring.ScoreFn) -> dict[str, str]:
+def _row(line: bytes, score: scoring.ScoreFn) -> dict[str, Any]:
   """One row, or a ValueError that says what is wrong with it."""
   fields = _parse(line)
   for field in ('prompt', 'answer'):
@@ -92,15 +113,23 @@ def _row(line: bytes, score: scoring.ScoreFn) -> dict[str, str]:
         f'field {field!r} is missing; there is {", ".join(fields) or "none"}.'
       )
   prompt, answer = fields['prompt'], fields['answer']
+  own = isinstance(score, own_verifier.OwnVerifier)
   if type(answer) is int:  # Not isinstance: True is an int too.
     answer = str(answer)
-  if not isinstance(prompt, str) or not prompt:
-    raise ValueError(f'prompt {prompt!r} must be a string that is not empty.')
+  elif own and not isinstance(answer, str):
+    answer = json.dumps(answer)
+  if not (isinstance(prompt, str) and prompt or base.is_conversation(prompt)):
+    raise ValueError(
+      f'prompt {prompt!r} must be a string that is not empty, or a list of '
+      'messages {"role": ..., "content": ...}.'
+    )
   if not isinstance(answer, str) or not answer.strip():
     raise ValueError(
       f'answer {answer!r} must be an integer or a string that is not empty; '
       'put it in quotes if it is meant as text.'
     )
+  if own:  # It may raise at will: that is counted while it scores.
+    return {'prompt': prompt, 'answer': answer}
   try:
     score('', answer)
   except ValueError as error:

@@ -7,6 +7,7 @@ same position. P is always `max_prompt_length`: one shape, one compilation.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from absl import logging
 import numpy as np
 
 from dppo_jax import types
@@ -27,12 +28,130 @@ class PromptBatch(NamedTuple):
   answers: list[str]  # N
 
 
+def prepare(
+    task: base.Task, tokenizer: Any, *, max_prompt_length: int
+) -> base.Task:
+  """The task with every prompt as the text that the model will continue.
+
+  Args:
+    task: its prompts are texts or lists of messages.
+    tokenizer: of transformers, with a chat template if the task wants one.
+    max_prompt_length: P; a task that drops long prompts drops those above.
+
+  Returns:
+    the task, whose prompts are texts. Where a template made them they hold its
+    special tokens already: encode them with `add_special_tokens=False`.
+
+  Raises:
+    ValueError: the tokenizer has no template, the template refuses a prompt, a
+      conversation has none to go through, or every prompt is too long.
+  """
+  if task.chat is not None and not getattr(tokenizer, 'chat_template', None):
+    raise ValueError(
+        'config.task.chat_template=True, but the tokenizer of this model has '
+        'no chat template. Use a model that was tuned on conversations, or '
+        'chat_template=False.'
+    )
+  sources = {}
+  for split in ('train', 'test'):
+    rows = _as_texts(getattr(task, split), task.chat, tokenizer)
+    if task.drop_long_prompts:
+      rows = _drop_long(
+          rows,
+          tokenizer,
+          split=split,
+          max_prompt_length=max_prompt_length,
+          add_special_tokens=task.chat is None,
+      )
+    sources[split] = rows
+  return task._replace(**sources)
+
+
+def _as_texts(
+    source: base.Source, chat: base.Chat | None, tokenizer: Any
+) -> base.Source:
+  """Rows whose prompts are texts; the source itself if they are already."""
+  if chat is None and all(
+      isinstance(source[i]['prompt'], str) for i in range(len(source))
+  ):
+    return source
+  rows = (source[i] for i in range(len(source)))
+  return [row | {'prompt': _text(row, chat, tokenizer)} for row in rows]
+
+
+def _text(row: dict[str, Any], chat: base.Chat | None, tokenizer: Any) -> str:
+  messages = row['prompt']
+  if isinstance(messages, str):
+    messages = [{'role': 'user', 'content': messages}]
+  roles = [message['role'] for message in messages]
+  if chat is None:
+    if roles == ['user']:
+      return messages[0]['content']
+    raise ValueError(
+        f'A prompt is a conversation of {", ".join(roles)}; set '
+        'config.task.chat_template=True to put it into words.'
+    )
+  if chat.system_prompt:
+    if 'system' in roles:
+      raise ValueError(
+          'A prompt has a system message of its own; leave '
+          'config.task.system_prompt empty.'
+      )
+    messages = [{'role': 'system', 'content': chat.system_prompt}, *messages]
+  try:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+  except Exception as error:  # Templates are programs; Jinja has many errors.
+    raise ValueError(
+        f'The chat template refuses a conversation of '
+        f'{", ".join(m["role"] for m in messages)}: '
+        f'{" ".join(str(error).split())}.'
+    ) from error
+
+
+def _drop_long(
+    source: base.Source,
+    tokenizer: Any,
+    *,
+    split: str,
+    max_prompt_length: int,
+    add_special_tokens: bool,
+) -> list[dict[str, Any]]:
+  rows = [source[i] for i in range(len(source))]
+  kept = []
+  for start in range(0, len(rows), _CHECK_AT_ONCE):
+    part = rows[start : start + _CHECK_AT_ONCE]
+    ids = tokenizer(
+        [row['prompt'] for row in part],
+        verbose=False,
+        add_special_tokens=add_special_tokens,
+    )['input_ids']
+    kept += [
+        row
+        for row, row_ids in zip(part, ids, strict=True)
+        if len(row_ids) <= max_prompt_length
+    ]
+  if not kept:
+    raise ValueError(
+        f'All {len(rows)} {split} prompts have more tokens than '
+        f'config.max_prompt_length={max_prompt_length}; raise it.'
+    )
+  if len(kept) < len(rows):
+    logging.info(
+        'Dropped %d of %d %s prompts of more than %d tokens.',
+        len(rows) - len(kept), len(rows), split, max_prompt_length,
+    )
+  return kept
+
+
 def encode(
   texts: Sequence[str],
   tokenizer: Any,
   *,
   max_prompt_length: int,
   source_name: str = '',
+  add_special_tokens: bool = True,
 ) -> types.Prompts:
   """Tokenizes prompts and pads them on the left.
 
@@ -41,6 +160,8 @@ def encode(
     tokenizer: of transformers, with a pad token.
     max_prompt_length: P.
     source_name: where the prompts come from, for messages.
+    add_special_tokens: False for texts that a chat template made, which have
+      them already.
 
   Returns:
     tokens [N, P] int32 and mask [N, P] bool, NumPy arrays.
@@ -48,7 +169,11 @@ def encode(
   Raises:
     ValueError: a prompt has more than P tokens, or none.
   """
-  rows = tokenizer(list(texts), verbose=False)['input_ids'] if texts else []
+  rows = []
+  if texts:
+    rows = tokenizer(
+      list(texts), verbose=False, add_special_tokens=add_special_tokens
+    )['input_ids']
   shape = (len(rows), max_prompt_length)
   tokens = np.full(shape, tokenizer.pad_token_id, np.int32)
   mask = np.zeros(shape, bool)
@@ -75,6 +200,33 @@ def _check_length(text: str, length: int, limit: int, source_name: str):
   )
 
 
+def end_ids(tokenizer: Any, stop: Sequence[str] = ()) -> tuple[int, ...]:
+  """Tokens that end a completion: the end token, and all that hold a stop.
+
+  Args:
+    tokenizer: of transformers, with an end token.
+    stop: texts, for example a line feed, which many tokens may hold. One that
+      only several tokens together spell does not end a completion.
+
+  Raises:
+    ValueError: no token holds a stop.
+  """
+  ids = {tokenizer.eos_token_id}
+  if not stop:
+    return tuple(ids)
+  rows = [[i] for i in range(len(tokenizer))]
+  texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+  for wanted in stop:
+    found = {i for i, text in enumerate(texts) if wanted and wanted in text}
+    if not found:
+      raise ValueError(
+        f'No token of the tokenizer holds config.stop {wanted!r}; use a '
+        'shorter text, which a single token holds.'
+      )
+    ids |= found
+  return tuple(sorted(ids))
+
+
 def evaluation_batches(
   source: base.Source,
   tokenizer: Any,
@@ -82,6 +234,7 @@ def evaluation_batches(
   num_prompts: int,
   max_prompt_length: int,
   batch_size: int | None = None,
+  add_special_tokens: bool = True,
 ) -> list[PromptBatch]:
   """The same prompts each time: rows spread evenly over the source.
 
@@ -92,6 +245,7 @@ def evaluation_batches(
     max_prompt_length: P.
     batch_size: N; all in one batch if not given. The last batch is shorter if
       `num_prompts` is not a multiple.
+    add_special_tokens: see `encode`.
 
   Raises:
     ValueError: fewer rows than `num_prompts`, or a prompt that is too long.
@@ -104,17 +258,22 @@ def evaluation_batches(
   rows = [source[i * len(source) // num_prompts] for i in range(num_prompts)]
   batch_size = batch_size or num_prompts
   return [
-    _make_batch(rows[i : i + batch_size], tokenizer, max_prompt_length)
+    _make_batch(
+      rows[i : i + batch_size],
+      tokenizer,
+      max_prompt_length=max_prompt_length,
+      add_special_tokens=add_special_tokens,
+    )
     for i in range(0, num_prompts, batch_size)
   ]
 
 
 def _make_batch(
-  rows: Sequence[dict[str, str]], tokenizer: Any, max_prompt_length: int
+  rows: Sequence[dict[str, str]], tokenizer: Any, **options
 ) -> PromptBatch:
   texts = [row['prompt'] for row in rows]
   answers = [row['answer'] for row in rows]
-  prompts = encode(texts, tokenizer, max_prompt_length=max_prompt_length)
+  prompts = encode(texts, tokenizer, **options)
   return PromptBatch(prompts, texts, answers)
 
 
@@ -136,6 +295,7 @@ class PromptIterator:
     seed: int,
     shard_index: int = 0,
     shard_count: int = 1,
+    add_special_tokens: bool = True,
   ):
     """Checks all prompts, then opens the pipeline.
 
@@ -147,6 +307,7 @@ class PromptIterator:
       seed: of the order, the same on all hosts.
       shard_index: this host.
       shard_count: number of hosts.
+      add_special_tokens: see `encode`.
 
     Raises:
       ValueError: a size that makes no sense, or a prompt that is too long.
@@ -161,7 +322,10 @@ class PromptIterator:
         f'impossible with {len(source)} rows.'
       )
     self._tokenizer = tokenizer
-    self._max_prompt_length = max_prompt_length
+    self._encoding = {
+      'max_prompt_length': max_prompt_length,
+      'add_special_tokens': add_special_tokens,
+    }
     rows = grain.MapDataset.source(source)[shard_index::shard_count]
     self._check_all(rows)
     # What the order depends on; a position means nothing without it.
@@ -184,15 +348,13 @@ class PromptIterator:
     for start in range(0, len(rows), _CHECK_AT_ONCE):
       stop = min(start + _CHECK_AT_ONCE, len(rows))
       texts = [rows[i]['prompt'] for i in range(start, stop)]
-      encode(texts, self._tokenizer, max_prompt_length=self._max_prompt_length)
+      encode(texts, self._tokenizer, **self._encoding)
 
   def __iter__(self) -> 'PromptIterator':
     return self
 
   def __next__(self) -> PromptBatch:
-    return _make_batch(
-      next(self._batches), self._tokenizer, self._max_prompt_length
-    )
+    return _make_batch(next(self._batches), self._tokenizer, **self._encoding)
 
   def get_state(self) -> dict[str, Any]:
     """The position between two batches; goes through JSON."""

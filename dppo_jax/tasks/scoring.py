@@ -6,9 +6,14 @@ crash belongs into worker processes: `Scorer(score, num_workers=8)`.
 """
 
 from collections.abc import Callable
+import functools
 import multiprocessing
+import numbers
+import os
 import re
+import sys
 
+from absl import logging
 import numpy as np
 
 from dppo_jax import registry
@@ -38,9 +43,21 @@ def exact(completion: str, answer: str) -> float:
   return float(completion.strip() == answer.strip())
 
 
-_SCORERS: dict[str, ScoreFn] = {
-  'answer_after_hashes': answer_after_hashes,
-  'exact': exact,
+def _boxed_math() -> ScoreFn:
+  try:
+    from dppo_jax.tasks import math_verifier  # Slow to import, and optional.
+  except ImportError as error:
+    raise ImportError(
+      "Scorer 'boxed_math' needs the package math-verify; "
+      "pip install 'dppo_jax[verifiers]'."
+    ) from error
+  return math_verifier.boxed_math
+
+
+_SCORERS: dict[str, Callable[[], ScoreFn]] = {
+  'answer_after_hashes': lambda: answer_after_hashes,
+  'boxed_math': _boxed_math,
+  'exact': lambda: exact,
 }
 
 
@@ -50,10 +67,23 @@ def names() -> list[str]:
 
 
 def scorer(name: str) -> ScoreFn:
-  """The verifier called `name`, or a ValueError that suggests one."""
+  """The verifier called `name`.
+
+  Raises:
+    ValueError: there is none; the message suggests one.
+    ImportError: it needs a package that is not installed; says which.
+  """
   if name not in _SCORERS:
     raise ValueError(registry.unknown('scorer', name, _SCORERS))
-  return _SCORERS[name]
+  return _SCORERS[name]()
+
+
+def may_hang(score: ScoreFn) -> bool:
+  """Whether what a policy writes can keep this verifier busy for ever.
+
+  A verifier says so by an attribute `may_hang`; it then runs in workers only.
+  """
+  return getattr(score, 'may_hang', False)
 
 
 class Scorer:
@@ -63,7 +93,8 @@ class Scorer:
   interrupt it. Otherwise each completion has `timeout_s` of its own, counted
   from when a worker takes it up; then the worker is killed and replaced, the
   reward is 0 and `timeouts` goes up by one. A worker that dies on a completion
-  is replaced too, and counted in `crashes`.
+  is replaced too, and counted in `crashes`. A verifier that raises earns 0 in
+  both cases, and is counted in `errors`; the first one is logged.
 
   Workers are spawned, never forked: a fork copies the locks of JAX's threads
   but not the threads. So `score` must be picklable, and a script that makes a
@@ -77,11 +108,19 @@ class Scorer:
       raise ValueError(f'num_workers={num_workers} must be 0 or more.')
     if timeout_s <= 0:
       raise ValueError(f'timeout_s={timeout_s} must be positive.')
+    if may_hang(score) and not num_workers:
+      raise ValueError(
+        'num_workers=0, but this verifier may hang on what a policy writes; '
+        'use workers, for example num_workers=4.'
+      )
     self.timeouts = 0
     self.crashes = 0
+    self.errors = 0
+    self._counted = (0, 0, 0)
+    self._last_failure = ''
     self._score = score
     self._timeout_s = timeout_s
-    self._pool = _make_pool(num_workers) if num_workers else None
+    self._pool = _make_pool(num_workers, score) if num_workers else None
 
   def score(self, completions: list[str], answers: list[str]) -> np.ndarray:
     """Rewards of a batch.
@@ -94,51 +133,81 @@ class Scorer:
       [B] float32.
 
     Raises:
-      ValueError: lengths differ, or a reward is not finite.
-      RuntimeError: the worker died on every completion of the batch.
+      ValueError: lengths differ, or a reward is not a finite number.
+      RuntimeError: the verifier raised or died on every completion.
     """
     if len(completions) != len(answers):
       raise ValueError(
         f'{len(completions)} completions but {len(answers)} answers.'
       )
-    pairs = list(zip(completions, answers, strict=True))
+    calls = self._calls(list(zip(completions, answers, strict=True)))
+    before = self.crashes + self.errors
+    rewards = [
+      self._reward(call, answer)
+      for call, answer in zip(calls, answers, strict=True)
+    ]
+    if rewards and self.crashes + self.errors - before == len(rewards):
+      raise RuntimeError(
+        f'The verifier failed on all {len(rewards)} completions of a batch; '
+        f'the last time: {self._last_failure}.'
+      )
+    return np.array(rewards, np.float32)
+
+  def _calls(
+    self, pairs: list[tuple[str, str]]
+  ) -> list[Callable[[], float]]:
+    """For each completion what returns its reward, or raises."""
     if self._pool is None:
-      rewards = [self._score(*pair) for pair in pairs]
-    else:
-      rewards = self._score_in_pool(pairs)
-    rewards = np.array(rewards, np.float32)
-    for reward, answer in zip(rewards, answers, strict=True):
-      if not np.isfinite(reward):
-        raise ValueError(
-          f'The reward is {reward} for answer {answer!r}; '
-          'a score function must return a finite number.'
-        )
-    return rewards
-
-  def _score_in_pool(self, pairs: list[tuple[str, str]]) -> list[float]:
-    import pebble  # Needed by pools only.
-
-    futures = [
-      self._pool.schedule(self._score, args=pair, timeout=self._timeout_s)
+      return [functools.partial(self._score, *pair) for pair in pairs]
+    return [
+      self._pool.schedule(
+        self._score, args=pair, timeout=self._timeout_s
+      ).result
       for pair in pairs
     ]
-    rewards, crashes = [], 0
-    for future in futures:
-      try:
-        rewards.append(future.result())
-      except TimeoutError:
-        self.timeouts += 1
-        rewards.append(0.0)
-      except pebble.ProcessExpired:
-        crashes += 1
-        rewards.append(0.0)
-    self.crashes += crashes
-    if crashes and crashes == len(pairs):
-      raise RuntimeError(
-        f'The verifier killed its process on all {crashes} completions of a '
-        'batch. Try num_workers=0 to see why.'
+
+  def _reward(self, call: Callable[[], float], answer: str) -> float:
+    """One reward; 0 for what goes wrong, which is counted."""
+    try:
+      reward = call()
+    except Exception as error:
+      self._count(error, answer)
+      return 0.0
+    if not isinstance(reward, numbers.Real | np.bool_) or not np.isfinite(
+      reward
+    ):
+      raise ValueError(
+        f'The reward is {reward!r} for answer {answer!r}; '
+        'a score function must return a finite number.'
       )
-    return rewards
+    return float(reward)
+
+  def _count(self, error: Exception, answer: str) -> None:
+    if self._pool is not None:
+      import pebble  # Needed by pools only.
+
+      if isinstance(error, TimeoutError):
+        self.timeouts += 1
+        return
+      if isinstance(error, pebble.ProcessExpired):
+        self.crashes += 1
+        self._last_failure = f'its process died ({error})'
+        return
+    if not self.errors:
+      logging.warning(
+        'The verifier raised an error for answer %r, which earns 0; further '
+        'ones are only counted, in verifier/errors.', answer, exc_info=error,
+      )
+    self.errors += 1
+    self._last_failure = f'{type(error).__name__}: {error}'
+
+  def take_counts(self) -> dict[str, float]:
+    """What went wrong since the last call, as metrics."""
+    counts = (self.timeouts, self.errors, self.crashes)
+    new = [now - then for now, then in zip(counts, self._counted)]
+    self._counted = counts
+    names = ('timeouts', 'errors', 'crashes')
+    return {f'verifier/{n}': float(x) for n, x in zip(names, new)}
 
   def close(self) -> None:
     """Ends the workers. Closing twice does nothing."""
@@ -153,23 +222,27 @@ class Scorer:
     self.close()
 
 
-def _make_pool(num_workers: int):
+def _make_pool(num_workers: int, score: ScoreFn):
   try:
     import pebble  # Needed by pools only.
   except ImportError as error:
     raise ImportError(
       'Scoring in worker processes needs the package pebble; '
-      'pip install pebble, or use num_workers=0.'
+      "pip install 'dppo_jax[verifiers]', or use num_workers=0."
     ) from error
   return pebble.ProcessPool(
     max_workers=num_workers,
     context=multiprocessing.get_context('spawn'),
-    initializer=_stay_off_accelerators,
+    # The verifier itself is not used by it: that a worker unpickles it imports
+    # its module, and that before the time of the first completion counts.
+    initializer=_start_worker,
+    initargs=(score,),
   )
 
 
-def _stay_off_accelerators() -> None:
+def _start_worker(score: ScoreFn) -> None:
   """A verifier that uses JAX must not claim the memory of the trainer's GPU."""
-  import jax
-
-  jax.config.update('jax_platforms', 'cpu')
+  del score
+  os.environ['JAX_PLATFORMS'] = 'cpu'
+  if 'jax' in sys.modules:  # Then it has read the variable already.
+    sys.modules['jax'].config.update('jax_platforms', 'cpu')

@@ -1,0 +1,283 @@
+r"""Verifiers: answers in a box, your own function, and what goes wrong."""
+
+import os
+import pickle
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from dppo_jax.tasks import boxed
+from dppo_jax.tasks import math_verifier
+from dppo_jax.tasks import own_verifier
+from dppo_jax.tasks import scoring
+
+score = math_verifier.boxed_math
+
+
+# The last box.
+
+
+@pytest.mark.parametrize('text, content', [
+    (r'so \boxed{42}.', '42'),
+    (r'\boxed{1} or \boxed{2}', '2'),
+    (r'\boxed{\frac{1}{2}}', r'\frac{1}{2}'),
+    (r'\boxed{ \{1, 2\} }', r'\{1, 2\}'),
+    (r'\boxed{\boxed{7}}', '7'),
+    (r'\fbox{3}', '3'),
+    (r'\boxed {4}', '4'),
+    (r'\boxed{}', ''),
+    (r'\boxed{1} and \boxed{2', None),
+    (r'\boxed 5', None),
+    ('42', None),
+])
+def test_the_last_box_counts_and_must_be_closed(text, content):
+  assert boxed.last_boxed(text) == content
+
+
+def test_a_long_text_of_open_boxes_is_read_in_linear_time():
+  # A quadratic search would take minutes; that it returns is the assertion.
+  assert boxed.last_boxed(r'\boxed{' * 100_000) is None
+
+
+# math-verify.
+
+
+@pytest.mark.parametrize('answer, given', [
+    ('72', '72'),
+    ('72', '72.0'),
+    ('1000', '1,000'),
+    ('1,080', '1080'),
+    ('1/2', r'\frac{1}{2}'),
+    (r'\frac12', '0.5'),
+    ('x^2+2x+1', '(x+1)^2'),  # Bare, without dollars.
+    ('$x^2+2x+1$', '(x+1)^2'),
+    (r'\boxed{72}', '72'),  # The answer of a data set may be boxed.
+    ('5', 'x = 5'),
+    ('5', r'5\text{ apples}'),
+    (r'\text{Evelyn}', 'Evelyn'),
+    ('(1, 2)', '(1,2)'),
+    ('1, 2', '2, 1'),
+])
+def test_what_is_equal_earns_1(answer, given):
+  assert score(rf'So the answer is \boxed{{{given}}}.', answer) == 1
+
+
+@pytest.mark.parametrize('answer, given', [
+    ('72', '73'),
+    ('1/2', '0.4'),
+    ('1, 2', '1'),
+    ('7', 'seven'),
+    ('7', ''),
+    (r'\frac{1}{2}', r'\frac{1}{2'),
+])
+def test_what_is_not_equal_earns_0(answer, given):
+  assert score(rf'\boxed{{{given}}}', answer) == 0
+
+
+@pytest.mark.parametrize('list_of', [
+    '{a} or {b}',
+    r'{a} \text{{ or }} {b}',
+    r'{a} \text{{(or {b})}}',
+    '{a} and {b}',
+    '{a}, {b}',
+    '{a}; {b}',
+    '{a} {b}',
+    r'{a}\quad {b}',
+    r'{a} \lor {b}',
+    r'{a} \vee {b}',
+    r'\{{{a}, {b}\}}',
+    '[{a}, {b}]',
+    '({a}, {b})',
+    r'{a}\\{b}',
+    '{a} | {b}',
+    r'\$ {a} \$ or \$ {b} \$',
+])
+def test_a_list_of_guesses_earns_nothing_whichever_is_right(list_of):
+  for a, b in ((7, 8), (8, 7)):
+    assert score(rf'\boxed{{{list_of.format(a=a, b=b)}}}', '8') == 0
+
+
+def test_of_several_boxes_only_the_last_counts():
+  assert score(r'\boxed{7} \boxed{8}', '8') == 1
+  assert score(r'\boxed{8} \boxed{7}', '8') == 0
+  assert score(r'\boxed{8} \boxed{7', '8') == 0
+
+
+@pytest.mark.parametrize('completion', [
+    '8', '#### 8', '<answer>8</answer>', r'$8$', 'The answer is 8.',
+])
+def test_an_answer_outside_a_box_earns_nothing(completion):
+  assert score(completion, '8') == 0
+
+
+def test_an_answer_that_cannot_be_read_is_an_error_not_a_reward():
+  with pytest.raises(ValueError, match="cannot read the answer ''"):
+    score(r'\boxed{}', '')
+
+
+def test_no_signal_is_touched():
+  before = signal.getsignal(signal.SIGALRM)
+  score(r'\boxed{(x+1)^2}', 'x^2+2x+1')
+  assert signal.getsignal(signal.SIGALRM) is before
+  assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_verifier_that_may_hang_runs_in_workers_only():
+  with pytest.raises(ValueError, match='may hang.*num_workers=4'):
+    scoring.Scorer(scoring.scorer('boxed_math'), num_workers=0)
+
+
+@pytest.mark.slow
+def test_what_hangs_sympy_is_killed_and_counted():
+  completions = [
+      r'\boxed{42}', r'\boxed{9^{9^{9^{9}}}}', r'\boxed{41}', r'\boxed{42.0}',
+  ]
+  with scoring.Scorer(score, num_workers=2, timeout_s=5.0) as scorer:
+    rewards = scorer.score(completions, ['42'] * 4)
+    np.testing.assert_array_equal(rewards, [1, 0, 0, 1])
+    assert scorer.take_counts() == {
+        'verifier/timeouts': 1, 'verifier/errors': 0, 'verifier/crashes': 0
+    }
+    # An answer nobody can read is an error of its own kind.
+    rewards = scorer.score([r'\boxed{42}', r'\boxed{}'], ['42', ''])
+    np.testing.assert_array_equal(rewards, [1, 0])
+    assert scorer.take_counts()['verifier/errors'] == 1
+
+
+# Errors.
+
+
+def fails_on_b(completion, answer):
+  if completion == 'b':
+    raise KeyError(answer)
+  return completion == answer
+
+
+def test_an_exception_earns_0_and_is_counted():
+  scorer = scoring.Scorer(fails_on_b)
+  rewards = scorer.score(['a', 'b', 'c'], ['a', 'b', 'x'])
+  np.testing.assert_array_equal(rewards, [1, 0, 0])
+  assert (scorer.errors, scorer.crashes, scorer.timeouts) == (1, 0, 0)
+
+
+def test_counts_are_those_since_the_last_call():
+  scorer = scoring.Scorer(fails_on_b)
+  for expected in (1, 1):
+    scorer.score(['a', 'b'], ['a', 'b'])
+    assert scorer.take_counts()['verifier/errors'] == expected
+  assert scorer.errors == 2
+  assert not any(scorer.take_counts().values())
+
+
+def test_a_verifier_that_fails_on_a_whole_batch_stops_the_run():
+  scorer = scoring.Scorer(fails_on_b)
+  with pytest.raises(RuntimeError, match="all 2 completions.*KeyError: 'x'"):
+    scorer.score(['b', 'b'], ['x', 'x'])
+
+
+@pytest.mark.parametrize('reward', [None, '1', float('inf')])
+def test_a_reward_is_a_finite_number(reward):
+  scorer = scoring.Scorer(lambda completion, answer: reward)
+  with pytest.raises(ValueError, match=f"reward is {reward!r} for answer 'a'"):
+    scorer.score([''], ['a'])
+
+
+@pytest.mark.parametrize('reward', [True, 1, 0.5, np.float32(1), np.bool_(0)])
+def test_a_reward_may_be_any_kind_of_number(reward):
+  scorer = scoring.Scorer(lambda completion, answer: reward)
+  assert scorer.score([''], ['']) == np.float32(reward)
+
+
+# Your own.
+
+
+OWN = '''
+def is_right(completion, answer):
+  """1 for the answer, -1 for nothing."""
+  if completion == 'boom':
+    raise RuntimeError('as told')
+  return -1.0 if not completion else float(completion.strip() == answer)
+
+def with_option(completion, answer, strict=True): return 1.0
+def too_few(completion): return 1.0
+def too_many(completion, answer, prompt): return 1.0
+def keyword(completion, answer, *, prompt): return 1.0
+number = 3
+'''
+
+
+@pytest.fixture
+def own_file(tmp_path):
+  path = tmp_path / 'own_checks.py'
+  path.write_text(OWN)
+  return path
+
+
+def test_a_function_of_a_file_is_found_and_called(own_file):
+  verifier = own_verifier.load(f'{own_file}:is_right')
+  assert [verifier(text, '8') for text in ('8 ', '7', '')] == [1, 0, -1]
+  assert own_verifier.load(f'{own_file}:with_option')('', '') == 1
+
+
+def test_a_path_may_be_relative_and_is_kept_as_absolute(own_file, monkeypatch):
+  monkeypatch.chdir(own_file.parent)
+  verifier = own_verifier.load('own_checks.py:is_right')
+  monkeypatch.chdir('/')
+  assert pickle.loads(pickle.dumps(verifier))('8', '8') == 1
+
+
+def test_a_function_of_a_module_is_found(own_file, monkeypatch):
+  monkeypatch.syspath_prepend(own_file.parent)
+  assert own_verifier.load('own_checks:is_right')('8', '8') == 1
+  assert own_verifier.load('os.path:samefile')
+
+
+@pytest.mark.parametrize('name, message', [
+    ('is_rihgt', "no function 'is_rihgt'. Did you mean 'is_right'"),
+    ('number', 'is a int, not a function'),
+    ('too_few', 'takes (completion), but it is called with'),
+    ('too_many', "called with (completion, answer): missing a required"),
+    ('keyword', "missing a required"),
+])
+def test_what_cannot_be_called_is_named_before_anything_starts(
+    own_file, name, message
+):
+  with pytest.raises(ValueError, match=re.escape(message)) as error:
+    own_verifier.load(f'{own_file}:{name}')
+  assert f'own_checks.py:{name}' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_a_verifier_that_cannot_be_imported_is_named(tmp_path):
+  with pytest.raises(ValueError, match='neither module:function nor'):
+    own_verifier.load('is_right')
+  with pytest.raises(FileNotFoundError, match='no file .*nowhere.py'):
+    own_verifier.load(f'{tmp_path}/nowhere.py:f')
+  with pytest.raises(ValueError, match='ModuleNotFoundError.*no_such_module'):
+    own_verifier.load('no_such_module:f')
+  (tmp_path / 'broken.py').write_text('1 / 0')
+  with pytest.raises(ValueError, match='ZeroDivisionError'):
+    own_verifier.load(f'{tmp_path}/broken.py:f')
+
+
+@pytest.mark.slow
+def test_a_function_of_a_file_runs_in_workers(own_file):
+  verifier = own_verifier.load(f'{own_file}:is_right')
+  with scoring.Scorer(verifier, num_workers=1) as scorer:
+    rewards = scorer.score(['8', 'boom', ''], ['8', '8', '8'])
+    np.testing.assert_array_equal(rewards, [1, 0, -1])
+    assert scorer.errors == 1
+
+
+def platform_of_jax(completion, answer):
+  del completion, answer
+  return float(os.environ['JAX_PLATFORMS'] == 'cpu')
+
+
+@pytest.mark.slow
+def test_workers_stay_off_accelerators(monkeypatch):
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  with scoring.Scorer(platform_of_jax, num_workers=1) as scorer:
+    assert scorer.score([''], ['']) == [1]
