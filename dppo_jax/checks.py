@@ -7,6 +7,9 @@ divergences, losses and so on are checked by building them, which is cheap.
 import math
 from typing import Any
 
+from dppo_jax import registry
+from dppo_jax.models.causal_lm import REMAT
+
 _POSITIVE = (
     'total_steps',
     'num_prompts',
@@ -42,11 +45,15 @@ def check(config: Any, *, num_batch_shards: int) -> None:
         f'config.learner.chunk_size={config.learner.chunk_size} must be 0 (all '
         'at once) or more.'
     )
-  for name in ('model.dtype', 'sampling.dtype'):
+  for name in ('model.dtype', 'model.params_dtype', 'sampling.dtype'):
     if _get(config, name) not in _DTYPES:
       raise ValueError(
           f'config.{name}={_get(config, name)!r} is not one of {_DTYPES}.'
       )
+  if config.model.remat not in REMAT:
+    raise ValueError(
+        registry.unknown('config.model.remat', config.model.remat, REMAT)
+    )
   _check_sampling(config.sampling)
   _check_eval_sampling(config.eval)
   _check_dual(config)

@@ -33,6 +33,7 @@ from dppo_jax import duals
 from dppo_jax import evaluate
 from dppo_jax import learner
 from dppo_jax import losses
+from dppo_jax import memory
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import optim
@@ -63,6 +64,7 @@ from dppo_jax.tasks.verify import VerifyFn
 from dppo_jax.types import Divergence
 from dppo_jax.types import LossFn
 from dppo_jax.types import Prompts
+from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
@@ -121,27 +123,11 @@ def build(config: Any) -> Parts:
   method = _make_method(config)
   task = _build(tasks, config.task)
   tokenizer = load.load_tokenizer(config.model.name)
-  model, params = _load_model(config)
+  model, params = _load_model(config, mesh)
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval = jax.random.split(jax.random.key(config.seed))
-  state = train_step_lib.init_state(
-      params,
-      method.optimizer,
-      key_state,
-      with_reference=method.extras.needs_reference,
-      dual=method.dual,
-  )
-  rollout_fn = _make_rollout_fn(
-      config, model, tokenizer, method.divergence
-  )
-  replay = _make_replay(config, model)
-  if replay is not None:
-    state = state._replace(replay=replay.init(
-        train_step_lib.blank(rollout_fn, state, _prompt_shapes(config))
-    ))
-  shardings = train_step_lib.state_shardings(state, mesh)
-  learn = _make_learner(config, model, method)
+  program = make_program(config, mesh, method, model, tokenizer)
   return Parts(
       method=method,
       model=model,
@@ -158,6 +144,60 @@ def build(config: Any) -> Parts:
       evaluate_fn=_make_evaluate_fn(
           config, model, tokenizer, task, verify, key_eval
       ),
+      rollout_fn=program.rollout_fn,
+      learn=program.learn,
+      train_step=program.train_step,
+      # Parameters keep their memory; all else is made where it belongs.
+      state=jax.jit(
+          program.init, out_shardings=program.shardings, donate_argnums=0
+      )(params, key_state),
+      prompt_shapes=_prompt_shapes(config),
+      mesh=mesh,
+  )
+
+
+class Program(NamedTuple):
+  """What is compiled, and the shape of what it works on."""
+
+  init: Callable[[PyTree, jax.Array], TrainState]  # From parameters and a key.
+  shardings: TrainState
+  rollout_fn: rollout_lib.RolloutFn
+  learn: Callable[..., Any]
+  train_step: train_step_lib.TrainStep
+
+
+def make_program(
+    config: Any, mesh: Any, method: Method, model: CausalLM, tokenizer: Any
+) -> Program:
+  """The functions of a run. Needs no weights, and no devices in the mesh.
+
+  Of the tokenizer only `eos_token_id` and `pad_token_id` are looked at.
+  """
+  rollout_fn = _make_rollout_fn(config, model, tokenizer, method.divergence)
+  learn = _make_learner(config, model, method)
+  replay = _make_replay(config, model)
+
+  def init(params, key):
+    state = train_step_lib.init_state(
+        params,
+        method.optimizer,
+        key,
+        with_reference=method.extras.needs_reference,
+        dual=method.dual,
+    )
+    if replay is None:
+      return state
+    return state._replace(replay=replay.init(
+        train_step_lib.blank(rollout_fn, state, _prompt_shapes(config))
+    ))
+
+  shardings = train_step_lib.state_shardings(
+      jax.eval_shape(init, abstract_params(config, model), jax.random.key(0)),
+      mesh,
+  )
+  return Program(
+      init=init,
+      shardings=shardings,
       rollout_fn=rollout_fn,
       learn=learn,
       train_step=train_step_lib.make_train_step(
@@ -170,10 +210,14 @@ def build(config: Any) -> Parts:
           mesh=mesh,
           replay=replay,
       ),
-      state=jax.device_put(state, shardings),
-      prompt_shapes=_prompt_shapes(config),
-      mesh=mesh,
   )
+
+
+def abstract_params(config: Any, model: CausalLM) -> PyTree:
+  """Shapes and dtypes of the parameters."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  dtype = jax.numpy.dtype(config.model.params_dtype)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
 def train(config: Any, workdir: str) -> bool:
@@ -315,6 +359,13 @@ def warm_up(parts, state, blank, batch):
 
   All calls learn from nothing, so they sample the same rollout each time.
   """
+  start = time.perf_counter()
+  # The calls below find what is compiled here: it happens once.
+  compiled = parts.train_step.lower(state, blank, batch.prompts).compile()
+  compile_s = time.perf_counter() - start
+  logging.info('Compiled the training step in %.1f s.', compile_s)
+  for line in memory.describe(parts.model, state, blank, compiled):
+    logging.info(line)
   seconds = []
   for _ in range(1 + _NUM_TIMED_CALLS):
     start = time.perf_counter()
@@ -322,8 +373,6 @@ def warm_up(parts, state, blank, batch):
     jax.block_until_ready(rollout)
     seconds.append(time.perf_counter() - start)
   sampling_s = min(seconds[1:])  # The others were disturbed.
-  compile_s = seconds[0] - sampling_s
-  logging.info('Compiled the training step in %.1f s.', compile_s)
   return state, rollout, {
       'compile_s': compile_s,
       'seconds_per_decode_step': sampling_s
@@ -416,23 +465,32 @@ def _export(parts: Parts, state: TrainState, folder: pathlib.Path) -> None:
   )
 
 
-def _load_model(config: Any) -> tuple[CausalLM, Any]:
-  """The architecture and its parameters, apart; refuses impossible sizes."""
+def _load_model(config: Any, mesh: Any) -> tuple[CausalLM, PyTree]:
+  """The architecture and its parameters, apart; refuses impossible sizes.
+
+  Parameters are read straight to where they belong on the mesh.
+  """
   _, sizes = load.read_config(load.resolve(config.model.name))
   checks.check_model(
       config,
       vocab_size=sizes.vocab_size,
       max_positions=sizes.max_position_embeddings,
   )
-  # Parameters stay in float32: small updates vanish in anything shorter.
-  model = load.from_pretrained(config.model.name)
-  params = model.params
-  model = model.replace(
+  model = load.from_pretrained(
+      config.model.name,
+      dtype=config.model.params_dtype,
+      shardings=lambda tree: sharding.of_params(tree, mesh),
+  )
+  return configured(config, model), model.params
+
+
+def configured(config: Any, model: CausalLM) -> CausalLM:
+  """The architecture without parameters, computing as the config says."""
+  return model.replace(
       params=None,
       dtype=jax.numpy.dtype(config.model.dtype),
       remat=config.model.remat,
   )
-  return model, params
 
 
 def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
@@ -454,6 +512,11 @@ def _make_method(config: Any) -> Method:
       'horizon': config.max_completion_length,
   }
   updates = config.learner.num_epochs * config.learner.num_minibatches
+  optimizer = _build(
+      optim, config.optimizer, total_updates=config.total_steps * updates
+  )
+  if config.model.params_dtype != 'float32':
+    optimizer = optim.with_master_weights(optimizer)
   return Method(
       divergence=_build(divergences, config.divergence),
       region_fn=_build(trust_regions, config.trust_region),
@@ -463,11 +526,7 @@ def _make_method(config: Any) -> Method:
       normalizer=_build(normalizers, config.normalizer, **known),
       dual=_build(duals, config.dual),
       extras=objective.Extras(**config.extras),
-      optimizer=_build(
-          optim,
-          config.optimizer,
-          total_updates=config.total_steps * updates,
-      ),
+      optimizer=optimizer,
   )
 
 

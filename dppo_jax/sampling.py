@@ -112,7 +112,7 @@ def make_sampler(
     prompt.
   """
   dtype = jnp.dtype(dtype or model.dtype)
-  model = model.replace(dtype=dtype, remat=False)
+  model = model.replace(dtype=dtype, remat='none')
   length = max_completion_length
 
   def draw(logits, keys, index, done):
