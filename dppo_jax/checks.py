@@ -235,7 +235,6 @@ def _check_sizes(config, num_batch_shards):
       )
   for name, rows in (
       ('num_prompts', config.num_prompts),
-      ('eval.num_prompts', config.eval.num_prompts),
       ('num_prompts * group_size of a micro-batch', batch // parts),
   ):
     if rows % num_batch_shards:

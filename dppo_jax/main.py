@@ -120,7 +120,7 @@ def build(config: Any) -> Parts:
   checks.check(
       config, num_batch_shards=mesh.shape['data'] * mesh.shape['fsdp']
   )
-  method = _make_method(config)
+  method = make_method(config)
   task = _build(tasks, config.task)
   tokenizer = load.load_tokenizer(config.model.name)
   model, params = _load_model(config, mesh)
@@ -142,7 +142,7 @@ def build(config: Any) -> Parts:
           seed=config.seed,
       ),
       evaluate_fn=_make_evaluate_fn(
-          config, model, tokenizer, task, verify, key_eval
+          config, mesh, model, tokenizer, task, verify, key_eval
       ),
       rollout_fn=program.rollout_fn,
       learn=program.learn,
@@ -471,17 +471,22 @@ def _load_model(config: Any, mesh: Any) -> tuple[CausalLM, PyTree]:
   Parameters are read straight to where they belong on the mesh.
   """
   _, sizes = load.read_config(load.resolve(config.model.name))
-  checks.check_model(
-      config,
-      vocab_size=sizes.vocab_size,
-      max_positions=sizes.max_position_embeddings,
-  )
+  check_model(config, sizes)
   model = load.from_pretrained(
       config.model.name,
       dtype=config.model.params_dtype,
       shardings=lambda tree: sharding.of_params(tree, mesh),
   )
   return configured(config, model), model.params
+
+
+def check_model(config: Any, sizes: Any) -> None:
+  """Refuses what a model of these sizes cannot do."""
+  checks.check_model(
+      config,
+      vocab_size=sizes.vocab_size,
+      max_positions=sizes.max_position_embeddings,
+  )
 
 
 def configured(config: Any, model: CausalLM) -> CausalLM:
@@ -506,7 +511,8 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
   return rollout_lib.make_rollout_fn(sampler, group_size=config.group_size)
 
 
-def _make_method(config: Any) -> Method:
+def make_method(config: Any) -> Method:
+  """Builds what the config names."""
   known = {
       'group_size': config.group_size,
       'horizon': config.max_completion_length,
@@ -584,7 +590,7 @@ def _make_learner(config: Any, model: CausalLM, method: Method):
   )
 
 
-def _make_evaluate_fn(config, model, tokenizer, task, verify, key):
+def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
   settings = config.eval
   sampler = sampling.make_sampler(
       model,
@@ -609,6 +615,7 @@ def _make_evaluate_fn(config, model, tokenizer, task, verify, key):
       num_samples=settings.num_samples,
       verify=verify,
       key=key,
+      mesh=mesh,
   )
 
 
@@ -746,8 +753,10 @@ def _make_configs_importable(argv: list[str]) -> None:
   for argument, following in zip(argv, [*argv[1:], '']):
     name, _, value = argument.lstrip('-').partition('=')
     if name == 'config':
-      path = (value or following).partition(':')[0]
-      sys.path.append(str(pathlib.Path(path).resolve().parent.parent))
+      path = pathlib.Path((value or following).partition(':')[0]).resolve()
+      folders = path.parent, *path.parent.parents
+      named = [x for x in folders if x.name == 'configs']
+      sys.path.append(str((named or folders)[0].parent))
 
 
 def _config_from_flags() -> Any:

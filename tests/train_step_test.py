@@ -283,7 +283,7 @@ ONE_STEP = """
 
     config = default.get_config('dppo_topk_tv')
     config.num_prompts, config.group_size = 8, 4
-    config.eval.num_prompts, config.eval.num_samples = 8, 2
+    config.eval.num_prompts, config.eval.num_samples = 6, 2
     config.learner.num_minibatches = 2
     config.replay.capacity = 2
     config.task.data_dir = sys.argv[1]
@@ -300,6 +300,7 @@ ONE_STEP = """
     weights._reader = spied
     parts = main.build(config)
     state, pending = parts.state, main.blank_rollout(parts)
+    evaluated, samples = parts.evaluate_fn(state.params)
     for call in range(3):
       batch = next(parts.prompts)
       state, rollout, latest = parts.train_step(state, pending, batch.prompts)
@@ -323,6 +324,8 @@ ONE_STEP = """
         'parts_read': parts_read,
         'compilations': compilations,
         'tokens': np.asarray(tokens).tolist(),
+        'evaluated': evaluated,
+        'evaluated_texts': samples['completions'],
         'metrics': {k: float(v) for k, v in metrics.items()},
         'held': np.asarray(held[0]).tolist(),
         'held_shard': list(held.addressable_shards[0].data.shape),
@@ -370,6 +373,10 @@ def test_eight_devices_compute_what_one_does(one_device, mesh, kernel):
   )
   assert expected['compilations'] == actual['compilations'] == 1
   assert actual['tokens'] == expected['tokens']
+  # Six prompts: some of them twice on eight devices, and counted once.
+  assert len(actual['evaluated_texts']) == 6 * 2
+  for name in ('evaluated', 'evaluated_texts'):
+    assert actual[name] == expected[name]
   # What the second update learned from again lies where rollouts do.
   assert actual['held'] == expected['held'] == expected['tokens']
   slots, batch, length = expected['held_shard']
