@@ -20,9 +20,13 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   # What is trained, on what.
   config.model = {
       # Or a Hugging Face folder or hub name, a GGUF file, or a package of one.
-    'name': 'embedded',
-      'dtype': 'float32',  # Of the computation; parameters are float32.
-      'remat': False,  # Recompute activations: less memory, more time.
+      'name': 'embedded',
+      'dtype': 'float32',  # Of the computation.
+      # Of the parameters; bfloat16 keeps a float32 copy in the optimizer.
+      'params_dtype': 'float32',
+      # What the backward pass computes again: none, full, or but for what
+      # dots_saveable or dots_with_no_batch_dims_saveable keep.
+      'remat': 'none',
   }
   # What of it is trained: everything, or adapters beside every such projection.
   config.lora = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from dppo_jax import lora
 from dppo_jax import registry
+from dppo_jax.models.causal_lm import REMAT
 
 _POSITIVE = (
     'total_steps',
@@ -46,13 +47,17 @@ def check(config: Any, *, num_batch_shards: int) -> None:
         f'config.learner.chunk_size={config.learner.chunk_size} must be 0 (all '
         'at once) or more.'
     )
-  for name in ('model.dtype', 'sampling.dtype'):
+  for name in ('model.dtype', 'model.params_dtype', 'sampling.dtype'):
     if _get(config, name) not in _DTYPES:
       raise ValueError(
           f'config.{name}={_get(config, name)!r} is not one of {_DTYPES}.'
       )
   _check_lora(config.lora)
   _check_rules(config.learning_rates)
+  if config.model.remat not in REMAT:
+    raise ValueError(
+        registry.unknown('config.model.remat', config.model.remat, REMAT)
+    )
   _check_sampling(config.sampling)
   _check_eval_sampling(config.eval)
   _check_dual(config)
@@ -288,7 +293,6 @@ def _check_sizes(config, num_batch_shards):
   )
   for name, rows in (
       ('num_prompts', config.num_prompts),
-      ('eval.num_prompts', config.eval.num_prompts),
       ('sampling.num_slots', config.sampling.num_slots),
       ('eval.num_slots', config.eval.num_slots),
       ('num_prompts * group_size of a micro-batch', batch // parts),

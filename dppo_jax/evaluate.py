@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dppo_jax import sampling
+from dppo_jax import sharding
 from dppo_jax.tasks.prompts import PromptBatch
 from dppo_jax.tasks.verify import VerifyFn
 from dppo_jax.types import PyTree
@@ -58,6 +59,7 @@ def make_evaluate_fn(
     num_samples: int,
     verify: VerifyFn,
     key: jax.Array,
+    mesh: Any = None,
 ) -> Callable[[PyTree], tuple[dict[str, float], dict[str, Any]]]:
   """A function from parameters to held-out metrics.
 
@@ -70,6 +72,8 @@ def make_evaluate_fn(
     num_samples: completions per prompt.
     verify: completions to texts and rewards.
     key: typed PRNG key.
+    mesh: whose devices share the prompts; some are sampled from twice, and
+      counted once, where N is no multiple of them.
 
   Returns:
     `evaluate_fn(params) -> (metrics, samples)`; samples are lists `prompts`,
@@ -80,19 +84,30 @@ def make_evaluate_fn(
       [x for x in values for _ in range(num_samples)]
       for values in (batch.texts, batch.answers)
   )
-  keys = sampling.row_keys(key, len(texts))
+  prompts = batch.prompts
+  if mesh is not None:
+    shards = sharding.num_row_shards(mesh)
+    rows = -(-len(batch.texts) // shards) * shards
+    prompts = jax.device_put(
+        jax.tree.map(lambda x: np.resize(x, (rows, *x.shape[1:])), prompts),
+        sharding.batch(mesh),
+    )
+  keys = sampling.row_keys(key, len(prompts.tokens) * num_samples)
 
   def evaluate_fn(params):
-    completions = jax.device_get(sample(params, batch.prompts, keys))
+    completions = sample(params, prompts, keys)
+    tokens, mask, truncated = (
+        x[: len(texts)]
+        for x in jax.device_get(
+            (completions.tokens, completions.mask, completions.truncated)
+        )
+    )
     decoded, rewards = verify(
-        tokens=completions.tokens,
-        mask=completions.mask,
-        truncated=completions.truncated,
-        answers=answers,
+        tokens=tokens, mask=mask, truncated=truncated, answers=answers
     )
     metrics = summarize(rewards.reshape(-1, num_samples))
-    metrics['eval/length_mean'] = float(np.mean(completions.mask.sum(-1)))
-    metrics['eval/truncated'] = float(np.mean(completions.truncated))
+    metrics['eval/length_mean'] = float(np.mean(mask.sum(-1)))
+    metrics['eval/truncated'] = float(np.mean(truncated))
     return metrics, {
         'prompts': texts,
         'completions': decoded,

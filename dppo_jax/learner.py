@@ -65,7 +65,11 @@ def make_learner(
       )
       return jax.tree.map(jnp.add, total, (loss, gradients)), stats
 
-    zeros = (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, state.params))
+    # In float32 whatever the parameters are: sums of many small parts.
+    zeros = (
+        jnp.float32(0.0),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
+    )
     (loss, gradients), stats = jax.lax.scan(add, zeros, rows)
     return loss, gradients, stats
 

@@ -34,6 +34,7 @@ from dppo_jax import evaluate
 from dppo_jax import learner
 from dppo_jax import lora
 from dppo_jax import losses
+from dppo_jax import memory
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import optim
@@ -68,6 +69,7 @@ from dppo_jax.tasks.verify import VerifyFn
 from dppo_jax.types import Divergence
 from dppo_jax.types import LossFn
 from dppo_jax.types import Prompts
+from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
@@ -122,48 +124,24 @@ def build(config: Any) -> Parts:
   """Turns names into functions and puts the parameters on their devices."""
   mesh = sharding.make_mesh(**config.mesh)
   checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
-  method = _make_method(config)
+  method = make_method(config)
   task = _build(tasks, config.task)
   checks.check_verifier(config, may_hang=may_hang(task.score))
   tokenizer = load.load_tokenizer(config.model.name)
   task = prepare(
       task, tokenizer, max_prompt_length=config.max_prompt_length
   )
-  model, params = _load_model(config)
+  model, params = _load_model(config, mesh)
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval, key_adapters = jax.random.split(
       jax.random.key(config.seed), 3
   )
-  trainable = _make_trainable(config, params)
-  if trainable.factors is not None:
-    method = method._replace(
-        optimizer=optim.scaled(method.optimizer, trainable.factors)
-    )
-  params, frozen = trainable.split(params, key_adapters)
-  state = train_step_lib.init_state(
-      params,
-      method.optimizer,
-      key_state,
-      frozen=frozen,
-      # Adapters stand beside what they started from.
-      with_reference=method.extras.needs_reference and not config.lora.rank,
-      dual=method.dual,
-  )
-  rollout_fn = _make_rollout_fn(
-      config, model, tokenizer, method.divergence, mesh
-  )
-  replay = _make_replay(config, model)
-  if replay is not None:
-    state = state._replace(replay=replay.init(train_step_lib.blank(
-        rollout_fn, state, _prompt_shapes(config), trainable
-    )))
-  shardings = train_step_lib.state_shardings(state, mesh)
-  learn = _make_learner(config, model, method, trainable)
+  program = make_program(config, mesh, method, model, tokenizer)
   return Parts(
       method=method,
       model=model,
-      trainable=trainable,
+      trainable=program.trainable,
       tokenizer=tokenizer,
       scorer=scorer,
       verify=verify,
@@ -176,8 +154,75 @@ def build(config: Any) -> Parts:
           add_special_tokens=task.chat is None,
       ),
       evaluate_fn=_make_evaluate_fn(
-          config, model, tokenizer, task, verify, key_eval, mesh
+          config, mesh, model, tokenizer, task, verify, key_eval
       ),
+      rollout_fn=program.rollout_fn,
+      learn=program.learn,
+      train_step=program.train_step,
+      # Parameters keep their memory; all else is made where it belongs.
+      state=jax.jit(
+          program.init, out_shardings=program.shardings, donate_argnums=0
+      )(params, key_state, key_adapters),
+      prompt_shapes=_prompt_shapes(config),
+      mesh=mesh,
+  )
+
+
+class Program(NamedTuple):
+  """What is compiled, and the shape of what it works on."""
+
+  # From parameters, the state's key, and one for adapters.
+  init: Callable[[PyTree, jax.Array, jax.Array], TrainState]
+  trainable: trainable_lib.Trainable
+  shardings: TrainState
+  rollout_fn: rollout_lib.RolloutFn
+  learn: Callable[..., Any]
+  train_step: train_step_lib.TrainStep
+
+
+def make_program(
+    config: Any, mesh: Any, method: Method, model: CausalLM, tokenizer: Any
+) -> Program:
+  """The functions of a run. Needs no weights, and no devices in the mesh.
+
+  Of the tokenizer only `eos_token_id` and `pad_token_id` are looked at.
+  """
+  shapes = abstract_params(config, model)
+  trainable = _make_trainable(config, shapes)
+  method = method._replace(
+      optimizer=_for_trainable(config, method.optimizer, trainable)
+  )
+  rollout_fn = _make_rollout_fn(
+      config, model, tokenizer, method.divergence, mesh
+  )
+  learn = _make_learner(config, model, method, trainable)
+  replay = _make_replay(config, model)
+
+  def init(params, key, key_adapters):
+    params, frozen = trainable.split(params, key_adapters)
+    state = train_step_lib.init_state(
+        params,
+        method.optimizer,
+        key,
+        frozen=frozen,
+        # Adapters stand beside what they started from.
+        with_reference=method.extras.needs_reference and not config.lora.rank,
+        dual=method.dual,
+    )
+    if replay is None:
+      return state
+    return state._replace(replay=replay.init(train_step_lib.blank(
+        rollout_fn, state, _prompt_shapes(config), trainable
+    )))
+
+  key = jax.random.key(0)
+  shardings = train_step_lib.state_shardings(
+      jax.eval_shape(init, shapes, key, key), mesh
+  )
+  return Program(
+      init=init,
+      trainable=trainable,
+      shardings=shardings,
       rollout_fn=rollout_fn,
       learn=learn,
       train_step=train_step_lib.make_train_step(
@@ -191,10 +236,14 @@ def build(config: Any) -> Parts:
           replay=replay,
           trainable=trainable,
       ),
-      state=jax.device_put(state, shardings),
-      prompt_shapes=_prompt_shapes(config),
-      mesh=mesh,
   )
+
+
+def abstract_params(config: Any, model: CausalLM) -> PyTree:
+  """Shapes and dtypes of the parameters."""
+  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  dtype = jax.numpy.dtype(config.model.params_dtype)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
 def train(config: Any, workdir: str) -> bool:
@@ -362,6 +411,13 @@ def warm_up(parts, state, blank, batch):
 
   All calls learn from nothing, so they sample the same rollout each time.
   """
+  start = time.perf_counter()
+  # The calls below find what is compiled here: it happens once.
+  compiled = parts.train_step.lower(state, blank, batch.prompts).compile()
+  compile_s = time.perf_counter() - start
+  logging.info('Compiled the training step in %.1f s.', compile_s)
+  for line in memory.describe(parts.model, state, blank, compiled):
+    logging.info(line)
   seconds = []
   for _ in range(1 + _NUM_TIMED_CALLS):
     start = time.perf_counter()
@@ -369,8 +425,6 @@ def warm_up(parts, state, blank, batch):
     jax.block_until_ready(rollout)
     seconds.append(time.perf_counter() - start)
   sampling_s = min(seconds[1:])  # The others were disturbed.
-  compile_s = seconds[0] - sampling_s
-  logging.info('Compiled the training step in %.1f s.', compile_s)
   return state, rollout, {
       'compile_s': compile_s,
       'seconds_per_decode_step': sampling_s
@@ -482,10 +536,10 @@ def _export(
     )
 
 
-def _make_trainable(config: Any, params: Any) -> trainable_lib.Trainable:
+def _make_trainable(config: Any, shapes: PyTree) -> trainable_lib.Trainable:
   try:
     return trainable_lib.make_trainable(
-        jax.eval_shape(lambda: params),
+        shapes,
         rules=config.learning_rates,
         **config.lora,
     )
@@ -495,23 +549,49 @@ def _make_trainable(config: Any, params: Any) -> trainable_lib.Trainable:
     ) from error
 
 
-def _load_model(config: Any) -> tuple[CausalLM, Any]:
-  """The architecture and its parameters, apart; refuses impossible sizes."""
+def _for_trainable(
+    config: Any, optimizer: optim.Optimizer, trainable: trainable_lib.Trainable
+) -> optim.Optimizer:
+  """With the factors of its learning rate, and float32 masters if needed."""
+  if trainable.factors is not None:
+    optimizer = optim.scaled(optimizer, trainable.factors)
+  # Adapters are float32 beside a model of any precision.
+  if config.model.params_dtype != 'float32' and not config.lora.rank:
+    optimizer = optim.with_master_weights(optimizer)
+  return optimizer
+
+
+def _load_model(config: Any, mesh: Any) -> tuple[CausalLM, PyTree]:
+  """The architecture and its parameters, apart; refuses impossible sizes.
+
+  Parameters are read straight to where they belong on the mesh.
+  """
   _, sizes = load.read_config(load.resolve(config.model.name))
+  check_model(config, sizes)
+  model = load.from_pretrained(
+      config.model.name,
+      dtype=config.model.params_dtype,
+      shardings=lambda tree: sharding.of_params(tree, mesh),
+  )
+  return configured(config, model), model.params
+
+
+def check_model(config: Any, sizes: Any) -> None:
+  """Refuses what a model of these sizes cannot do."""
   checks.check_model(
       config,
       vocab_size=sizes.vocab_size,
       max_positions=sizes.max_position_embeddings,
   )
-  # Parameters stay in float32: small updates vanish in anything shorter.
-  model = load.from_pretrained(config.model.name)
-  params = model.params
-  model = model.replace(
+
+
+def configured(config: Any, model: CausalLM) -> CausalLM:
+  """The architecture without parameters, computing as the config says."""
+  return model.replace(
       params=None,
       dtype=jax.numpy.dtype(config.model.dtype),
       remat=config.model.remat,
   )
-  return model, params
 
 
 def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
@@ -532,7 +612,8 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
   )
 
 
-def _make_method(config: Any) -> Method:
+def make_method(config: Any) -> Method:
+  """Builds what the config names."""
   known = {
       'group_size': config.group_size,
       'horizon': config.max_completion_length,
@@ -548,9 +629,7 @@ def _make_method(config: Any) -> Method:
       dual=_build(duals, config.dual),
       extras=objective.Extras(**config.extras),
       optimizer=_build(
-          optim,
-          config.optimizer,
-          total_updates=config.total_steps * updates,
+          optim, config.optimizer, total_updates=config.total_steps * updates
       ),
   )
 
@@ -610,7 +689,7 @@ def _make_learner(config, model: CausalLM, method: Method, trainable):
   )
 
 
-def _make_evaluate_fn(config, model, tokenizer, task, verify, key, mesh):
+def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
   settings = config.eval
   sampler = sampling.make_sampler(
       model,
@@ -637,6 +716,7 @@ def _make_evaluate_fn(config, model, tokenizer, task, verify, key, mesh):
       num_samples=settings.num_samples,
       verify=verify,
       key=key,
+      mesh=mesh,
   )
 
 
@@ -773,8 +853,10 @@ def _make_configs_importable(argv: list[str]) -> None:
   for argument, following in zip(argv, [*argv[1:], '']):
     name, _, value = argument.lstrip('-').partition('=')
     if name == 'config':
-      path = (value or following).partition(':')[0]
-      sys.path.append(str(pathlib.Path(path).resolve().parent.parent))
+      path = pathlib.Path((value or following).partition(':')[0]).resolve()
+      folders = path.parent, *path.parent.parents
+      named = [x for x in folders if x.name == 'configs']
+      sys.path.append(str((named or folders)[0].parent))
 
 
 def _config_from_flags() -> Any:

@@ -115,7 +115,7 @@ def make_sampler(
     prompt.
   """
   dtype = jnp.dtype(dtype or model.dtype)
-  model = model.replace(dtype=dtype, remat=False)
+  model = model.replace(dtype=dtype, remat='none')
   sizes = {'length': max_completion_length, 'pad_id': pad_id}
 
   def draw(logits, keys, index):

@@ -144,6 +144,12 @@ def _in_chunks(body, params, flat, count, chunk_size):
       flat,
   )
   body = jax.checkpoint(body, prevent_cse=False)
+  # The head's gradient is a sum over chunks, which bfloat16 would round.
+  params = {
+      name: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+      for name, tree in params.items()
+      if name != 'layers'  # The head needs none of them.
+  }
   _, out = jax.lax.scan(
       lambda _, chunk: (None, body(params, *chunk)), None, chunks
   )

@@ -45,6 +45,13 @@ def test_sizes_and_intervals_are_at_least_one(name):
   refused(rf'config\.{name}=0 must be at least 1', **{name: 0})
 
 
+def test_dtypes_and_policies_of_memory_are_named():
+  refused(r"config\.model\.params_dtype='int8' is not one of",
+          **{'model.params_dtype': 'int8'})
+  refused("config.model.remat 'dots_savable'. Did you mean 'dots_saveable'",
+          **{'model.remat': 'dots_savable'})
+
+
 def test_sizes_that_do_not_divide_are_named_with_their_neighbours():
   refused(
       'num_prompts=5 times group_size=5 makes 25 completions, not divisible by '
@@ -68,7 +75,6 @@ def test_fewer_completions_than_mini_batches_suggest_the_next_number():
 @pytest.mark.parametrize('change, message', [
     ({'num_prompts': 12}, 'config.num_prompts=12 .* 8 devices .* try 8 or 16'),
     ({'sampling.num_slots': 100}, 'sampling.num_slots=100 .* try 96 or 104'),
-    ({'eval.num_prompts': 100}, 'eval.num_prompts=100 .* try 96 or 104'),
     # 8 * 2 rows in 4 mini-batches: 4 rows on 8 devices.
     ({'num_prompts': 8, 'group_size': 2}, 'micro-batch=4 .* try 8'),
 ])

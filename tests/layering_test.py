@@ -22,8 +22,8 @@ LAYERS = (
     ('objective',),
     ('learner',),
     ('train_step',),
-    ('backlog', 'checkpoint', 'checks', 'logbook', 'metrics', 'report',
-     'workdir'),
+    ('backlog', 'checkpoint', 'checks', 'logbook', 'memory', 'metrics',
+     'report', 'workdir'),
     ('main',),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]

@@ -579,3 +579,34 @@ def test_a_dual_for_a_loss_without_a_constraint_is_refused():
   with pytest.raises(ValueError, match='the loss has no constraint for it; use '
                      'loss r2vpo, or dual none'):
     jax.eval_shape(learn_fn, state, scored, KEY)
+
+
+# Parameters in bfloat16.
+
+
+@pytest.mark.parametrize('parts', [
+    {'num_microbatches': 16}, {'chunk_size': 1}
+], ids=str)
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32(scored, parts):
+  short = jax.tree.map(
+      lambda x: x.astype(jnp.bfloat16), tiny_model.params()
+  )
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), short)
+  expected, _, _ = learn(
+      scored, state=state_of(params=wide), optimizer=tiny_model.sgd()
+  )
+  optimizer = optim.with_master_weights(tiny_model.sgd())
+  actual, _, _ = learn(
+      scored, state=state_of(optimizer, short), optimizer=optimizer, **parts
+  )
+  assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(actual.params))
+
+  def change(params):
+    leaves = jax.tree.leaves(jax.tree.map(jnp.subtract, params, wide))
+    return np.concatenate([x.ravel() for x in leaves])
+
+  ours, theirs = change(actual.opt_state.master), change(expected.params)
+  error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+  # A gradient in bfloat16 is right to 1 part in 512; with sums in
+  # bfloat16, 0.005 and 0.0023 were measured.
+  assert 0 < error < 0.002

@@ -162,7 +162,8 @@ def test_cached_decoding_equals_the_full_forward():
     np.testing.assert_allclose(logits, full[:, 4 + i], rtol=0, atol=1e-5)
 
 
-def test_recomputing_activations_gives_the_same_gradient():
+@pytest.mark.parametrize('remat', causal_lm.REMAT[1:])
+def test_recomputing_activations_gives_the_same_gradient(remat):
   params, tokens = tiny_model.params(), jnp.asarray(random_tokens(2, 6))
 
   def gradient(model):
@@ -170,7 +171,10 @@ def test_recomputing_activations_gives_the_same_gradient():
     return tiny_model.jit(jax.grad(loss))(params)
 
   tiny_model.assert_trees_close(
-      gradient(MODEL.replace(remat=True)), gradient(MODEL), rtol=1e-4, atol=1e-3
+      gradient(MODEL.replace(remat=remat)),
+      gradient(MODEL),
+      rtol=1e-4,
+      atol=1e-3,
   )
 
 

@@ -4,6 +4,7 @@ N prompts, G completions of each, P prompt tokens, C completion tokens.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 
@@ -29,6 +30,7 @@ from dppo_jax import train_step
 from dppo_jax import trust_regions
 from dppo_jax.models import layers
 from dppo_jax.models import qwen3
+from dppo_jax.models import qwen3_moe
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Prompts
 from dppo_jax.types import ScoredRollout
@@ -48,6 +50,16 @@ CONFIG = layers.ModelConfig(
     max_position_embeddings=64,
 )
 MODEL = CausalLM(config=CONFIG, family=qwen3)
+WITH_EXPERTS = CausalLM(
+    config=dataclasses.replace(
+        CONFIG,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=6,
+        norm_topk_prob=True,
+    ),
+    family=qwen3_moe,
+)
 # Tests compile often and run once: half of the compile time, the same numbers.
 jit = functools.partial(
     jax.jit, compiler_options={'xla_backend_optimization_level': 0}

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -96,13 +98,41 @@ class Parts:
 def parts():
   with tiny_model.quick_compilation():
     parts = Parts()
-    parts.run(0)
+    with jax.log_compiles(), _Compilations() as parts.compilations:
+      # As `main.warm_up`, which wants to know what the program needs.
+      state, blank = parts.start()
+      parts.step.lower(state, blank, parts.prompts).compile()
+      parts.run(0)
   return parts
+
+
+class _Compilations(logging.Handler):
+  """Names of the functions that XLA compiles, while it is entered."""
+
+  def __init__(self):
+    super().__init__()
+    self.names = []
+
+  def emit(self, record):
+    found = re.search(r'XLA compilation of jit\((\w+)\)', record.getMessage())
+    if found:
+      self.names.append(found[1])
+
+  def __enter__(self):
+    logging.getLogger('jax').addHandler(self)
+    return self
+
+  def __exit__(self, *exception):
+    logging.getLogger('jax').removeHandler(self)
 
 
 @pytest.fixture(scope='module')
 def three_steps(parts):
   return parts.run(3)
+
+
+def test_compiling_ahead_of_time_is_the_only_compilation(parts):
+  assert parts.compilations.names.count('train_step') == 1
 
 
 def test_compiles_exactly_once(parts, three_steps):
@@ -248,19 +278,30 @@ ONE_STEP = """
     import json, sys
     import jax, numpy as np
     from configs import default
-    from dppo_jax import main, sharding
-    from dppo_jax.types import ScoredRollout
+    from dppo_jax import main
+    from dppo_jax.models import weights
 
     config = default.get_config('dppo_topk_tv')
     config.num_prompts, config.group_size = 8, 4
-    config.eval.num_prompts, config.eval.num_samples = 8, 2
+    config.eval.num_prompts, config.eval.num_samples = 6, 2
     config.learner.num_minibatches = 2
     config.replay.capacity = 2
     config.task.data_dir = sys.argv[1]
     config.mesh.update(json.loads(sys.argv[2]))
     config.sampling.num_slots = int(sys.argv[3])
+    reader, parts_read = weights._reader, []
+    def spied(parameter, *rest):
+      read = reader(parameter, *rest)
+      def spy(index):
+        part = read(index)
+        if parameter.path == 'layers/mlp/up/kernel':
+          parts_read.append(list(part.shape))
+        return part
+      return spy
+    weights._reader = spied
     parts = main.build(config)
     state, pending = parts.state, main.blank_rollout(parts)
+    evaluated, samples = parts.evaluate_fn(state.params)
     for call in range(3):
       batch = next(parts.prompts)
       state, rollout, latest = parts.train_step(state, pending, batch.prompts)
@@ -281,8 +322,11 @@ ONE_STEP = """
     print(json.dumps({
         'devices': len(used),
         'kernel': list(kernel.addressable_shards[0].data.shape),
+        'parts_read': parts_read,
         'compilations': compilations,
         'tokens': np.asarray(tokens).tolist(),
+        'evaluated': evaluated,
+        'evaluated_texts': samples['completions'],
         'metrics': {k: float(v) for k, v in metrics.items()},
         'held': np.asarray(held[0]).tolist(),
         'held_shard': list(held.addressable_shards[0].data.shape),
@@ -326,8 +370,16 @@ def test_eight_devices_compute_what_one_does(
   actual = run_on(8, data_dir, mesh, num_slots)
   assert (expected['devices'], actual['devices']) == (1, 8)
   assert actual['kernel'] == kernel
+  # No device's part, much less the whole, is ever read for another.
+  assert actual['parts_read'] and all(
+      part == kernel for part in actual['parts_read']
+  )
   assert expected['compilations'] == actual['compilations'] == 1
   assert actual['tokens'] == expected['tokens']
+  # Six prompts: some of them twice on eight devices, and counted once.
+  assert len(actual['evaluated_texts']) == 6 * 2
+  for name in ('evaluated', 'evaluated_texts'):
+    assert actual[name] == expected[name]
   # What the second update learned from again lies where rollouts do.
   assert actual['held'] == expected['held'] == expected['tokens']
   slots, batch, length = expected['held_shard']

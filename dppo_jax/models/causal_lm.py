@@ -21,6 +21,15 @@ from dppo_jax.models import layers
 from dppo_jax.models import rope
 from dppo_jax.types import PyTree
 
+# What the backward pass of a layer finds again: all of it, nothing, or what a
+# policy of that name in `jax.checkpoint_policies` keeps.
+REMAT = (
+    'none',
+    'full',
+    'dots_saveable',
+    'dots_with_no_batch_dims_saveable',
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class CausalLM:
@@ -31,15 +40,15 @@ class CausalLM:
     family: module of the architecture, for example `models.qwen3`.
     params: {'embed', 'layers' (stacked), 'norm', 'head' unless tied}.
     dtype: of the computation. Parameters keep their own.
-    remat: recompute a layer's activations in the backward pass: less memory,
-      about a third more time.
+    remat: one of `REMAT`: which activations of a layer are recomputed in the
+      backward pass. 'full' needs the least memory and about a third more time.
   """
 
   config: layers.ModelConfig
   family: types.ModuleType
   params: PyTree = None
   dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str = 'none'
 
   def replace(self, **changes) -> 'CausalLM':
     """A copy with some attributes changed."""
@@ -67,6 +76,18 @@ class CausalLM:
       kernel = 0.02 * jax.random.normal(key_head, shape[::-1])
       params['head'] = {'kernel': kernel}
     return params
+
+  def num_parameters(self) -> tuple[int, int]:
+    """All, and those that a token meets: of the experts only its own."""
+    config = self.config
+    share = config.num_experts_per_tok / max(config.num_experts, 1)
+    shapes = jax.eval_shape(self.init, jax.random.key(0))
+    flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    experts = sum(
+        x.size for path, x in flat if any(k.key == 'experts' for k in path)
+    )
+    total = sum(x.size for _, x in flat)
+    return total, total - experts + round(share * experts)
 
   def apply(
       self,
@@ -133,8 +154,13 @@ class CausalLM:
       x, kept = self._block(layer_params, x, rotation=rotation, attend=attend)
       return x, kept if keep_cache else None
 
-    if self.remat:
-      layer = jax.checkpoint(layer, prevent_cse=False)
+    if self.remat != 'none':
+      keeps = self.remat if self.remat != 'full' else 'nothing_saveable'
+      layer = jax.checkpoint(
+          layer,
+          prevent_cse=False,
+          policy=getattr(jax.checkpoint_policies, keeps),
+      )
     which = jnp.asarray(self.config.layer_kinds, jnp.int32)  # [L]
     x, kept = jax.lax.scan(layer, x, (params['layers'], which))
     return x, self._unstack(kept) if keep_cache else None

@@ -1,0 +1,71 @@
+"""What is told about memory is what the arrays hold."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import tiny_model
+
+from dppo_jax import memory
+from dppo_jax import optim
+from dppo_jax import sharding
+from dppo_jax import train_step
+from dppo_jax.types import ScoredRollout
+
+
+def placed(tree, shardings):
+  """Shapes with shardings, as of arrays on a mesh that need not exist."""
+  return jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      tree, shardings,
+  )
+
+
+def test_a_device_holds_its_shards_only():
+  mesh = jax.sharding.AbstractMesh((1, 2, 4, 1), sharding.AXES)
+  tree = {
+      'split': jax.ShapeDtypeStruct((8, 16), jnp.float32),
+      'copied': jax.ShapeDtypeStruct((10,), jnp.bfloat16),
+  }
+  specs = {'split': P('tensor', 'fsdp'), 'copied': P()}
+  shardings = {
+      name: jax.sharding.NamedSharding(mesh, spec)
+      for name, spec in specs.items()
+  }
+  # 8 * 16 numbers of 4 bytes over 8 devices, and 10 of 2 bytes on each.
+  assert memory.per_device(placed(tree, shardings)) == 8 * 16 * 4 // 8 + 20
+
+
+def test_memory_by_kind_is_that_of_the_arrays():
+  params = tiny_model.MODEL.init(jax.random.key(0))
+  params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  count = sum(x.size for x in jax.tree.leaves(params))
+  optimizer = optim.with_master_weights(optim.build('adamw', total_updates=1))
+  state = train_step.init_state(
+      params, optimizer, jax.random.key(0), with_reference=True
+  )
+  scored = ScoredRollout({'tokens': jnp.zeros((3, 5), jnp.int32)}, jnp.ones(3))
+  kinds = memory.by_kind(state, scored)
+  assert kinds['parameters'] == kinds['reference'] == 2 * count
+  # Master weights and two moments, all in float32; two counters.
+  assert kinds['optimizer state'] == 3 * 4 * count + 2 * 4
+  assert kinds['replay'] == 0
+  assert kinds['rollouts'] == 3 * 5 * 4 + 3 * 4
+
+
+def test_a_donated_argument_and_its_result_are_counted_once():
+  double = jax.jit(lambda x, y: (2 * x, 3 * y), donate_argnums=0)
+  big, small = jnp.zeros((256, 256)), jnp.zeros(2)
+  sizes = memory.of_step(double.lower(big, small).compile())
+  assert sizes['arguments'] == 256 * 256 * 4 + 2 * 4
+  assert sizes['results'] < 1000  # The second one, and a table of pointers.
+  assert sizes['total'] == (
+      sizes['arguments'] + sizes['temporary'] + sizes['results']
+  )
+
+
+def test_a_token_meets_its_own_experts_only():
+  total, active = tiny_model.WITH_EXPERTS.num_parameters()
+  # Two layers with 4 experts, of which a token has 2: three kernels of 32 x 6.
+  assert total - active == 2 * (4 - 2) * 3 * 32 * 6
+  dense, met = tiny_model.MODEL.num_parameters()
+  assert dense == met

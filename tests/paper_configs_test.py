@@ -1,0 +1,193 @@
+"""Configs of the papers' sizes build and trace; nothing of that size is made.
+
+Sizes are those of the models' `config.json` on the Hugging Face hub; numbers of
+parameters are those their authors publish (arXiv:2505.09388 Tables 1 and 2, and
+the model cards).
+"""
+
+import importlib
+import types
+
+import jax
+import pytest
+
+from dppo_jax import checks
+from dppo_jax import main
+from dppo_jax import memory
+from dppo_jax import sharding
+from dppo_jax import train_step
+from dppo_jax.models import load
+from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.types import Prompts
+from dppo_jax.types import ScoredRollout
+
+_QWEN3 = {
+    'head_dim': 128,
+    'max_position_embeddings': 32768,
+    'num_attention_heads': 32,
+    'rope_theta': 1e6,
+    'tie_word_embeddings': False,
+    'vocab_size': 151936,
+}
+_A3B = _QWEN3 | {
+    'hidden_size': 2048,
+    'intermediate_size': 6144,
+    'moe_intermediate_size': 768,
+    'norm_topk_prob': True,
+    'num_experts': 128,
+    'num_experts_per_tok': 8,
+    'num_hidden_layers': 48,
+    'num_key_value_heads': 4,
+}
+PUBLISHED = {
+    'Qwen/Qwen3-30B-A3B-Base': ('Qwen3MoeConfig', _A3B),
+    'Qwen/Qwen3-30B-A3B': (
+        'Qwen3MoeConfig', _A3B | {'max_position_embeddings': 40960}
+    ),
+    'Qwen/Qwen3-8B-Base': ('Qwen3Config', _QWEN3 | {
+        'hidden_size': 4096,
+        'intermediate_size': 12288,
+        'num_hidden_layers': 36,
+        'num_key_value_heads': 8,
+    }),
+    'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B': ('Qwen2Config', {
+        'hidden_size': 1536,
+        'intermediate_size': 8960,
+        'max_position_embeddings': 131072,
+        'num_attention_heads': 12,
+        'num_hidden_layers': 28,
+        'num_key_value_heads': 2,
+        'rms_norm_eps': 1e-6,
+        'rope_theta': 1e4,
+        'tie_word_embeddings': False,
+        'vocab_size': 151936,
+    }),
+}
+# Name -> parameters and those that a token meets, in units of 1e9.
+PARAMETERS = {
+    'Qwen/Qwen3-30B-A3B-Base': (30.5, 3.3),
+    'Qwen/Qwen3-30B-A3B': (30.5, 3.3),
+    'Qwen/Qwen3-8B-Base': (8.2, 8.2),
+    'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B': (1.78, 1.78),
+}
+CASES = [
+    ('sanity', 'dppo_binary_tv'),
+    ('scaling', 'dense_base'),
+    ('scaling', 'moe_base'),
+    *(
+        pytest.param('scaling', name, marks=pytest.mark.slow)
+        for name in ('moe_thinking', 'dense_base,cispo',
+                     'dense_base,grpo_clip_higher', 'dense_base,dppo_binary_kl')
+    ),
+]
+
+
+@pytest.fixture(scope='module')
+def architecture(tmp_path_factory):
+  """A model of published sizes, from a folder that has no weights."""
+
+  def make(name):
+    import transformers
+
+    folder = tmp_path_factory.mktemp('model')
+    make_config, sizes = PUBLISHED[name]
+    getattr(transformers, make_config)(**sizes).save_pretrained(folder)
+    family, config = load.read_config(folder)
+    return CausalLM(config=config, family=family)
+
+  return make
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_models_have_the_number_of_parameters_that_is_published(
+    architecture, name
+):
+  for count, published in zip(
+      architecture(name).num_parameters(), PARAMETERS[name], strict=True
+  ):
+    assert count / 1e9 == pytest.approx(published, rel=0.02)
+
+
+def abstract_run(config, architecture):
+  """(step, state, scored, prompts): a function and the shapes it takes."""
+  mesh = jax.sharding.AbstractMesh(
+      tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES
+  )
+  checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
+  model = main.configured(config, architecture(config.model.name))
+  main.check_model(config, model.config)
+  program = main.make_program(
+      config, mesh, main.make_method(config), model,
+      types.SimpleNamespace(eos_token_id=1, pad_token_id=0),
+  )
+  key = jax.random.key(0)
+  state = jax.eval_shape(
+      program.init, main.abstract_params(config, model), key, key
+  )
+  state = jax.tree.map(placed, state, program.shardings)
+  rows = sharding.batch(mesh)
+  shape = (config.num_prompts, config.max_prompt_length)
+  prompts = Prompts(
+      jax.ShapeDtypeStruct(shape, 'int32', sharding=rows),
+      jax.ShapeDtypeStruct(shape, bool, sharding=rows),
+  )
+  scored = jax.eval_shape(
+      lambda *x: train_step.blank(program.rollout_fn, *x, program.trainable),
+      state, prompts,
+  )
+  scored = jax.tree.map(lambda x: placed(x, rows), scored)
+  return program.train_step, state, scored, prompts
+
+
+def placed(x, where):
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def get_config(module, which):
+  return importlib.import_module(f'configs.paper.{module}').get_config(which)
+
+
+@pytest.mark.parametrize('module, which', CASES)
+def test_the_step_of_a_paper_config_traces(architecture, module, which):
+  config = get_config(module, which)
+  step, state, scored, prompts = abstract_run(config, architecture)
+  new_state, rollout, metrics = jax.eval_shape(step, state, scored, prompts)
+  shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+  assert shapes(new_state) == shapes(state)
+  # What is sampled is what is learned from next.
+  assert isinstance(scored, ScoredRollout)
+  assert shapes(rollout) == shapes(scored.rollout)
+  assert metrics['loss'].shape == ()
+  kinds = memory.by_kind(state, scored)
+  # Parameters and two moments in float32, over all devices.
+  total, _ = architecture(config.model.name).num_parameters()
+  devices = config.mesh.fsdp * config.mesh.tensor
+  assert kinds['parameters'] == pytest.approx(4 * total / devices, rel=0.01)
+  assert kinds['optimizer state'] == pytest.approx(
+      2 * kinds['parameters'], rel=0.01
+  )
+
+
+# What Table 1 of App. E says of updates per rollout and sequences per update.
+@pytest.mark.parametrize('column, updates, sequences', [
+    ('moe_base', 8, 32 * 16), ('moe_thinking', 8, 32 * 16),
+    ('dense_base', 4, 32 * 8),
+])
+def test_updates_have_the_size_that_the_paper_says(column, updates, sequences):
+  config = get_config('scaling', column)
+  count = config.learner.num_minibatches * config.learner.num_epochs
+  assert count == updates
+  assert config.num_prompts * config.group_size == count * sequences
+
+
+def test_the_sanity_test_takes_4_updates_of_128_sequences():
+  config = get_config('sanity', 'dppo_binary_tv')
+  sequences = config.num_prompts * config.group_size
+  assert sequences / config.learner.num_minibatches == 128
+  assert config.max_prompt_length + config.max_completion_length == 8000
+
+
+def test_an_unknown_column_or_algorithm_is_named():
+  for which, name in (('moe', 'moe'), ('moe_base,ppo', 'ppo')):
+    with pytest.raises(ValueError, match=f"has no '{name}'"):
+      get_config('scaling', which)
