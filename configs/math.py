@@ -18,7 +18,7 @@ def get_config(preset: str = 'gsm8k'):
   config.unlock()
   config.model.name = 'Qwen/Qwen2.5-0.5B-Instruct'
   config.model.dtype = 'bfloat16'
-  config.model.remat = True
+  config.model.remat = 'full'
   config.sampling.dtype = 'bfloat16'
   config.task = tasks.config('math', **tasks.math.preset(preset))
   config.scoring.num_workers = 8
