@@ -113,6 +113,9 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   config.checkpoint_every = 20  # Steps; also after the last.
   config.keep_checkpoints = 3
   config.tensorboard = True
+  # Compiled programs are kept here, so the next start is faster; '' for none.
+  config.compilation_cache = '~/.cache/dppo_jax'
+  config.profile_steps = 0  # So many are traced, to WORKDIR/profile.
   config.wandb = False
   config.lock()
   return config

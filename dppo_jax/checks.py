@@ -42,6 +42,10 @@ def check(config: Any, *, num_batch_shards: int) -> None:
     value = _get(config, name)
     if value < 1:
       raise ValueError(f'config.{name}={value} must be at least 1.')
+  if config.profile_steps < 0:
+    raise ValueError(
+        f'config.profile_steps={config.profile_steps} must be 0 (none) or more.'
+    )
   if config.learner.chunk_size < 0:
     raise ValueError(
         f'config.learner.chunk_size={config.learner.chunk_size} must be 0 (all '

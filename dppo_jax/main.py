@@ -66,6 +66,7 @@ from dppo_jax.tasks.scoring import may_hang
 from dppo_jax.tasks.scoring import Scorer
 from dppo_jax.tasks.verify import make_verify_fn
 from dppo_jax.tasks.verify import VerifyFn
+from dppo_jax.tracing import Tracer
 from dppo_jax.types import Divergence
 from dppo_jax.types import LossFn
 from dppo_jax.types import Prompts
@@ -122,6 +123,7 @@ class Parts(NamedTuple):
 
 def build(config: Any) -> Parts:
   """Turns names into functions and puts the parameters on their devices."""
+  _use_compilation_cache(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
   checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
   method = make_method(config)
@@ -166,6 +168,16 @@ def build(config: Any) -> Parts:
       prompt_shapes=_prompt_shapes(config),
       mesh=mesh,
   )
+
+
+def _use_compilation_cache(folder: str) -> None:
+  """Keeps compiled programs for the next start; '' does not.
+
+  What JAX_COMPILATION_CACHE_DIR says goes before.
+  """
+  if folder and not jax.config.jax_compilation_cache_dir:
+    folder = pathlib.Path(folder).expanduser()
+    jax.config.update('jax_compilation_cache_dir', str(folder))
 
 
 class Program(NamedTuple):
@@ -268,7 +280,12 @@ def train(config: Any, workdir: str) -> bool:
         config.total_steps, first, is_main_process=jax.process_index() == 0
     ))
 
+    tracer = stack.enter_context(contextlib.closing(Tracer(
+        workdir / 'profile', num_steps=config.profile_steps, first=first
+    )))
+
     for step in range(first, config.total_steps + 1):
+      tracer.at(step)
       start = time.perf_counter()
       batch = next(parts.prompts)
       state, rollout, metrics = parts.train_step(

@@ -16,6 +16,8 @@ import jax
 
 # What may change between two starts of the same run.
 _FREE = (
+    'compilation_cache',
+    'profile_steps',
     'total_steps',
     'checkpoint_every',
     'keep_checkpoints',

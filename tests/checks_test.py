@@ -100,6 +100,10 @@ def test_slots_are_at_most_the_completions(section, completions):
     )
 
 
+def test_steps_to_trace_are_not_negative():
+  refused('profile_steps=-1 must be 0', profile_steps=-1)
+
+
 def test_a_mesh_that_does_not_fit_is_refused():
   count = jax.device_count()
   refused(f'does not fit {count} devices', **{'mesh.tensor': 7 * count})

@@ -1,5 +1,16 @@
 """Strict flags for every test: what JAX would forgive, the tests do not."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
+# Not in the home directory of who runs the tests; subprocesses inherit it.
+_CACHE = tempfile.mkdtemp(prefix='dppo_jax_compiled_')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+
+# ruff: noqa: E402
 import hypothesis
 import jax
 import pytest

@@ -23,7 +23,7 @@ LAYERS = (
     ('learner',),
     ('train_step',),
     ('backlog', 'checkpoint', 'checks', 'logbook', 'memory', 'metrics',
-     'report', 'workdir'),
+     'report', 'tracing', 'workdir'),
     ('main',),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]

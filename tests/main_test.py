@@ -299,6 +299,34 @@ def test_a_finished_run_is_left_as_it_is(cli, finished, copied):
 
 
 @pytest.mark.slow
+def test_the_steps_asked_for_are_traced(cli, finished, tmp_path):
+  workdir = tmp_path / 'run'
+  done = cli(workdir=workdir, profile_steps=1)
+  assert done.returncode == 0, done.stderr[-3000:]
+  [trace] = workdir.glob('profile/**/*.xplane.pb')
+  assert trace.stat().st_size > 1000
+  assert_same_run(workdir, finished)  # Looking changes nothing.
+
+
+def test_compiled_programs_are_kept_where_the_config_says(
+    tmp_path, monkeypatch
+):
+  option = 'jax_compilation_cache_dir'
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setenv('HOME', str(tmp_path))
+  try:
+    jax.config.update(option, None)
+    main._use_compilation_cache('')
+    assert jax.config.jax_compilation_cache_dir is None
+    main._use_compilation_cache('~/compiled')
+    assert jax.config.jax_compilation_cache_dir == f'{tmp_path}/compiled'
+    main._use_compilation_cache('~/another')  # What is set goes before.
+    assert jax.config.jax_compilation_cache_dir == f'{tmp_path}/compiled'
+  finally:
+    jax.config.update(option, before)
+
+
+@pytest.mark.slow
 def test_another_config_does_not_touch_the_work_directory(cli, copied):
   before = {p: p.read_bytes() for p in copied.rglob('*') if p.is_file()}
   done = cli(workdir=copied, seed=1)
