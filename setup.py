@@ -49,7 +49,7 @@ setuptools.setup(
         'cuda13': ['jax[cuda13]'],
         # jinja2 renders the chat template that such a file holds.
         'gguf': ['gguf>=0.17', 'jinja2>=3.1'],
-        'parity': ['torch>=2.6'],
+        'parity': ['peft>=0.17', 'torch>=2.6'],
         'test': [
             'gguf>=0.17',
             'hypothesis>=6.100',
