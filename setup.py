@@ -49,9 +49,10 @@ setuptools.setup(
     extras_require={
         'cuda12': ['jax[cuda12]'],
         'cuda13': ['jax[cuda13]'],
-        'gguf': ['gguf>=0.17'],
+        # jinja2 renders the chat template that such a file holds.
+        'gguf': ['gguf>=0.17', 'jinja2>=3.1'],
         'hub': ['datasets>=3.0'],
-        'parity': ['torch>=2.6'],
+        'parity': ['peft>=0.17', 'torch>=2.6'],
         'parquet': ['pyarrow>=15.0'],
         'reasoning-gym': ['pebble>=5.1', 'reasoning-gym>=0.1.23'],
         'test': [

@@ -200,7 +200,9 @@ def make_program(
   Of the tokenizer only `eos_token_id` and `pad_token_id` are looked at.
   """
   shapes = abstract_params(config, model)
-  trainable = _make_trainable(config, shapes)
+  trainable = trainable_lib.make_trainable(
+      shapes, rules=config.learning_rates, **config.lora
+  )
   method = method._replace(
       optimizer=_for_trainable(config, method.optimizer, trainable)
   )
@@ -551,19 +553,6 @@ def _export(
         alpha=config.lora.alpha,
         base=config.model.name,
     )
-
-
-def _make_trainable(config: Any, shapes: PyTree) -> trainable_lib.Trainable:
-  try:
-    return trainable_lib.make_trainable(
-        shapes,
-        rules=config.learning_rates,
-        **config.lora,
-    )
-  except ValueError as error:
-    raise ValueError(
-        f'config.lora or config.learning_rates: {error}'
-    ) from error
 
 
 def _for_trainable(

@@ -1,5 +1,6 @@
 """One compiled step: learn from the last rollout, then sample the next."""
 
+import functools
 import itertools
 import json
 import logging
@@ -288,7 +289,8 @@ ONE_STEP = """
     config.replay.capacity = 2
     config.task.data_dir = sys.argv[1]
     config.mesh.update(json.loads(sys.argv[2]))
-    config.sampling.num_slots = int(sys.argv[3])
+    config.lora.rank = int(sys.argv[3])
+    config.sampling.num_slots = int(sys.argv[4])
     reader, parts_read = weights._reader, []
     def spied(parameter, *rest):
       read = reader(parameter, *rest)
@@ -301,7 +303,7 @@ ONE_STEP = """
     weights._reader = spied
     parts = main.build(config)
     state, pending = parts.state, main.blank_rollout(parts)
-    evaluated, samples = parts.evaluate_fn(state.params)
+    evaluated, samples = parts.evaluate_fn(main.policy(parts, state))
     for call in range(3):
       batch = next(parts.prompts)
       state, rollout, latest = parts.train_step(state, pending, batch.prompts)
@@ -319,6 +321,7 @@ ONE_STEP = """
     used = {d for x in jax.tree.leaves(state.params)
             for d in x.sharding.device_set}
     kernel = state.params['layers']['mlp']['up']['kernel']
+    kernel = kernel['a'] if config.lora.rank else kernel
     print(json.dumps({
         'devices': len(used),
         'kernel': list(kernel.addressable_shards[0].data.shape),
@@ -336,14 +339,14 @@ ONE_STEP = """
 """
 
 
-def run_on(num_devices, data_dir, mesh, num_slots=0):
+def run_on(num_devices, data_dir, mesh, rank=0, num_slots=0):
   flags = (
       f'--xla_force_host_platform_device_count={num_devices} '
       '--xla_backend_optimization_level=0'  # Half of the compile time.
   )
   done = subprocess.run(
       [sys.executable, '-c', textwrap.dedent(ONE_STEP), str(data_dir),
-       json.dumps(mesh), str(num_slots)],
+       json.dumps(mesh), str(rank), str(num_slots)],
       cwd=ROOT, capture_output=True, text=True, check=False,
       env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
   )
@@ -354,26 +357,30 @@ def run_on(num_devices, data_dir, mesh, num_slots=0):
 @pytest.fixture(scope='module')
 def one_device(tmp_path_factory):
   data_dir = tmp_path_factory.mktemp('tfds')
-  return data_dir, run_on(1, data_dir, {})
+  return data_dir, functools.cache(
+      lambda rank: run_on(1, data_dir, {}, rank)
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, num_slots, kernel', [
+@pytest.mark.parametrize('mesh, rank, num_slots, kernel', [
     # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.
-    ({'data': 8}, 0, [4, 160, 480]),
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 12, [4, 80, 240]),
+    ({'data': 8}, 0, 0, [4, 160, 480]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, 12, [4, 80, 240]),
+    # Of an adapter from 160 to a rank of 4, fsdp splits the 160.
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, 0, [4, 80, 4]),
 ], ids=str)
 def test_eight_devices_compute_what_one_does(
-    one_device, mesh, num_slots, kernel
+    one_device, mesh, rank, num_slots, kernel
 ):
-  data_dir, expected = one_device
-  actual = run_on(8, data_dir, mesh, num_slots)
+  data_dir, run_on_one = one_device
+  expected = run_on_one(rank)
+  actual = run_on(8, data_dir, mesh, rank, num_slots)
   assert (expected['devices'], actual['devices']) == (1, 8)
   assert actual['kernel'] == kernel
   # No device's part, much less the whole, is ever read for another.
-  assert actual['parts_read'] and all(
-      part == kernel for part in actual['parts_read']
-  )
+  part = [4, 160 // mesh.get('fsdp', 1), 480 // mesh.get('tensor', 1)]
+  assert actual['parts_read'] and all(x == part for x in actual['parts_read'])
   assert expected['compilations'] == actual['compilations'] == 1
   assert actual['tokens'] == expected['tokens']
   # Six prompts: some of them twice on eight devices, and counted once.
