@@ -7,6 +7,9 @@ Its weights (Apache-2.0) come from a package, 145 MB, without a model hub:
 
 The prompt shows three solved sums and asks for a fourth, the reward is 1 if the
 first line is right. Adapters of rank 16 on all projections, 4.9 M parameters.
+
+Held-out accuracy goes from 0.16 to 0.92 at step 10 and ends at 0.90 (seed 0,
+commit 62ca07b, two shared CPU cores): experiments/smollm2_arithmetic.
 """
 
 from configs import default

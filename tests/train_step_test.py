@@ -369,7 +369,7 @@ def one_device(tmp_path_factory):
     ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, 12, [4, 80, 240]),
     # Of an adapter from 160 to a rank of 4, fsdp splits the 160.
     ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, 0, [4, 80, 4]),
-], ids=str)
+], ids=['data', 'all', 'adapters'])
 def test_eight_devices_compute_what_one_does(
     one_device, mesh, rank, num_slots, kernel
 ):
