@@ -150,11 +150,11 @@ def test_long_questions_are_left_out(tmp_path):
 
 
 def test_answers_may_be_numbers(tmp_path):
-  rows = [{'question': str(x), 'answer': x} for x in (7, -3, 2.5, 4.0)]
+  rows = [{'question': str(x), 'answer': x} for x in (7, -3, 2.5, 1234567.0)]
   path = write(tmp_path / 'a.jsonl', rows)
   task = build({'name': path}, held_out=0.4)
   answers = {row['answer'] for row in [*task.train, *task.test]}
-  assert answers == {'7', '-3', '2.5', '4'}
+  assert answers == {'7', '-3', '2.5', '1234567'}
 
 
 def test_your_own_verifier_and_another_scorer(tmp_path):
@@ -213,6 +213,8 @@ def test_what_is_wrong_with_the_options_is_named():
     tasks.build('math')
   with pytest.raises(ValueError, match='held_out=1.5'):
     tasks.build('math', held_out=1.5)
+  with pytest.raises(ValueError, match="held_out=0.1 and .*name='b' both"):
+    build({'name': 'a'}, {'name': 'b'}, held_out=0.1)
   with pytest.raises(ValueError, match="'hub2'. Did you mean 'hub'"):
     build({'source': 'hub2', 'name': 'x'})
   with pytest.raises(ValueError, match="'gsm8'. Did you mean 'gsm8k'"):

@@ -92,6 +92,10 @@ def test_what_is_not_equal_earns_0(answer, given):
     '({a}, {b})',
     r'{a}\\{b}',
     '{a} | {b}',
+    'x={a}, x={b}',
+    r'x={a} \text{{ or }} x={b}',
+    r'x \in \{{{a}, {b}\}}',
+    r'{a} \text{{, maybe }} {b}',
     r'\$ {a} \$ or \$ {b} \$',
 ])
 def test_a_list_of_guesses_earns_nothing_whichever_is_right(list_of):
@@ -173,7 +177,7 @@ def test_counts_are_those_since_the_last_call():
 
 def test_a_verifier_that_fails_on_a_whole_batch_stops_the_run():
   scorer = scoring.Scorer(fails_on_b)
-  with pytest.raises(RuntimeError, match="all 2 completions.*KeyError: 'x'"):
+  with pytest.raises(ValueError, match="all 2 completions.*KeyError: 'x'"):
     scorer.score(['b', 'b'], ['x', 'x'])
 
 

@@ -1,7 +1,7 @@
 """Your own verifier: one Python function, named in the config.
 
-`config.task.verifier` is 'my_package.checks:is_right', which can be imported, or
-'checks.py:is_right', a file, for
+`config.task.verifier` is 'my_package.checks:is_right', which can be imported,
+or 'checks.py:is_right', a file, for
 
     def is_right(completion: str, answer: str) -> float:
       return float(answer in completion)
