@@ -51,7 +51,7 @@ setuptools.setup(
         'cuda13': ['jax[cuda13]'],
         'gguf': ['gguf>=0.17'],
         'hub': ['datasets>=3.0'],
-        'parity': ['torch>=2.6'],
+        'parity': ['peft>=0.17', 'torch>=2.6'],
         'parquet': ['pyarrow>=15.0'],
         'reasoning-gym': ['pebble>=5.1', 'reasoning-gym>=0.1.23'],
         'test': [

@@ -116,7 +116,7 @@ def _check_lora(settings):
 def _check_rules(rules):
   """Pairs of a pattern and a factor; what they match needs the model."""
   for rule in rules:
-    if not isinstance(rule, tuple) or len(rule) != 2:
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2:
       raise ValueError(
           f'config.learning_rates has {rule!r}, not a pair of a regular '
           "expression and a factor; write (('embed', 0.0),), commas included."

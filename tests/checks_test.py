@@ -192,6 +192,22 @@ def test_an_impossible_optimizer_is_refused(change, message):
 
 
 @pytest.mark.parametrize('change, message', [
+    ({'lora.rank': -1}, r'lora.rank=-1 must be 0 \(no adapters\)'),
+    ({'lora.alpha': 0.0}, 'lora.alpha=0.0 must be positive'),
+    ({'lora.targets': ('gates',)}, "targets 'gates'. Did you mean 'gate'"),
+    ({'learning_rates': ('embed', 0.0)}, "has 'embed', not a pair.*commas"),
+    ({'learning_rates': (('[', 0.0),)}, r"'\[' is no regular expression"),
+    ({'learning_rates': (('embed', -1.0),)}, "factor -1.0 of 'embed'"),
+    ({'learning_rates': (('embed', '0'),)}, "factor '0' of 'embed'"),
+    ({'learning_rates': (('layrs', 0.0),)}, "learning_rates: .*'layrs'"),
+    ({'lora.rank': 161}, r'rank=161 .* inputs \(160\)'),
+    ({'stop': ('no token is this',)}, "config.stop 'no token is this'"),
+])
+def test_what_cannot_be_trained_or_ended_is_refused(change, message):
+  refused(message, **change)
+
+
+@pytest.mark.parametrize('change, message', [
     ({'staleness': -1}, r'config.staleness=-1 must be 0 \(learn at once\)'),
     ({'replay.capacity': -2}, r'replay.capacity=-2 must be 0 \(no buffer\)'),
     # .3 * 32 prompts.

@@ -4,6 +4,7 @@ Runs are tiny (four steps, a checkpoint every two) and share what XLA compiled
 through a cache on disk, which makes a run take a few seconds.
 """
 
+import functools
 import json
 import math
 import os
@@ -19,9 +20,11 @@ import jax
 import numpy as np
 import pytest
 
+from dppo_jax import lora
 from dppo_jax import main
 from dppo_jax import metrics as metrics_lib
 from dppo_jax.models import load
+from dppo_jax.models import weights as weights_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 4
@@ -379,6 +382,99 @@ def test_a_resumed_run_continues_with_its_buffer_its_dual_and_what_was_late(
   assert done.returncode == 0, done.stderr[-3000:]
   assert 'Continuing after step 2' in done.stderr
   assert_same_run(workdir, stale)
+
+
+# Adapters.
+
+ADAPTED = {
+    'lora.rank': 4,
+    'lora.targets': ('q', 'down'),
+    # Those of the first two layers stay as they are.
+    'learning_rates': (('layers/[01]/', 0.0), ('/b$', 4.0)),
+    'extras.kl_coefficient': 0.01,
+    'replay.capacity': 2,
+}
+
+
+@pytest.fixture(scope='module')
+def adapted(cli, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('adapted') / 'run'
+  done = cli(workdir=workdir, **ADAPTED)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return workdir
+
+
+@pytest.mark.slow
+def test_adapters_and_base_are_the_model_that_was_saved(adapted):
+  base, saved = (
+      load.from_pretrained(x) for x in ('embedded', adapted / 'model')
+  )
+  adapters, alpha = lora.load_pretrained(base, adapted / 'adapter')
+  before, merged, after = map(weights_lib.flatten, (
+      base.params,
+      jax.jit(functools.partial(lora.merge, alpha=alpha))(
+          base.params, adapters
+      ),
+      saved.params,
+  ))
+  for path, x in after.items():
+    np.testing.assert_array_equal(x, merged[path])
+    moved = [bool(np.any(a != b)) for a, b in zip(x, before[path])]
+    if path.endswith(('/q/kernel', '/down/kernel')):
+      assert moved == [False, False, True, True], path
+    else:
+      assert not any(moved), path
+
+
+@pytest.mark.slow
+def test_a_run_with_adapters_learns_replays_and_saves_little(adapted):
+  learned = rows(adapted)[1:]
+  for row in learned:
+    # Sampled from the merged policy, learned with the unmerged one.
+    assert row['optimizer/grad_norm'] > 0
+    assert row['on_policy/log_ratio_max'] < 1e-4
+  assert learned[1]['replay/groups'] > 0
+  # Neither the base nor a copy of it is in a checkpoint.
+  files = (adapted / 'checkpoints' / str(STEPS)).rglob('*')
+  size = sum(path.stat().st_size for path in files if path.is_file())
+  assert size < (adapted / 'model' / 'model.safetensors').stat().st_size / 2
+
+
+@pytest.mark.slow
+def test_adapters_resumed_from_step_2_end_bitwise_the_same(
+    cli, adapted, tmp_path
+):
+  workdir = shutil.copytree(adapted, tmp_path / 'run')
+  without_results(workdir)
+  shutil.rmtree(workdir / 'adapter')
+  damage_last_checkpoint(workdir)
+  done = cli(workdir=workdir, **ADAPTED)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert 'Continuing after step 2' in done.stderr
+  assert_same_run(workdir, adapted)
+  name = 'adapter/adapter_model.safetensors'
+  assert (workdir / name).read_bytes() == (adapted / name).read_bytes()
+  evaluated = cli('-m', 'dppo_jax.evaluate', workdir=workdir, **ADAPTED)
+  assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+  printed = json.loads(evaluated.stdout.splitlines()[-1])
+  assert printed.pop('step') == STEPS
+  last = metrics_lib.read(adapted)[-1]
+  assert printed == {k: last[k] for k in printed}
+
+
+@pytest.mark.slow
+def test_a_base_that_has_changed_is_named(cli, tmp_path):
+  model = load.from_pretrained('embedded')
+  folder, workdir = tmp_path / 'model', tmp_path / 'run'
+  load.save_pretrained(model, folder, tokenizer=load.EMBEDDED)
+  options = ADAPTED | {'model.name': folder, 'total_steps': 1}
+  assert cli(workdir=workdir, **options).returncode == 0
+  model.params['norm']['scale'] *= 1.01
+  load.save_pretrained(model, folder, tokenizer=load.EMBEDDED)
+  done = cli(workdir=workdir, **options)
+  assert_one_line_error(
+      done, 'model.name=.* has other weights than when .* step 1 was saved'
+  )
 
 
 # Other data.

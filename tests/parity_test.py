@@ -13,6 +13,7 @@ import pytest
 import tiny_model
 import transformers
 
+from dppo_jax import lora
 from dppo_jax.models import causal_lm
 from dppo_jax.models import load
 
@@ -41,8 +42,11 @@ def _compiled(model):
 
 
 def their_logits(folder, tokens, mask):
+  return logits_of(golden.torch_model(folder), tokens, mask)
+
+
+def logits_of(model, tokens, mask):
   """The whole padded batch at once, with transformers' own masks."""
-  model = golden.torch_model(folder)
   mask = torch.tensor(mask)
   with torch.no_grad():
     return model(
@@ -86,6 +90,33 @@ def test_transformers_reads_what_was_saved_and_agrees(tmp_path, name, head):
   load.save_pretrained(model, tmp_path / 'saved', max_shard_bytes=30_000)
   assert len(list((tmp_path / 'saved').glob('*.safetensors'))) > 1
   assert_agrees(model, tmp_path / 'saved')
+
+
+@pytest.mark.parametrize('name', ['llama3', 'qwen2', 'qwen3', 'gemma2'])
+def test_peft_reads_our_adapters_and_we_read_those_of_peft(tmp_path, name):
+  peft = pytest.importorskip('peft', reason='in the extra [parity] only')
+  base, ours, theirs = (tmp_path / x for x in ('base', 'ours', 'theirs'))
+  golden.write(base, name, tied=True)
+  model = load.from_pretrained(base)
+  adapters = jax.tree.map(
+      # b is zero as it is made; these are as after some training.
+      lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape),
+      lora.init(model.params, jax.random.key(0), rank=3),
+  )
+  lora.save_pretrained(model, adapters, ours, alpha=6.0)
+  tokens, mask = golden.batch()
+  read = peft.PeftModel.from_pretrained(golden.torch_model(base), ours)
+  plain = our_logits(model, tokens, mask)
+  merged = lora.merge(model.params, adapters, alpha=6.0)
+  actual = our_logits(model.replace(params=merged), tokens, mask)
+  expected = logits_of(read, tokens, mask)
+  assert np.abs(plain - actual)[mask].max() > 0.1
+  assert np.abs(actual - expected)[mask].max() < 2e-4
+  # And back, from the file that PEFT writes.
+  read.save_pretrained(theirs)
+  again, alpha = lora.load_pretrained(model, theirs)
+  assert alpha == 6.0
+  tiny_model.assert_trees_equal(again, adapters)
 
 
 def test_smollm2_has_the_weights_that_transformers_reads(tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -45,6 +46,100 @@ def run_python(code, *args, **env):
     text=True,
     env=os.environ | {'JAX_PLATFORMS': 'cpu'} | env,
   )
+
+
+# What ends a completion.
+
+
+class WordTokenizer:
+  """A token for each of these texts; the last one is special."""
+
+  texts = ('a', 'b\n', '\n\n', 'c', '</s>')
+  eos_token_id = 4
+
+  def __len__(self):
+    return len(self.texts)
+
+  def batch_decode(self, rows, skip_special_tokens):
+    assert skip_special_tokens
+    return ['' if i == 4 else self.texts[i] for [i] in rows]
+
+
+def test_every_token_that_holds_a_stop_ends_a_completion():
+  assert prompts.end_ids(WordTokenizer()) == (4,)
+  assert prompts.end_ids(WordTokenizer(), ['\n']) == (1, 2, 4)
+  assert prompts.end_ids(WordTokenizer(), ['b', 'c']) == (1, 3, 4)
+
+
+@pytest.mark.parametrize('stop', ['ab', '', '</s>'])
+def test_a_stop_that_no_token_holds_is_named(stop):
+  with pytest.raises(ValueError, match=f'config.stop {stop!r}.*shorter'):
+    prompts.end_ids(WordTokenizer(), ['a', stop])
+
+
+# Few-shot arithmetic.
+
+LINE = re.compile(r'(\d)([-+*])(\d)=(-?\d+)?')
+
+
+def parsed(text):
+  """(a, symbol, b, result) of each line."""
+  return [LINE.fullmatch(line).groups() for line in text.split('\n')]
+
+
+def test_shots_are_solved_and_answers_are_right():
+  task = tasks.build('few_shot_arithmetic', operations='+-*', num_shots=2)
+  for row in [*task.train, *task.test]:
+    *shots, (a, symbol, b, nothing) = parsed(row['prompt'])
+    assert len(set(shots)) == 2
+    assert nothing is None
+    for *problem, result in [*shots, (a, symbol, b, row['answer'])]:
+      assert eval(''.join(problem)) == int(result)
+
+
+def test_test_problems_stand_in_no_prompt_of_train_even_turned_around():
+  task = tasks.build('few_shot_arithmetic', operations='+*')
+  unordered = lambda line: (*sorted((line[0], line[2])), line[1])
+  seen = {
+    unordered(line) for row in task.train for line in parsed(row['prompt'])
+  }
+  asked = {unordered(parsed(row['prompt'])[-1]) for row in task.test}
+  assert not seen & asked
+  # 45 unordered pairs of 9 digits, for each of two operations.
+  assert len(seen | asked) == 2 * 45
+  assert 0.15 < len(asked) / (2 * 45) < 0.35
+  for row in [*task.train, *task.test]:
+    *shots, question = map(unordered, parsed(row['prompt']))
+    assert question not in shots
+
+
+def test_a_question_is_asked_with_different_shots_each_run_the_same():
+  make = lambda **options: tasks.build('few_shot_arithmetic', **options)
+  few, many = make(num_variants=2), make(num_variants=5)
+  assert few.train[:2] == many.train[:2] == make(num_variants=2).train[:2]
+  assert len({row['prompt'] for row in many.train}) == len(many.train)
+  assert len(many.train) == len(few.train) // 2 * 5
+
+
+@pytest.mark.parametrize('completion, reward', [
+  ('6', 1), ('6\n', 1), (' 6 \n2+2=4', 1), ('6\n\n', 1), ('\n6', 0),
+  ('16', 0), ('6.', 0), ('6 apples', 0), ('', 0), ('5\n6', 0),
+])
+def test_the_first_line_is_the_answer_or_it_is_wrong(completion, reward):
+  task = tasks.build('few_shot_arithmetic')
+  assert task.score(completion, '6') == reward
+
+
+@pytest.mark.parametrize('options, message', [
+  ({'operations': '+/'}, "operation '/'"),
+  ({'operations': ''}, "operation ' '"),
+  ({'num_shots': 0}, 'num_shots=0'),
+  ({'num_shots': 99}, 'num_shots=99.*at most'),
+  ({'num_variants': 0}, 'num_variants=0'),
+])
+def test_few_shots_that_cannot_be_are_named(options, message):
+  with pytest.raises(ValueError, match=message):
+    tasks.build('few_shot_arithmetic', **options)
 
 
 # The arithmetic problems.

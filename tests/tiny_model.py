@@ -26,6 +26,7 @@ from dppo_jax import sampling
 from dppo_jax import shaping
 from dppo_jax import target
 from dppo_jax import train_step
+from dppo_jax import trainable as trainable_lib
 from dppo_jax import trust_regions
 from dppo_jax.models import layers
 from dppo_jax.models import qwen3
@@ -162,6 +163,7 @@ def make_learner(
     num_minibatches=1,
     num_microbatches=1,
     dual=None,
+    trainable=trainable_lib.EVERYTHING,
     **options,
 ):
   """`learner.make_learner` with one update, unless told otherwise."""
@@ -177,6 +179,7 @@ def make_learner(
       num_minibatches=num_minibatches,
       num_microbatches=num_microbatches,
       dual=dual,
+      trainable=trainable,
   )
 
 

@@ -1,5 +1,6 @@
 """One compiled step: learn from the last rollout, then sample the next."""
 
+import functools
 import itertools
 import json
 import os
@@ -258,6 +259,7 @@ ONE_STEP = """
     config.replay.capacity = 2
     config.task.data_dir = sys.argv[1]
     config.mesh.update(json.loads(sys.argv[2]))
+    config.lora.rank = int(sys.argv[3])
     parts = main.build(config)
     state, pending = parts.state, main.blank_rollout(parts)
     for call in range(3):
@@ -277,6 +279,7 @@ ONE_STEP = """
     used = {d for x in jax.tree.leaves(state.params)
             for d in x.sharding.device_set}
     kernel = state.params['layers']['mlp']['up']['kernel']
+    kernel = kernel['a'] if config.lora.rank else kernel
     print(json.dumps({
         'devices': len(used),
         'kernel': list(kernel.addressable_shards[0].data.shape),
@@ -291,14 +294,14 @@ ONE_STEP = """
 """
 
 
-def run_on(num_devices, data_dir, mesh):
+def run_on(num_devices, data_dir, mesh, rank=0):
   flags = (
       f'--xla_force_host_platform_device_count={num_devices} '
       '--xla_backend_optimization_level=0'  # Half of the compile time.
   )
   done = subprocess.run(
       [sys.executable, '-c', textwrap.dedent(ONE_STEP), str(data_dir),
-       json.dumps(mesh)],
+       json.dumps(mesh), str(rank)],
       cwd=ROOT, capture_output=True, text=True, check=False,
       env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
   )
@@ -309,18 +312,23 @@ def run_on(num_devices, data_dir, mesh):
 @pytest.fixture(scope='module')
 def one_device(tmp_path_factory):
   data_dir = tmp_path_factory.mktemp('tfds')
-  return data_dir, run_on(1, data_dir, {})
+  return data_dir, functools.cache(
+      lambda rank: run_on(1, data_dir, {}, rank)
+  )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, kernel', [
+@pytest.mark.parametrize('mesh, rank, kernel', [
     # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.
-    ({'data': 8}, [4, 160, 480]),
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, [4, 80, 240]),
+    ({'data': 8}, 0, [4, 160, 480]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, [4, 80, 240]),
+    # Of an adapter from 160 to a rank of 4, fsdp splits the 160.
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, [4, 80, 4]),
 ], ids=str)
-def test_eight_devices_compute_what_one_does(one_device, mesh, kernel):
-  data_dir, expected = one_device
-  actual = run_on(8, data_dir, mesh)
+def test_eight_devices_compute_what_one_does(one_device, mesh, rank, kernel):
+  data_dir, run_on_one = one_device
+  expected = run_on_one(rank)
+  actual = run_on(8, data_dir, mesh, rank)
   assert (expected['devices'], actual['devices']) == (1, 8)
   assert actual['kernel'] == kernel
   assert expected['compilations'] == actual['compilations'] == 1

@@ -65,6 +65,11 @@ def rows(
     for symbol, a, b in itertools.product(operations, DIGITS, DIGITS)
   ]
   solved = [x for x in problems if _split_of(x) == 'train']
+  if num_shots > len(solved) - 2:  # Without the question, turned or not.
+    raise ValueError(
+      f'num_shots={num_shots}, but operations={operations!r} make only '
+      f'{len(solved)} problems to show; use at most {len(solved) - 2}.'
+    )
   made = []
   for problem in problems:
     if _split_of(problem) != split:
