@@ -508,6 +508,38 @@ def test_a_run_on_json_lines_from_end_to_end(cli, data, tmp_path):
   assert metrics_lib.read(tmp_path / 'run')[-1]['reward/mean'] > 0
 
 
+@pytest.mark.slow
+def test_a_run_on_the_task_math_from_files_with_workers(cli, data, tmp_path):
+  files = {
+      f'task.{part}.{field}': value
+      for part in ('train', 'test')
+      for field, value in {
+          'source': 'file',
+          'name': data[f'task.{part}_path'],
+          'question': 'prompt',
+          'extract': 'whole',
+      }.items()
+  }
+  done = cli(
+      config='math.py:gsm8k', workdir=tmp_path / 'run',
+      **files | {
+          'task.chat_template': False,
+          'task.instruction': '',
+          'task.scorer': 'answer_after_hashes',
+          'scoring.num_workers': 1,
+          'model.name': 'embedded',
+          'max_prompt_length': 8,
+          'max_completion_length': 20,
+          'learner.num_microbatches': 1,
+          'total_steps': 2,
+      },
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  last = metrics_lib.read(tmp_path / 'run')[-1]
+  assert last['reward/mean'] > 0
+  assert last['verifier/errors'] == last['verifier/timeouts'] == 0
+
+
 OWN_VERIFIER = """
 from dppo_jax.tasks import scoring
 def judge(completion, answer):
