@@ -275,6 +275,28 @@ def test_a_function_of_a_file_runs_in_workers(own_file):
     assert scorer.errors == 1
 
 
+SLOW_TO_IMPORT = """
+import time
+time.sleep(3)
+count = 0
+def count_calls(completion, answer):
+  global count
+  count += 1
+  return count
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_imports_a_verifier_once_and_before_time_counts(tmp_path):
+  (tmp_path / 'slow.py').write_text(SLOW_TO_IMPORT)
+  verifier = own_verifier.load(f'{tmp_path}/slow.py:count_calls')
+  with scoring.Scorer(verifier, num_workers=1, timeout_s=2.0) as scorer:
+    rewards = scorer.score([''] * 3, [''] * 3)
+    # Each import would start to count anew.
+    np.testing.assert_array_equal(rewards, [1, 2, 3])
+    assert scorer.timeouts == 0
+
+
 def platform_of_jax(completion, answer):
   del completion, answer
   return float(os.environ['JAX_PLATFORMS'] == 'cpu')

@@ -8,6 +8,7 @@ or 'checks.py:is_right', a file, for
 """
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -76,6 +77,7 @@ def _resolve(spec: str) -> tuple[str, Any]:
   return f'{source}:{name}', function
 
 
+@functools.cache  # A worker unpickles the verifier for each completion.
 def _import(source: str) -> Any:
   if not source.endswith('.py'):
     return importlib.import_module(source)
