@@ -1,8 +1,10 @@
 """Your own prompts and answers, from two JSON-lines files.
 
 One row a line: {"prompt": "47+38=", "answer": "85"}. The default scorer wants a
-completion to end in `#### 85`; `exact` compares the whole of it. Prompts and
-completions of up to 64 tokens and 32 test rows, all to be changed by flag.
+completion to end in `#### 85`; `exact` compares the whole of it, and
+--config.task.verifier=my_file.py:my_function is your own; docs/tasks.md has
+the other options. Prompts and completions of up to 64 tokens and 32 test rows,
+all to be changed by flag.
 """
 
 from configs import default

@@ -5,7 +5,9 @@
 
 Sums and differences of two digits (chain_sum), after three solved ones; the
 reward is 1 if the first line is the answer, as reasoning-gym judges it. Model,
-adapters and optimizer are those of configs/smollm2_arithmetic.py.
+adapters and optimizer are those of configs/smollm2_arithmetic.py. It starts at
+0.58 held out (avg@4 over 32 problems); what training makes of it has not been
+measured yet.
 """
 
 import json

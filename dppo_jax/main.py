@@ -800,6 +800,7 @@ def run_evaluate() -> None:
       if _WORKDIR.value:
         state = _latest_state(config, parts, pathlib.Path(_WORKDIR.value))
       metrics, _ = parts.evaluate_fn(policy(parts, state))
+    metrics |= parts.scorer.take_counts()
     print(json.dumps({'step': int(state.step)} | metrics), flush=True)
     return True
 

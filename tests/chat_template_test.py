@@ -70,7 +70,8 @@ def words(ids):
 
 
 def test_a_prompt_is_a_message_of_the_user_and_the_assistant_is_next(tokenizer):
-  assert prepared(tokenizer, 'one ?') == ['<bos> user : one ? <end> assistant :']
+  [text] = prepared(tokenizer, 'one ?')
+  assert text == '<bos> user : one ? <end> assistant :'
 
 
 def test_a_system_prompt_comes_first(tokenizer):

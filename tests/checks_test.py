@@ -11,6 +11,7 @@ from configs import default
 from dppo_jax import algorithms
 from dppo_jax import checks
 from dppo_jax import main
+from dppo_jax import tasks
 
 CONFIGS = sorted(
     path.stem
@@ -337,6 +338,22 @@ def test_an_unknown_field_is_refused_with_the_nearest():
     config.total_step = 3
   with pytest.raises(AttributeError, match='Did you mean "threshold"'):
     config.divergence.treshold = 0.1
+
+
+def test_a_verifier_that_may_hang_needs_workers():
+  config = default.get_config()
+  checks.check_verifier(config, may_hang=False)
+  with pytest.raises(ValueError, match="workers=0, .*'arithmetic' may hang"):
+    checks.check_verifier(config, may_hang=True)
+  config.scoring.num_workers = 1
+  checks.check_verifier(config, may_hang=True)
+
+
+@pytest.mark.parametrize('preset', tasks.math.presets())
+def test_every_preset_of_math_is_a_config_that_passes(preset):
+  config = importlib.import_module('configs.math').get_config(preset)
+  checks.check(config, num_batch_shards=1)
+  checks.check_verifier(config, may_hang=True)
 
 
 @pytest.mark.parametrize('name', CONFIGS)

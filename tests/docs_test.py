@@ -9,8 +9,12 @@ import sys
 
 import pytest
 
+from dppo_jax import tasks
+from dppo_jax.tasks import scoring
+
 ROOT = pathlib.Path(__file__).parents[1]
 TRAINER = ROOT / 'docs' / 'use_in_your_trainer.md'
+TASKS = ROOT / 'docs' / 'tasks.md'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 PYTHON = re.compile(r'^```python\n(.*?)^```', re.MULTILINE | re.DOTALL)
@@ -83,6 +87,41 @@ def test_blocks_parse_and_their_imports_exist(page):
     for module, names in IMPORT.findall(block):
       for name in names.split(', '):
         assert hasattr(importlib.import_module(module), name)
+
+
+def test_blocks_on_tasks_run_and_the_verifier_judges(tmp_path):
+  verifier, *configs = blocks(TASKS)
+  run(verifier + "assert is_right('It is 8', '8') == 1 != is_right('', '8')",
+      tmp_path)
+  for block in configs:
+    run(block, tmp_path)
+
+
+@pytest.mark.parametrize('name', ['jsonl', 'math', 'reasoning_gym'])
+def test_every_option_of_a_task_is_on_its_page_with_its_default(name):
+  page = TASKS.read_text()
+  section = page.partition(f'## `{name}`')[2].partition('\n## ')[0]
+  config = tasks.config(name)
+  for option, default in config.items():
+    if option in ('name', 'train', 'test'):
+      continue
+    assert f'`{option}`' in section, option
+    [row] = [x for x in section.splitlines()
+             if x.startswith('|') and f'`{option}`' in x.split('|')[1]]
+    if isinstance(default, bool | int | float) and 'see above |' not in row:
+      assert str(default) in row, row
+  if name == 'math':
+    for option in config.train:
+      assert f'| `{option}` |' in section, option
+    for preset in tasks.math.presets():
+      assert f'| `{preset}` |' in section, preset
+
+
+def test_every_verifier_with_a_name_is_on_the_page():
+  for name in scoring.names():
+    assert f'| `{name}` |' in TASKS.read_text()
+  for name in tasks.names():
+    assert f'| `{name}` |' in TASKS.read_text()
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda x: x.stem)

@@ -537,6 +537,67 @@ def test_a_run_on_json_lines_from_end_to_end(cli, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_on_the_task_math_from_files_with_workers(cli, data, tmp_path):
+  files = {
+      f'task.{part}.{field}': value
+      for part in ('train', 'test')
+      for field, value in {
+          'source': 'file',
+          'name': data[f'task.{part}_path'],
+          'question': 'prompt',
+          'extract': 'whole',
+      }.items()
+  }
+  done = cli(
+      config='math.py:gsm8k', workdir=tmp_path / 'run',
+      **files | {
+          'task.chat_template': False,
+          'task.instruction': '',
+          'task.scorer': 'answer_after_hashes',
+          'scoring.num_workers': 1,
+          'model.name': 'embedded',
+          'max_prompt_length': 8,
+          'max_completion_length': 20,
+          'learner.num_microbatches': 1,
+          'total_steps': 2,
+      },
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  last = metrics_lib.read(tmp_path / 'run')[-1]
+  assert last['reward/mean'] > 0
+  assert last['verifier/errors'] == last['verifier/timeouts'] == 0
+
+
+OWN_VERIFIER = """
+from dppo_jax.tasks import scoring
+def judge(completion, answer):
+  if answer.endswith('3'):
+    raise KeyError(answer)
+  return 0.5 * scoring.answer_after_hashes(completion, answer)
+"""
+
+
+@pytest.mark.slow
+def test_your_own_verifier_judges_and_its_errors_are_counted(
+    cli, data, tmp_path
+):
+  (tmp_path / 'own.py').write_text(OWN_VERIFIER)
+  done = cli(
+      config='jsonl.py', workdir=tmp_path / 'run',
+      **data | {'task.verifier': f'{tmp_path}/own.py:judge'},
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  rows = metrics_lib.read(tmp_path / 'run')
+  assert sum(row['verifier/errors'] for row in rows) > 0
+  assert all(row['verifier/crashes'] == 0 for row in rows)
+  assert all(row['verifier/timeouts'] == 0 for row in rows)
+  samples = metrics_lib.read_samples(tmp_path / 'run')
+  assert {row['reward'] for row in samples} == {0.0, 0.5}
+  failed = [row for row in samples if row['answer'].endswith('3')]
+  assert failed and not any(row['reward'] for row in failed)
+
+
+@pytest.mark.slow
 def test_a_malformed_row_is_named_by_file_and_line(cli, data, tmp_path):
   path = data['task.train_path']
   lines = path.read_text().splitlines()
@@ -556,6 +617,8 @@ def test_a_malformed_row_is_named_by_file_and_line(cli, data, tmp_path):
     ({'divergence.k': 455}, 'k=455 .* vocabulary of 454 tokens'),
     ({'model.name': './nowhere'}, "Model './nowhere' does not exist"),
     ({'config': '/nowhere/config.py'}, '/nowhere/config.py'),
+    ({'task.chat_template': True}, 'tokenizer of this model has no chat templ'),
+    ({'task.verifier': '/nowhere/own.py:f'}, 'no file /nowhere/own.py'),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else '')
 def test_a_mistake_is_one_line_and_exit_code_2(
     cli, tmp_path, arguments, message

@@ -450,7 +450,7 @@ def test_a_pool_kills_what_hangs_and_counts_it():
       'verifier/timeouts': 2, 'verifier/errors': 1, 'verifier/crashes': 1
     }
     assert not any(scorer.take_counts().values())
-    with pytest.raises(RuntimeError, match='all 4 completions'):
+    with pytest.raises(ValueError, match='all 4 completions'):
       scorer.score(['die'] * 4, ['a'] * 4)
     assert scorer.score(['a'], ['a']) == [1]
   scorer.close()  # Twice does nothing.

@@ -92,6 +92,10 @@ def test_what_is_not_equal_earns_0(answer, given):
     '({a}, {b})',
     r'{a}\\{b}',
     '{a} | {b}',
+    'x={a}, x={b}',
+    r'x={a} \text{{ or }} x={b}',
+    r'x \in \{{{a}, {b}\}}',
+    r'{a} \text{{, maybe }} {b}',
     r'\$ {a} \$ or \$ {b} \$',
 ])
 def test_a_list_of_guesses_earns_nothing_whichever_is_right(list_of):
@@ -173,7 +177,7 @@ def test_counts_are_those_since_the_last_call():
 
 def test_a_verifier_that_fails_on_a_whole_batch_stops_the_run():
   scorer = scoring.Scorer(fails_on_b)
-  with pytest.raises(RuntimeError, match="all 2 completions.*KeyError: 'x'"):
+  with pytest.raises(ValueError, match="all 2 completions.*KeyError: 'x'"):
     scorer.score(['b', 'b'], ['x', 'x'])
 
 
@@ -269,6 +273,28 @@ def test_a_function_of_a_file_runs_in_workers(own_file):
     rewards = scorer.score(['8', 'boom', ''], ['8', '8', '8'])
     np.testing.assert_array_equal(rewards, [1, 0, -1])
     assert scorer.errors == 1
+
+
+SLOW_TO_IMPORT = """
+import time
+time.sleep(3)
+count = 0
+def count_calls(completion, answer):
+  global count
+  count += 1
+  return count
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_imports_a_verifier_once_and_before_time_counts(tmp_path):
+  (tmp_path / 'slow.py').write_text(SLOW_TO_IMPORT)
+  verifier = own_verifier.load(f'{tmp_path}/slow.py:count_calls')
+  with scoring.Scorer(verifier, num_workers=1, timeout_s=2.0) as scorer:
+    rewards = scorer.score([''] * 3, [''] * 3)
+    # Each import would start to count anew.
+    np.testing.assert_array_equal(rewards, [1, 2, 3])
+    assert scorer.timeouts == 0
 
 
 def platform_of_jax(completion, answer):

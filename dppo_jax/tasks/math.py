@@ -115,7 +115,7 @@ def math(
 
   Args:
     train: the fields of a `DataSet`, to learn from.
-    test: the same, to be tested on; unused with `held_out`.
+    test: the same, to be tested on; without a name if there is `held_out`.
     held_out: if not 0, this share of the training problems is the test set, by
       a hash of the problem, so it stays the same when rows are added.
     instruction: follows the problem on a line of its own; may be empty.
@@ -139,6 +139,11 @@ def math(
     raise ValueError(
         f'config.task.held_out={held_out} must be 0 (a test set of its own) or '
         'a share below 1.'
+    )
+  if held_out and test['name']:
+    raise ValueError(
+        f'config.task.held_out={held_out} and config.task.test.name='
+        f'{test["name"]!r} both name a test set; leave one of them empty.'
     )
   score = own_verifier.load(verifier) if verifier else scoring.scorer(scorer)
   options = {'data_dir': data_dir, 'max_chars': max_question_chars}
@@ -225,7 +230,8 @@ _EXTRACT = {
 
 def _answer(value: Any, extract: str) -> str:
   if isinstance(value, int | float) and not isinstance(value, bool):
-    value = f'{value:g}' if value == int(value) else str(value)
+    # 4.0 is the integer 4: a column with a gap in it is read as floats.
+    value = str(int(value) if float(value).is_integer() else value)
   if not isinstance(value, str):
     raise ValueError(f'answer {value!r} must be a text or a number.')
   answer = _EXTRACT[extract](value)

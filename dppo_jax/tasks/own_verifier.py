@@ -1,13 +1,14 @@
 """Your own verifier: one Python function, named in the config.
 
-    config.task.verifier = 'my_package.checks:is_right'   # importable
-    config.task.verifier = 'checks.py:is_right'           # or a file
+`config.task.verifier` is 'my_package.checks:is_right', which can be imported,
+or 'checks.py:is_right', a file, for
 
     def is_right(completion: str, answer: str) -> float:
       return float(answer in completion)
 """
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -76,6 +77,7 @@ def _resolve(spec: str) -> tuple[str, Any]:
   return f'{source}:{name}', function
 
 
+@functools.cache  # A worker unpickles the verifier for each completion.
 def _import(source: str) -> Any:
   if not source.endswith('.py'):
     return importlib.import_module(source)

@@ -102,11 +102,13 @@ def _text(row: dict[str, Any], chat: base.Chat | None, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
+  except ImportError:
+    raise
   except Exception as error:  # Templates are programs; Jinja has many errors.
     raise ValueError(
         f'The chat template refuses a conversation of '
         f'{", ".join(m["role"] for m in messages)}: '
-        f'{" ".join(str(error).split())}.'
+        f'{" ".join(str(error).split()).rstrip(".")}.'
     ) from error
 
 

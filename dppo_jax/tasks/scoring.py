@@ -133,8 +133,8 @@ class Scorer:
       [B] float32.
 
     Raises:
-      ValueError: lengths differ, or a reward is not a finite number.
-      RuntimeError: the verifier raised or died on every completion.
+      ValueError: lengths differ, a reward is not a finite number, or the
+        verifier raised or died on every completion.
     """
     if len(completions) != len(answers):
       raise ValueError(
@@ -147,7 +147,7 @@ class Scorer:
       for call, answer in zip(calls, answers, strict=True)
     ]
     if rewards and self.crashes + self.errors - before == len(rewards):
-      raise RuntimeError(
+      raise ValueError(
         f'The verifier failed on all {len(rewards)} completions of a batch; '
         f'the last time: {self._last_failure}.'
       )
