@@ -35,6 +35,7 @@ setuptools.setup(
         'jinja2>=3.1',
         # 0.10.2 is the newest for Python 3.11, 0.12 needs Python 3.12.
         'jax>=0.10.2,<0.13',
+        'jinja2>=3.1',  # Chat templates.
         'matplotlib>=3.9',
         'ml-collections>=1.1,<2',
         'numpy>=2.0',
@@ -49,8 +50,7 @@ setuptools.setup(
     extras_require={
         'cuda12': ['jax[cuda12]'],
         'cuda13': ['jax[cuda13]'],
-        # jinja2 renders the chat template that such a file holds.
-        'gguf': ['gguf>=0.17', 'jinja2>=3.1'],
+        'gguf': ['gguf>=0.17'],
         'hub': ['datasets>=3.0'],
         'parity': ['peft>=0.17', 'torch>=2.6'],
         'parquet': ['pyarrow>=15.0'],
