@@ -35,7 +35,6 @@ setuptools.setup(
         'jinja2>=3.1',
         # 0.10.2 is the newest for Python 3.11, 0.12 needs Python 3.12.
         'jax>=0.10.2,<0.13',
-        'jinja2>=3.1',  # Chat templates.
         'matplotlib>=3.9',
         'ml-collections>=1.1,<2',
         'numpy>=2.0',

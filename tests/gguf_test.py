@@ -375,7 +375,6 @@ def test_text_starts_with_bos_where_llama_cpp_starts_so(
 
 
 def test_a_chat_is_rendered_by_its_template(tmp_path):
-  pytest.importorskip('jinja2', reason='in the extras [gguf] and [test]')
   tokenizer = load.load_tokenizer(with_text(tmp_path / 'model', 'smollm'))
   chat = [{'role': 'user', 'content': 'hi'}]
   assert tokenizer.apply_chat_template(chat, tokenize=False) == '<s>hi</s>'
