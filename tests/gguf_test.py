@@ -498,20 +498,29 @@ def test_a_file_that_does_not_exist_is_not_looked_for_on_the_hub():
 # Packages.
 
 
-def test_a_package_is_named_without_importing_it(tmp_path, monkeypatch):
-  file, _ = write(tmp_path / 'model')
-  package, notes = tmp_path / 'my_models', tmp_path / 'my_models-1.dist-info'
+def installed(folder, name, *files):
+  """A package of these files, as pip leaves one."""
+  module = name.replace('-', '_')
+  package, notes = folder / module, folder / f'{module}-1.dist-info'
   package.mkdir()
   notes.mkdir()
   (package / '__init__.py').write_text('raise RuntimeError("imported")')
+  (notes / 'METADATA').write_text(f'Name: {name}\nVersion: 1\n')
+  for name in files:
+    (package / name).touch()
+  names = ['__init__.py', *files]
+  (notes / 'RECORD').write_text('\n'.join(f'{module}/{x},,' for x in names))
+  return package
+
+
+def test_a_package_is_named_without_importing_it(tmp_path, monkeypatch):
+  file, _ = write(tmp_path / 'model')
+  package = installed(tmp_path, 'my-models', 'model.gguf')
   file.rename(package / 'model.gguf')
-  (notes / 'METADATA').write_text('Name: my-models\nVersion: 1\n')
-  records = ['my_models/__init__.py,,', 'my_models/model.gguf,,']
-  (notes / 'RECORD').write_text('\n'.join(records))
+  installed(tmp_path, 'my-pair', 'a.gguf', 'b.gguf')
   monkeypatch.syspath_prepend(tmp_path)
   assert load.resolve('my-models') == package / 'model.gguf'
-  (notes / 'RECORD').write_text('\n'.join(records + ['my_models/b.gguf,,']))
-  fails('my-models', '2 GGUF files', error=FileNotFoundError)
+  fails('my-pair', '2 GGUF files', error=FileNotFoundError)
 
 
 def test_a_name_that_is_nothing_is_told_what_it_could_be():

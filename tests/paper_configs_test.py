@@ -111,7 +111,9 @@ def test_models_have_the_number_of_parameters_that_is_published(
 def abstract_run(config, architecture):
   """(step, state, scored, prompts): a function and the shapes it takes."""
   mesh = jax.sharding.AbstractMesh(
-      tuple(config.mesh[axis] for axis in sharding.AXES), sharding.AXES
+      tuple(config.mesh[axis] for axis in sharding.AXES),
+      sharding.AXES,
+      axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
   )
   checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
   model = main.configured(config, architecture(config.model.name))
