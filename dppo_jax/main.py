@@ -137,7 +137,9 @@ def build(config: Any) -> Parts:
   key_state, key_eval, key_adapters = jax.random.split(
       jax.random.key(config.seed), 3
   )
-  trainable = _make_trainable(config, params)
+  trainable = trainable_lib.make_trainable(
+      params, rules=config.learning_rates, **config.lora
+  )
   if trainable.factors is not None:
     method = method._replace(
         optimizer=optim.scaled(method.optimizer, trainable.factors)
@@ -482,19 +484,6 @@ def _export(
         alpha=config.lora.alpha,
         base=config.model.name,
     )
-
-
-def _make_trainable(config: Any, params: Any) -> trainable_lib.Trainable:
-  try:
-    return trainable_lib.make_trainable(
-        jax.eval_shape(lambda: params),
-        rules=config.learning_rates,
-        **config.lora,
-    )
-  except ValueError as error:
-    raise ValueError(
-        f'config.lora or config.learning_rates: {error}'
-    ) from error
 
 
 def _load_model(config: Any) -> tuple[CausalLM, Any]:

@@ -131,21 +131,21 @@ def fingerprint(tree: PyTree) -> int:
   A checkpoint does not hold what is frozen; this tells whether what was loaded
   is still the same.
   """
+  sums = jax.device_get(_sums_of_bits(jax.tree.leaves(tree)))
+  return zlib.crc32(np.asarray(sums, np.uint32).tobytes())
 
-  @jax.jit
-  def sums(leaves):
-    unsigned = {2: jnp.uint16, 4: jnp.uint32}
-    # Wraps around, so the order of the additions does not matter.
-    return [
-        jnp.sum(
-            jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]),
-            dtype=jnp.uint32,
-        )
-        for x in leaves
-    ]
 
-  leaves = jax.device_get(sums(jax.tree.leaves(tree)))
-  return zlib.crc32(np.asarray(leaves, np.uint32).tobytes())
+@jax.jit
+def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+  """Wraps around, so the order of the additions does not matter."""
+  unsigned = {2: jnp.uint16, 4: jnp.uint32}
+  return [
+      jnp.sum(
+          jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize]),
+          dtype=jnp.uint32,
+      )
+      for x in leaves
+  ]
 
 
 class _Parts:
@@ -161,8 +161,8 @@ class _Parts:
     self._ndim = {path: x.ndim for path, x in flat.items()}
     if not any(np.any(x) for x in self._factors.values()):
       raise ValueError(
-          f'The rules {tuple(rules)} freeze every parameter; nothing is left '
-          'to train. Give some a factor above 0.'
+          f'config.learning_rates={tuple(rules)} freezes every parameter; '
+          'give some a factor above 0.'
       )
 
   def split(self, tree: PyTree) -> tuple[PyTree, PyTree]:
@@ -228,8 +228,8 @@ def _factors(flat: dict[str, Any], rules: Rules) -> dict[str, np.ndarray]:
   for pattern, _ in rules:
     if pattern not in used:
       raise ValueError(
-          f'The rule {pattern!r} is found in no name that a rule before it has '
-          f'left over. Names are {known[0]!r} to {known[-1]!r}, for example '
-          f'{known[len(known) // 2]!r}.'
+          f'config.learning_rates: {pattern!r} is found in no name that the '
+          f'rules before it left over. Names are {known[0]!r} to '
+          f'{known[-1]!r}, for example {known[len(known) // 2]!r}.'
       )
   return factors

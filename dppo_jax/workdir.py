@@ -84,11 +84,13 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-  """A config as standard JSON: infinities become strings."""
+  """A config as standard JSON: tuples become lists, infinities strings."""
 
   def convert(value):
     if isinstance(value, dict):
       return {key: convert(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+      return [convert(x) for x in value]
     if isinstance(value, float) and abs(value) == float('inf'):
       return str(value)
     return value

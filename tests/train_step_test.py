@@ -324,7 +324,7 @@ def one_device(tmp_path_factory):
     ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, [4, 80, 240]),
     # Of an adapter from 160 to a rank of 4, fsdp splits the 160.
     ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, [4, 80, 4]),
-], ids=str)
+], ids=['data', 'all', 'adapters'])
 def test_eight_devices_compute_what_one_does(one_device, mesh, rank, kernel):
   data_dir, run_on_one = one_device
   expected = run_on_one(rank)

@@ -226,7 +226,7 @@ def test_rules_of_no_use_are_named():
   # A rule that one before it makes useless is a mistake too.
   with pytest.raises(ValueError, match="'embed'.*left over"):
     make_trainable(rules=(('', 1.0), ('embed', 0.0)))
-  with pytest.raises(ValueError, match='freeze every parameter'):
+  with pytest.raises(ValueError, match='freezes every parameter'):
     make_trainable(rules=(('', 0.0),))
 
 
