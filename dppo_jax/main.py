@@ -486,6 +486,7 @@ def check_model(config: Any, sizes: Any) -> None:
       config,
       vocab_size=sizes.vocab_size,
       max_positions=sizes.max_position_embeddings,
+      num_experts=sizes.num_experts,
   )
 
 
@@ -506,6 +507,7 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence):
       eos_ids=(tokenizer.eos_token_id,),
       pad_id=tokenizer.pad_token_id,
       record=divergence.record,
+      record_routing=config.model.router_replay,
       **config.sampling,
   )
   return rollout_lib.make_rollout_fn(sampler, group_size=config.group_size)
@@ -567,6 +569,7 @@ def _make_learner(config: Any, model: CausalLM, method: Method):
       weighted_loss=objective.make_loss_fn(
           region_fn=method.region_fn,
           loss_fn=method.loss_fn,
+          num_microbatches=sizes.num_microbatches,
           dual=method.dual,
           **options,
       ),

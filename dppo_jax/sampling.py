@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dppo_jax import divergences
+from dppo_jax.models import experts
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
@@ -28,6 +29,9 @@ class Completions(NamedTuple):
   record: PyTree  # [B, C, ...]
   truncated: jax.Array  # [B] bool, no end token within C.
   num_steps: jax.Array  # [] int32, tokens of the longest completion.
+  # Experts of the tokens that were read: prompts [N, P, L, k] and completions
+  # [B, C - 1, L, k]; () unless recorded.
+  routing: PyTree = ()
 
 
 def process_logits(
@@ -91,6 +95,7 @@ def make_sampler(
     top_k: int = 0,
     record: Callable[[jax.Array, jax.Array], PyTree] = lambda *_: (),
     dtype: Any = None,
+    record_routing: bool = False,
 ) -> Callable[[PyTree, Prompts, jax.Array], Completions]:
   """A function that samples G completions of each prompt.
 
@@ -106,6 +111,7 @@ def make_sampler(
     record: what to remember of each position, from [B, V] logits and [B]
       tokens.
     dtype: of parameters, cache and computation; the model's if not given.
+    record_routing: whether to remember the experts of every token.
 
   Returns:
     `sample(params, prompts, keys [B])`, a pure function. Rows are grouped by
@@ -114,6 +120,7 @@ def make_sampler(
   dtype = jnp.dtype(dtype or model.dtype)
   model = model.replace(dtype=dtype, remat='none')
   length = max_completion_length
+  routing = experts.Routing(record=record_routing)
 
   def draw(logits, keys, index, done):
     """Samples token number `index` of every row that is not done."""
@@ -143,8 +150,8 @@ def make_sampler(
     batch = keys.shape[0]
     # Cast and unstack once, not once a token.
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    logits, prompt_cache = model.prefill(
-        params, prompts.tokens, mask=prompts.mask
+    logits, prompt = model.prefill(
+        params, prompts.tokens, mask=prompts.mask, routing=routing
     )
     params = model.unstacked(params)
     starts = jnp.repeat(jnp.sum(prompts.mask, axis=-1), group_size)  # [B]
@@ -160,29 +167,42 @@ def make_sampler(
         write(outputs, column, 0),
         done,
         model.empty_cache(batch, length, dtype),
+        jax.tree.map(
+            lambda x: jnp.zeros((batch, length - 1, *x.shape[2:]), x.dtype),
+            prompt.routed.choices,
+        ),
     )
 
     def unfinished(carry):
-      index, _, done, _ = carry
+      index, _, done, *_ = carry
       return (index < length) & ~jnp.all(done)
 
     def advance(carry):
-      index, outputs, done, cache = carry
+      index, outputs, done, cache, choices = carry
       last = jax.lax.dynamic_index_in_dim(outputs[0], index - 1, 1, False)
-      logits, cache = model.decode(
+      logits, kept = model.decode(
           params,
           last,
           positions=starts + index - 1,
-          prompt_cache=prompt_cache,
+          prompt_cache=prompt.cache,
           prompt_mask=prompts.mask,
           cache=cache,
           index=index - 1,
+          routing=routing,
       )
       column, done = draw(logits, keys, index, done)
-      return index + 1, write(outputs, column, index), done, cache
+      # Of the token that was read, not of the one that was drawn.
+      choices = write(choices, kept.routed.choices, index - 1)
+      outputs = write(outputs, column, index)
+      return index + 1, outputs, done, kept.cache, choices
 
-    index, outputs, done, _ = jax.lax.while_loop(unfinished, advance, carry)
+    index, outputs, done, _, choices = jax.lax.while_loop(
+        unfinished, advance, carry
+    )
     tokens, mask, logprobs, recorded = outputs
-    return Completions(tokens, mask, logprobs, recorded, ~done, index)
+    return Completions(
+        tokens, mask, logprobs, recorded, ~done, index,
+        (prompt.routed.choices, choices) if record_routing else (),
+    )
 
   return sample
