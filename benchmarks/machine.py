@@ -40,6 +40,15 @@ def peak_host_bytes() -> int:
   return peak if sys.platform == 'darwin' else peak * 1024
 
 
+def resident_bytes() -> int:
+  """Resident set of this process now; the largest so far if not known."""
+  status = pathlib.Path('/proc/self/status')
+  if not status.exists():
+    return peak_host_bytes()
+  [line] = [x for x in status.read_text().splitlines() if 'VmRSS' in x]
+  return int(line.split()[1]) * 1024
+
+
 def peak_device_bytes() -> int | None:
   """Largest allocation on the first device; None where it keeps no count."""
   stats = jax.local_devices()[0].memory_stats() or {}

@@ -110,6 +110,27 @@ def rollout_table(result: dict) -> str:
   return '\n'.join([head, *lines])
 
 
+def load_memory_table(result: dict) -> str:
+  """One row for each way to read a model."""
+  sizes = result['sizes']
+  lines = [
+      f'| {row["case"]}, {row["devices"]} device(s) | {row["dtype"]} '
+      f'| {_megabytes(row["parameters_bytes"])} '
+      f'| {_megabytes(row["largest_bytes"])} '
+      f'| {_megabytes(row["peak_bytes"])} | {row["peak_ratio"]:.2f} '
+      f'| {row["seconds"]:.1f} s |'
+      for row in result['rows']
+  ]
+  head = (
+      '### Host memory of reading a model\n\n'
+      f'bfloat16, {_megabytes(sizes["file_bytes"])} in {sizes["files"]} files. '
+      f'{machine_line(result)}\n\n'
+      '| onto | as | parameters | largest | peak | peak / parameters | time |\n'
+      '|---|---|---|---|---|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
 def _megabytes(count: int) -> str:
   return f'{count / 1e6:.0f} MB'
 
@@ -120,6 +141,7 @@ def main():
       'step': step_table,
       'divergences': divergences_table,
       'rollout': rollout_table,
+      'load_memory': load_memory_table,
   }
   results = [
       json.loads(path.read_text())

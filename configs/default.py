@@ -27,6 +27,8 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       # What the backward pass computes again: none, full, or but for what
       # dots_saveable or dots_with_no_batch_dims_saveable keep.
       'remat': 'none',
+      # Learn with the experts that were taken while sampling (R3).
+      'router_replay': False,
   }
   # What of it is trained: everything, or adapters beside every such projection.
   config.lora = {
@@ -53,6 +55,7 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'kl_coefficient': 0.0,  # Of kl(target || start model); 0 keeps no copy.
       'kl_estimator': 'k3',  # k1, k2, k3 or full.
       'kl_where': 'loss',  # Or reward.
+      'router_balance': 0.0,  # Of a mixture of experts' balance loss.
   }
   config.mask_truncated = False  # True: such completions teach nothing.
   config.num_groups = 0  # To learn from, those with spread first; 0 for all.

@@ -79,8 +79,18 @@ def check_verifier(config: Any, *, may_hang: bool) -> None:
     )
 
 
-def check_model(config: Any, *, vocab_size: int, max_positions: int) -> None:
+def check_model(
+    config: Any, *, vocab_size: int, max_positions: int, num_experts: int = 0
+) -> None:
   """Raises a ValueError for what the model cannot do, from its sizes."""
+  for section, name, off in (
+      ('model', 'router_replay', False), ('extras', 'router_balance', 0.0)
+  ):
+    if config[section][name] and not num_experts:
+      raise ValueError(
+          f'config.{section}.{name}={config[section][name]} needs a mixture of '
+          f'experts, and {config.model.name!r} is a dense model; use {off}.'
+      )
   k = config.divergence.get('k', 0)
   if k > vocab_size:
     raise ValueError(

@@ -17,7 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.models import experts
 from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.models.causal_lm import Kept
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 
@@ -44,7 +46,9 @@ class Start(NamedTuple):
   Attributes:
     params: from `CausalLM.unstacked`.
     prompts: [N, P].
-    prompt_cache: a list over layers of keys and values [N, P, K, E].
+    prompt: what prefill kept: the cache, keys and values [N, P, K, E] of each
+      layer, and the experts that were taken.
+    routing: whether to remember the experts of every token.
     keys: [B], one for each row.
     first: token 0 of every row.
     ended: [B] bool, that it ended the completion.
@@ -52,16 +56,25 @@ class Start(NamedTuple):
 
   params: PyTree
   prompts: Prompts
-  prompt_cache: list
+  prompt: Kept
+  routing: experts.Routing
   keys: jax.Array
   first: Column
   ended: jax.Array
 
 
+class Drawn(NamedTuple):
+  """What a loop returns."""
+
+  outputs: Outputs
+  choices: PyTree  # Experts of the tokens that were read, [B, C - 1, L, k].
+  num_steps: jax.Array  # [] int32.
+
+
 def together(
     model: CausalLM, draw: DrawFn, start: Start, *, length: int, pad_id: int
-) -> tuple[Outputs, jax.Array]:
-  """All rows at once. Returns what was drawn and how many steps it took.
+) -> Drawn:
+  """All rows at once.
 
   Args:
     model: the architecture, in the sampler's dtype.
@@ -81,21 +94,22 @@ def together(
     return jax.tree.map(put, outputs, column)
 
   def unfinished(carry):
-    index, _, done, _ = carry
+    index, _, _, done, _ = carry
     return (index < length) & ~jnp.all(done)
 
   def advance(carry):
-    index, outputs, done, cache = carry
+    index, outputs, choices, done, cache = carry
     last = jax.lax.dynamic_index_in_dim(outputs.tokens, index - 1, 1, False)
-    logits, cache = model.decode(
+    logits, kept = model.decode(
         start.params,
         last,
         positions=lengths + index - 1,
-        prompt_cache=start.prompt_cache,
+        prompt_cache=start.prompt.cache,
         prompt_mask=start.prompts.mask,
         cache=cache,
         place=index - 1,
         count=index,
+        routing=start.routing,
     )
     column, ended = draw(logits, start.keys, index)
     column = column._replace(
@@ -103,16 +117,24 @@ def together(
         mask=column.mask & ~done,
         logprobs=jnp.where(done, 0.0, column.logprobs),
     )
-    return index + 1, write(outputs, column, index), done | ended, cache
+    return (
+        index + 1,
+        write(outputs, column, index),
+        # Of the token that was read, not of the one that was drawn.
+        write(choices, kept.routed.choices, index - 1),
+        done | ended,
+        kept.cache,
+    )
 
   outputs = _blank(start.first, length, pad_id)
-  index, outputs, _, _ = jax.lax.while_loop(unfinished, advance, (
+  index, outputs, choices, _, _ = jax.lax.while_loop(unfinished, advance, (
       jnp.int32(1),
       write(outputs, start.first, 0),
+      _blank_choices(start, length),
       start.ended,
       model.empty_cache(batch, length, model.dtype),
   ))
-  return outputs, index
+  return Drawn(outputs, choices, index)
 
 
 class Slots(NamedTuple):
@@ -131,7 +153,7 @@ def in_slots(
     num_slots: int,
     length: int,
     pad_id: int,
-) -> tuple[Outputs, jax.Array]:
+) -> Drawn:
   """S rows at a time; what comes next in the queue fills a slot at once.
 
   The cache of the slots is a ring that all write to at the same place, so no
@@ -146,9 +168,6 @@ def in_slots(
     num_slots: S, at most B.
     length: C.
     pad_id: the token of what was not sampled.
-
-  Returns:
-    what was drawn, and how many steps it took.
   """
   batch = start.keys.shape[0]
   masks = start.prompts.mask
@@ -173,7 +192,7 @@ def in_slots(
       take = lambda to, of: jax.lax.dynamic_update_slice_in_dim(
           to, jax.lax.dynamic_slice_in_dim(of, prompt, 1), slot, axis=0
       )
-      return jax.tree.map(take, own_prompts, start.prompt_cache)
+      return jax.tree.map(take, own_prompts, start.prompt.cache)
 
     count = jnp.sum(taken)
     return (
@@ -194,10 +213,10 @@ def in_slots(
     return jnp.any(carry[1].row < batch)
 
   def advance(carry):
-    step, slots, following, own_prompts, cache, outputs = carry
+    step, slots, following, own_prompts, cache, outputs, choices = carry
     prompt = prompt_of(slots.row)
     mask = masks[prompt]  # [S, P]
-    logits, cache = model.decode(
+    logits, kept = model.decode(
         start.params,
         slots.last,
         positions=jnp.sum(mask, axis=-1) + slots.count - 1,
@@ -206,25 +225,34 @@ def in_slots(
         cache=cache,
         place=step % length,
         count=slots.count,
+        routing=start.routing,
     )
     keys = start.keys[jnp.minimum(slots.row, batch - 1)]
     column, ended = draw(logits, keys, slots.count)
     # Slots without a row write nowhere.
-    put = lambda old, new: old.at[slots.row, slots.count].set(
+    put = lambda column: lambda old, new: old.at[slots.row, column].set(
         new.astype(old.dtype), mode='drop'
     )
-    outputs = jax.tree.map(put, outputs, column)
+    outputs = jax.tree.map(put(slots.count), outputs, column)
+    # Of the token that was read, not of the one that was drawn.
+    choices = jax.tree.map(
+        put(slots.count - 1), choices, kept.routed.choices
+    )
     slots = slots._replace(count=slots.count + 1, last=column.tokens)
     free = ended | (slots.count == length) | (slots.row == batch)
     return (
-        step + 1, *fill(slots, free, following, own_prompts), cache, outputs
+        step + 1,
+        *fill(slots, free, following, own_prompts),
+        kept.cache,
+        outputs,
+        choices,
     )
 
   nobody = jnp.full(num_slots, batch, jnp.int32)
   zeros = jnp.zeros(num_slots, jnp.int32)
   copies = jax.tree.map(
       lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype),
-      start.prompt_cache,
+      start.prompt.cache,
   )
   outputs = jax.tree.map(
       lambda old, new: old.at[:, 0].set(new.astype(old.dtype)),
@@ -242,10 +270,12 @@ def in_slots(
       *filled,
       model.empty_cache(num_slots, length, model.dtype),
       outputs,
+      _blank_choices(start, length),
   )
   if length > 1:
     carry = jax.lax.while_loop(unfinished, advance, carry)
-  return carry[-1], carry[0] + 1
+  step, *_, outputs, choices = carry
+  return Drawn(outputs, choices, step + 1)
 
 
 def _blank(first: Column, length: int, pad_id: int) -> Outputs:
@@ -254,3 +284,13 @@ def _blank(first: Column, length: int, pad_id: int) -> Outputs:
       lambda x: jnp.zeros((x.shape[0], length, *x.shape[1:]), x.dtype), first
   )
   return outputs._replace(tokens=jnp.full_like(outputs.tokens, pad_id))
+
+
+def _blank_choices(start: Start, length: int) -> PyTree:
+  """No experts taken yet; nothing unless they are remembered."""
+  return jax.tree.map(
+      lambda x: jnp.zeros(
+          (start.keys.shape[0], length - 1, *x.shape[2:]), x.dtype
+      ),
+      start.prompt.routed.choices,
+  )

@@ -24,6 +24,14 @@ from dppo_jax.types import Rollout
 from dppo_jax.types import Threshold
 
 
+class Router(NamedTuple):
+  """What routers did, mean over layers, [U, b, T]; () where not measured."""
+
+  changed: PyTree = ()  # float32, share of replayed experts not its own choice
+  changed_sets: PyTree = ()  # float32, share of layers with such experts
+  balance: PyTree = ()  # float32, the same for all tokens of a micro-batch
+
+
 class TokenStats(NamedTuple):
   """Tokens as the updates saw them. All [U, b, T]."""
 
@@ -43,6 +51,7 @@ class TokenStats(NamedTuple):
   weights: jax.Array  # float32, of the normalizer
   replayed: PyTree = ()  # bool, from the buffer; () where there is none
   constraint: PyTree = ()  # `duals.Constraint`; () where there is none
+  router: Router = Router()
 
 
 def token_metrics(
@@ -83,6 +92,7 @@ def token_metrics(
   metrics |= _divergence_metrics(stats, masked, binary_tv, binary_kl)
   metrics |= _constraint_metrics(stats)
   metrics |= _replay_metrics(stats)
+  metrics |= _router_metrics(stats)
   fresh = by_age[0]
   return metrics | {
       'ratio/mean': masked_mean(jnp.exp(log_ratio), mask),
@@ -194,6 +204,20 @@ def _replay_metrics(stats):
       # Mass: sum of |factor of grad log pi|.
       'replay/gradient_share': replayed / jnp.where(total > 0, total, 1.0),
       'replay/token_share': masked_mean(stats.replayed, stats.token_mask),
+  }
+
+
+def _router_metrics(stats):
+  """How far the learner's routers are from those that sampled."""
+  measured = {
+      'router/changed_experts': stats.router.changed,
+      'router/changed_sets': stats.router.changed_sets,
+      'router/balance': stats.router.balance,
+  }
+  return {
+      name: masked_mean(x, stats.token_mask)
+      for name, x in measured.items()
+      if not isinstance(x, tuple)
   }
 
 

@@ -588,6 +588,7 @@ def check_model(config: Any, sizes: Any) -> None:
       config,
       vocab_size=sizes.vocab_size,
       max_positions=sizes.max_position_embeddings,
+      num_experts=sizes.num_experts,
   )
 
 
@@ -611,6 +612,7 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
       pad_id=tokenizer.pad_token_id,
       record=divergence.record,
       num_slots=num_slots // sharding.num_row_shards(mesh),
+      record_routing=config.model.router_replay,
       **settings,
   )
   return rollout_lib.make_rollout_fn(
@@ -671,6 +673,7 @@ def _make_learner(config, model: CausalLM, method: Method, trainable):
       weighted_loss=objective.make_loss_fn(
           region_fn=method.region_fn,
           loss_fn=method.loss_fn,
+          num_microbatches=sizes.num_microbatches,
           dual=method.dual,
           **options,
       ),

@@ -58,12 +58,15 @@ class Extras:
       vocabulary, which runs the reference policy in every update.
     kl_where: 'loss', with a gradient; or 'reward', off the reward of a whole
       completion, estimated where it was sampled.
+    router_balance: times the routers' `experts.balance_loss` over sampled
+      tokens, mean of layers and of micro-batches, added to the loss.
   """
 
   entropy_bonus: float = 0.0
   kl_coefficient: float = 0.0
   kl_estimator: str = 'k3'
   kl_where: str = 'loss'
+  router_balance: float = 0.0
 
   def __post_init__(self):
     estimators = [*penalties.ESTIMATORS, 'full']
@@ -173,7 +176,7 @@ def make_prepare_fn(
     reference_logprobs = ()
     if extras.needs_reference and extras.kl_estimator != 'full':
       reference_logprobs = in_parts(
-          divergences.token_logprobs, state.reference, rollout
+          divergences.token_logprobs, state.reference, _own_routing(rollout)
       )
     if extras.needs_reference and extras.kl_where == 'reward':
       estimate = penalties.reference_kl(
@@ -196,6 +199,23 @@ def make_prepare_fn(
     )
 
   return prepare
+
+
+def _own_routing(rollout: Rollout) -> Rollout:
+  """For another policy than the one that is trained: its own experts."""
+  return rollout._replace(routing=())
+
+
+def _router_stats(routed, mask):
+  """Means over the layers, [b, T] each; () where nothing was measured."""
+  every = lambda x: jnp.broadcast_to(jnp.mean(x), mask.shape)
+  return diagnostics.Router(
+      changed=jax.tree.map(lambda x: jnp.mean(x, axis=-1), routed.changed),
+      changed_sets=jax.tree.map(
+          lambda x: jnp.mean(x > 0, axis=-1), routed.changed
+      ),
+      balance=jax.tree.map(every, routed.balance),
+  )
 
 
 def make_logprobs_fn(
@@ -236,15 +256,22 @@ def make_loss_fn(
     extras: Extras,
     temperature: float,
     chunk_size: int,
+    num_microbatches: int = 1,
     dual: duals.Dual | None = None,
 ) -> Callable[..., tuple[jax.Array, diagnostics.TokenStats]]:
   """`weighted_loss(params, batch, reference, version, dual_state)`.
 
   The sum of loss * weight over the tokens of a micro-batch, and these tokens as
-  they were seen.
+  they were seen. A balance of experts is the only term that depends on how a
+  mini-batch is split: it is no sum over tokens.
   """
   options = {'temperature': temperature, 'chunk_size': chunk_size}
-  target_fn = target_lib.make_target_fn(model, divergence, **options)
+  target_fn = target_lib.make_target_fn(
+      model,
+      divergence,
+      measure_balance=bool(extras.router_balance),
+      **options,
+  )
   token_map = target_lib.make_token_map(model, **options)
 
   def penalty(params, batch, reference, target):
@@ -253,7 +280,9 @@ def make_loss_fn(
     if not extras.needs_reference or extras.kl_where == 'reward':
       return added
     if extras.kl_estimator == 'full':
-      hidden = target_lib.hidden_states(model, reference, batch.rollout)
+      hidden, _ = target_lib.hidden_states(
+          model, reference, _own_routing(batch.rollout)
+      )
 
       def of_tokens(logits, _, hidden):
         reference_logits = sampling.process_logits(
@@ -319,9 +348,13 @@ def make_loss_fn(
         replayed=jax.tree.map(
             lambda x: jnp.broadcast_to(x[:, None], mask.shape), batch.replayed
         ),
+        router=_router_stats(target.routed, mask),
         **loss_metrics,
     )
-    weighted = jnp.where(mask, loss, 0.0) * batch.weights
-    return jnp.sum(weighted), jax.lax.stop_gradient(stats)
+    total = jnp.sum(jnp.where(mask, loss, 0.0) * batch.weights)
+    if extras.router_balance:
+      balance = jnp.mean(target.routed.balance)
+      total += extras.router_balance * balance / num_microbatches
+    return total, jax.lax.stop_gradient(stats)
 
   return weighted_loss

@@ -52,6 +52,13 @@ def assemble(
   before = prompts.tokens.shape[1] - 1
   real = jnp.concatenate([prompt_mask, completions.mask], axis=1)
 
+  routing = ()
+  if completions.routing:
+    of_prompts, of_completions = completions.routing
+    routing = jnp.concatenate(
+        [jnp.repeat(of_prompts, group_size, axis=0), of_completions], axis=1
+    )  # [B, T, L, k]
+
   def align(x):
     """[B, C, ...] -> [B, T, ...]."""
     return jnp.pad(x, [(0, 0), (before, 0)] + [(0, 0)] * (x.ndim - 2))
@@ -65,4 +72,5 @@ def assemble(
       record=jax.tree.map(align, completions.record),
       policy_version=jnp.zeros(real.shape[0], jnp.int32),
       truncated=completions.truncated,
+      routing=routing,
   )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dppo_jax import decoding
 from dppo_jax import divergences
+from dppo_jax.models import experts
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
@@ -28,6 +29,9 @@ class Completions(NamedTuple):
   record: PyTree  # [B, C, ...]
   truncated: jax.Array  # [B] bool, no end token within C.
   num_steps: jax.Array  # [] int32, calls of the model, prefill included.
+  # Experts of the tokens that were read: prompts [N, P, L, k] and completions
+  # [B, C - 1, L, k]; () unless recorded.
+  routing: PyTree = ()
 
 
 def process_logits(
@@ -92,6 +96,7 @@ def make_sampler(
     record: Callable[[jax.Array, jax.Array], PyTree] = lambda *_: (),
     dtype: Any = None,
     num_slots: int = 0,
+    record_routing: bool = False,
 ) -> Callable[[PyTree, Prompts, jax.Array], Completions]:
   """A function that samples G completions of each prompt.
 
@@ -109,6 +114,7 @@ def make_sampler(
     dtype: of parameters, cache and computation; the model's if not given.
     num_slots: completions that are decoded at a time, see `decoding`; 0 or B
       for all of them.
+    record_routing: whether to remember the experts of every token.
 
   Returns:
     `sample(params, prompts, keys [B])`, a pure function. Rows are grouped by
@@ -117,6 +123,7 @@ def make_sampler(
   dtype = jnp.dtype(dtype or model.dtype)
   model = model.replace(dtype=dtype, remat='none')
   sizes = {'length': max_completion_length, 'pad_id': pad_id}
+  routing = experts.Routing(record=record_routing)
 
   def draw(logits, keys, index):
     """Token number `index` of every row, and whether it ends the row."""
@@ -136,28 +143,31 @@ def make_sampler(
   def sample(params, prompts, keys):
     # Cast and unstack once, not once a token.
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    logits, prompt_cache = model.prefill(
-        params, prompts.tokens, mask=prompts.mask
+    logits, prompt = model.prefill(
+        params, prompts.tokens, mask=prompts.mask, routing=routing
     )
     first, ended = draw(jnp.repeat(logits, group_size, axis=0), keys, 0)
     start = decoding.Start(
-        model.unstacked(params), prompts, prompt_cache, keys, first, ended
+        model.unstacked(params), prompts, prompt, routing, keys, first, ended
     )
     if 0 < num_slots < keys.shape[0]:
-      outputs, num_steps = decoding.in_slots(
+      drawn = decoding.in_slots(
           model, draw, start, num_slots=num_slots, **sizes
       )
     else:
-      outputs, num_steps = decoding.together(model, draw, start, **sizes)
-    tokens, mask = outputs.tokens, outputs.mask
+      drawn = decoding.together(model, draw, start, **sizes)
+    tokens, mask, logprobs, recorded = drawn.outputs
     ended = jnp.isin(tokens, jnp.asarray(eos_ids)) & mask
     return Completions(
         tokens=tokens,
         mask=mask,
-        logprobs=outputs.logprobs,
-        record=outputs.record,
+        logprobs=logprobs,
+        record=recorded,
         truncated=~jnp.any(ended, axis=-1),
-        num_steps=num_steps,
+        num_steps=drawn.num_steps,
+        routing=(
+            (prompt.routed.choices, drawn.choices) if record_routing else ()
+        ),
     )
 
   return sample

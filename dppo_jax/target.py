@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from dppo_jax import divergences
 from dppo_jax import sampling
+from dppo_jax.models import experts
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Divergence
 from dppo_jax.types import PyTree
@@ -33,6 +34,7 @@ class TargetStats(NamedTuple):
   entropy: jax.Array
   divergence: jax.Array
   direction: jax.Array
+  routed: experts.Routed = experts.Routed()  # [b, T, L], [L].
 
 
 def make_token_map(
@@ -51,11 +53,22 @@ def make_token_map(
     ...]: the pytree of [b, T, ...] that `fn(logits [n, V], targets [n],
     *extra)` makes of n tokens at a time.
   """
+  head_map = _make_head_map(
+      model, temperature=temperature, chunk_size=chunk_size
+  )
 
   def token_map(fn, params, rollout, *extra):
-    hidden = hidden_states(model, params, rollout)
-    targets = rollout.tokens[:, 1:]  # [b, T]
-    shape, count = targets.shape, targets.size
+    hidden, _ = hidden_states(model, params, rollout)
+    return head_map(fn, params, hidden, rollout.tokens[:, 1:], *extra)
+
+  return token_map
+
+
+def _make_head_map(model, *, temperature, chunk_size):
+  """`make_token_map` from hidden states on."""
+
+  def head_map(fn, params, hidden, targets, *extra):
+    shape, count = targets.shape, targets.size  # [b, T]
 
     def body(params, hidden, targets, *extra):
       logits = sampling.process_logits(
@@ -72,20 +85,42 @@ def make_token_map(
       out = _in_chunks(body, params, flat, count, chunk_size)
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), out)
 
-  return token_map
+  return head_map
 
 
 def hidden_states(
-    model: CausalLM, params: PyTree, rollout: Rollout
-) -> jax.Array:
-  """What the head makes logits of. [b, T, D]."""
-  hidden, _ = model.trunk(
+    model: CausalLM,
+    params: PyTree,
+    rollout: Rollout,
+    *,
+    counted: jax.Array | None = None,
+) -> tuple[jax.Array, experts.Routed]:
+  """What the head makes logits of, and what routers did.
+
+  Args:
+    model: the architecture.
+    params: of a policy.
+    rollout: tokens go to the experts that it recorded, if it did.
+    counted: [b, T] bool, tokens over which the use of experts is measured; not
+      measured if None.
+
+  Returns:
+    [b, T, D]; [b, T, L] and [L].
+  """
+  asked = {}
+  recorded = not isinstance(rollout.routing, tuple)
+  if recorded or counted is not None:
+    asked['routing'] = experts.Routing(
+        replay=rollout.routing if recorded else None, counted=counted
+    )
+  hidden, kept = model.trunk(
       params,
       rollout.tokens[:, :-1],
       positions=rollout.positions[:, :-1],
       segment_ids=rollout.segment_ids[:, :-1],
+      **asked,
   )
-  return hidden
+  return hidden, kept.routed if asked else experts.Routed()
 
 
 def make_target_fn(
@@ -94,6 +129,7 @@ def make_target_fn(
     *,
     temperature: float,
     chunk_size: int = 0,
+    measure_balance: bool = False,
 ) -> Callable[[PyTree, Rollout, Anchor], TargetStats]:
   """What the target policy says of a rollout's tokens.
 
@@ -102,12 +138,13 @@ def make_target_fn(
     divergence: measures against the anchor's record.
     temperature: that of the sampler.
     chunk_size: see `make_token_map`.
+    measure_balance: whether to measure how evenly sampled tokens use experts.
 
   Returns:
-    `target_fn(params, rollout, anchor) -> TargetStats`. Only `logprobs` and
-    `entropy` carry a gradient.
+    `target_fn(params, rollout, anchor) -> TargetStats`. Only `logprobs`,
+    `entropy` and the balance of experts carry a gradient.
   """
-  token_map = make_token_map(
+  head_map = _make_head_map(
       model, temperature=temperature, chunk_size=chunk_size
   )
 
@@ -128,7 +165,14 @@ def make_target_fn(
     )
 
   def target_fn(params, rollout, anchor):
-    return token_map(of_tokens, params, rollout, anchor)
+    hidden, routed = hidden_states(
+        model,
+        params,
+        rollout,
+        counted=rollout.token_mask if measure_balance else None,
+    )
+    stats = head_map(of_tokens, params, hidden, rollout.tokens[:, 1:], anchor)
+    return stats._replace(routed=routed)
 
   return target_fn
 

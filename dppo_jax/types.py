@@ -36,6 +36,9 @@ class Rollout(NamedTuple):
   record: PyTree  # [B, T, ...], what the divergence asked to remember.
   policy_version: jax.Array  # [B] int32, optimizer updates of the sampler.
   truncated: jax.Array  # [B] bool, length limit hit without an end token.
+  # [B, T, L, k], experts of the token read at t, which predicts token t + 1, in
+  # each layer; () unless they are to be replayed.
+  routing: PyTree = ()
 
 
 class ScoredRollout(NamedTuple):

@@ -52,6 +52,18 @@ def test_step_splits_its_time_and_describes_the_machine(tmp_path):
   assert result['machine'].keys() >= {'cpu', 'device', 'versions', 'commit'}
 
 
+def test_reading_a_model_holds_little_beside_its_parameters(tmp_path):
+  result = run('load_memory.py', '--layers=4', data_dir=tmp_path)
+  assert result['sizes']['files'] > 1
+  cases = {(row['case'], row['dtype']) for row in result['rows']}
+  assert len(cases) == 4
+  for row in result['rows']:
+    # Bytes, not seconds: the parameters and at most two copies of the largest,
+    # with what the interpreter and the allocator take.
+    room = 2 * row['largest_bytes'] + 150e6
+    assert row['peak_bytes'] < row['parameters_bytes'] + room
+
+
 def test_divergences_are_compared_or_say_why_not(tmp_path):
   from dppo_jax import divergences
 

@@ -53,6 +53,17 @@ def test_dtypes_and_policies_of_memory_are_named():
           **{'model.remat': 'dots_savable'})
 
 
+@pytest.mark.parametrize('name, value', [
+    ('model.router_replay', True), ('extras.router_balance', 0.01)
+])
+def test_what_needs_experts_is_refused_for_a_dense_model(name, value):
+  refused(
+      rf"config\.{name}={value} needs a mixture of experts, and 'embedded' is "
+      'a dense model; use (False|0.0)',
+      **{name: value},
+  )
+
+
 def test_sizes_that_do_not_divide_are_named_with_their_neighbours():
   refused(
       'num_prompts=5 times group_size=5 makes 25 completions, not divisible by '

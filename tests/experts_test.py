@@ -96,7 +96,7 @@ def test_weights_of_the_chosen_are_softmax_over_all_or_over_them(normalize):
   )
   router = experts.Router(config, rngs=nnx.Rngs(0))
   router.kernel[...] = jnp.eye(4)  # The token is its own logits.
-  choices, weights = router(jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]])))
+  choices, weights, _ = router(jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]])))
   assert choices.tolist() == [[1, 3]]
   # 0.4 and 0.3 of 1, or of 0.7.
   expected = [0.4 / 0.7, 0.3 / 0.7] if normalize else [0.4, 0.3]

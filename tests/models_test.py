@@ -140,7 +140,7 @@ def test_cached_decoding_equals_the_full_forward():
       np.concatenate([rows, completions], axis=1),
       np.concatenate([np.repeat(mask, 2, 0), np.ones((4, 5), bool)], axis=1),
   )
-  logits, prompt_cache = tiny_model.jit(MODEL.prefill)(
+  logits, kept = tiny_model.jit(MODEL.prefill)(
       params, jnp.asarray(prompts), mask=jnp.asarray(mask)
   )
   np.testing.assert_allclose(
@@ -149,16 +149,17 @@ def test_cached_decoding_equals_the_full_forward():
   decode, unstacked = tiny_model.jit(MODEL.decode), MODEL.unstacked(params)
   cache = MODEL.empty_cache(4, 5, jnp.float32)
   for i in range(5):
-    logits, cache = decode(
+    logits, new = decode(
         unstacked,
         jnp.asarray(completions[:, i]),
         positions=jnp.repeat(jnp.array([2, 4]), 2) + i,
-        prompt_cache=prompt_cache,
+        prompt_cache=kept.cache,
         prompt_mask=jnp.asarray(mask),
         cache=cache,
         place=jnp.int32(i),
         count=jnp.int32(i + 1),
     )
+    cache = new.cache
     np.testing.assert_allclose(logits, full[:, 4 + i], rtol=0, atol=1e-5)
 
 

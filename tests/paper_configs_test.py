@@ -73,10 +73,10 @@ PARAMETERS = {
 CASES = [
     ('sanity', 'dppo_binary_tv'),
     ('scaling', 'dense_base'),
-    ('scaling', 'moe_base'),
+    ('scaling', 'moe_base_r3'),
     *(
         pytest.param('scaling', name, marks=pytest.mark.slow)
-        for name in ('moe_thinking', 'dense_base,cispo',
+        for name in ('moe_base', 'moe_thinking', 'dense_base,cispo',
                      'dense_base,grpo_clip_higher', 'dense_base,dppo_binary_kl')
     ),
 ]
@@ -160,6 +160,11 @@ def test_the_step_of_a_paper_config_traces(architecture, module, which):
   assert isinstance(scored, ScoredRollout)
   assert shapes(rollout) == shapes(scored.rollout)
   assert metrics['loss'].shape == ()
+  replays = which == 'moe_base_r3'
+  assert ('router/changed_sets' in metrics) == replays
+  if replays:  # 48 layers, 8 of 128 experts, a byte each.
+    routing = rollout.routing
+    assert (routing.shape[2:], routing.dtype) == ((48, 8), 'uint8')
   kinds = memory.by_kind(state, scored)
   # Parameters and two moments in float32, over all devices.
   total, _ = architecture(config.model.name).num_parameters()
@@ -172,7 +177,9 @@ def test_the_step_of_a_paper_config_traces(architecture, module, which):
 
 # What Table 1 of App. E says of updates per rollout and sequences per update.
 @pytest.mark.parametrize('column, updates, sequences', [
-    ('moe_base', 8, 32 * 16), ('moe_thinking', 8, 32 * 16),
+    ('moe_base', 8, 32 * 16),
+    ('moe_base_r3', 8, 32 * 16),
+    ('moe_thinking', 8, 32 * 16),
     ('dense_base', 4, 32 * 8),
 ])
 def test_updates_have_the_size_that_the_paper_says(column, updates, sequences):

@@ -181,7 +181,11 @@ def make_learner(
   """`learner.make_learner` with one update, unless told otherwise."""
   num_parts = num_minibatches * num_microbatches
   prepare, weighted_loss = make_objective(
-      divergence, num_parts=num_parts, dual=dual, **options
+      divergence,
+      num_parts=num_parts,
+      num_microbatches=num_microbatches,
+      dual=dual,
+      **options,
   )
   return learner.make_learner(
       weighted_loss=weighted_loss,

@@ -4,10 +4,10 @@
 
 A column of that table for each name, with Binary-TV; the paper's other
 algorithms follow a comma, `scaling.py:moe_base,cispo`. Sizes, data and
-learning rate are the paper's. Weight decay, betas and gradient clipping are not
-stated there and stay as in default.py; mesh, types, micro-batches and chunks are
-ours. Nobody has run these here: tests build and trace them, docs/scale.md says
-what they would hold on each device.
+learning rate are the paper's. Weight decay, betas and gradient clipping are
+not stated there and stay as in default.py; mesh, types, micro-batches and
+chunks are ours. Nobody has run these here: tests build and trace them,
+docs/scale.md says what they would hold on each device.
 """
 
 from configs import default
@@ -35,6 +35,7 @@ _MOE = {
 }
 COLUMNS = {
     'moe_base': _MOE,
+    'moe_base_r3': _MOE | {'router_replay': True},
     'moe_thinking': _MOE | {'model': 'Qwen/Qwen3-30B-A3B', 'total_steps': 250},
     'dense_base': {
         'model': 'Qwen/Qwen3-8B-Base',
@@ -76,6 +77,7 @@ def get_config(which: str = 'dense_base'):
   config.model.name = sizes['model']
   config.model.dtype = config.sampling.dtype = 'bfloat16'
   config.model.remat = 'full'
+  config.model.router_replay = sizes.get('router_replay', False)
   config.max_prompt_length = 1024
   for name in ('max_completion_length', 'num_prompts', 'group_size',
                'total_steps'):

@@ -10,13 +10,14 @@ tokens, D width, V vocabulary, L layers.
 import dataclasses
 import functools
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from dppo_jax.models import attention
+from dppo_jax.models import experts
 from dppo_jax.models import layers
 from dppo_jax.models import rope
 from dppo_jax.types import PyTree
@@ -29,6 +30,13 @@ REMAT = (
     'dots_saveable',
     'dots_with_no_batch_dims_saveable',
 )
+
+
+class Kept(NamedTuple):
+  """What a pass leaves beside its result; L layers."""
+
+  cache: Any = None  # List over layers of keys and values, where asked for.
+  routed: experts.Routed = experts.Routed()  # With L behind [B, T], or [L].
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +136,12 @@ class CausalLM:
       positions: jax.Array,
       segment_ids: jax.Array,
       keep_cache: bool = False,
-  ) -> tuple[jax.Array, Any]:
-    """All layers, scanned. [B, T] -> hidden [B, T, D] and the cache.
+      routing: experts.Routing = experts.Routing(),
+  ) -> tuple[jax.Array, Kept]:
+    """All layers, scanned. [B, T] -> hidden [B, T, D] and what was kept.
 
     The cache, if kept, is a list over layers of keys and values [B, T, K, E].
+    Only models with experts look at `routing`.
     """
     x = self._embed(params, tokens)
     # What a layer of each kind sees: rotation and [B, T, T] bool.
@@ -146,13 +156,19 @@ class CausalLM:
     ]
 
     def layer(x, scanned):
-      layer_params, kind = scanned
+      layer_params, kind, replay = scanned
       rotation, visible = jax.tree.map(
           lambda *options: jax.lax.select_n(kind, *options), *views
       )
       attend = attention.attend_within_row(visible, **self._scores())
-      x, kept = self._block(layer_params, x, rotation=rotation, attend=attend)
-      return x, kept if keep_cache else None
+      x, cache, routed = self._block(
+          layer_params,
+          x,
+          rotation=rotation,
+          attend=attend,
+          routing=routing._replace(replay=replay),
+      )
+      return x, Kept(cache if keep_cache else None, routed)
 
     if self.remat != 'none':
       keeps = self.remat if self.remat != 'full' else 'nothing_saveable'
@@ -162,8 +178,15 @@ class CausalLM:
           policy=getattr(jax.checkpoint_policies, keeps),
       )
     which = jnp.asarray(self.config.layer_kinds, jnp.int32)  # [L]
-    x, kept = jax.lax.scan(layer, x, (params['layers'], which))
-    return x, self._unstack(kept) if keep_cache else None
+    replay = routing.replay
+    if replay is not None:
+      replay = jnp.moveaxis(replay, -2, 0)  # [L, B, T, k]
+    x, kept = jax.lax.scan(layer, x, (params['layers'], which, replay))
+    routed = kept.routed._replace(
+        choices=_layers_last(kept.routed.choices, -2),
+        changed=_layers_last(kept.routed.changed, -1),
+    )
+    return x, Kept(self._unstack(kept.cache) if keep_cache else None, routed)
 
   def head(self, params: PyTree, hidden: jax.Array) -> jax.Array:
     """Final norm and vocabulary. [..., D] -> logits [..., V] float32."""
@@ -184,26 +207,33 @@ class CausalLM:
     return params | {'layers': self._unstack(params['layers'])}
 
   def prefill(
-      self, params: PyTree, tokens: jax.Array, *, mask: jax.Array
-  ) -> tuple[jax.Array, list]:
+      self,
+      params: PyTree,
+      tokens: jax.Array,
+      *,
+      mask: jax.Array,
+      routing: experts.Routing = experts.Routing(),
+  ) -> tuple[jax.Array, Kept]:
     """Reads left-padded prompts.
 
     Args:
       params: stacked parameters.
       tokens: [N, P] int32.
       mask: [N, P] bool.
+      routing: see `trunk`.
 
     Returns:
       logits [N, V] after the last token, and the prompts' cache.
     """
-    hidden, cache = self.trunk(
+    hidden, kept = self.trunk(
         params,
         tokens,
         positions=positions_of(mask),
         segment_ids=mask.astype(jnp.int32),
         keep_cache=True,
+        routing=routing,
     )
-    return self.head(params, hidden[:, -1]), cache
+    return self.head(params, hidden[:, -1]), kept
 
   def decode(
       self,
@@ -216,7 +246,8 @@ class CausalLM:
       cache: list,
       place: jax.Array,
       count: jax.Array,
-  ) -> tuple[jax.Array, list]:
+      routing: experts.Routing = experts.Routing(),
+  ) -> tuple[jax.Array, Kept]:
     """Reads one more token of each completion.
 
     Args:
@@ -229,6 +260,7 @@ class CausalLM:
       place: [] int32, where in the cache the tokens go: a step after the other,
         from 0 again after C - 1.
       count: [] or [B] int32, tokens of each completion with this one, 1 to C.
+      routing: asks for a record, [B, L, k], at most.
 
     Returns:
       logits [B, V] of the token after it, and the new cache.
@@ -249,7 +281,7 @@ class CausalLM:
         )
         for kind in self.config.kinds
     ]
-    new_cache = []
+    new_cache, choices = [], []
     for layer_params, kind, prompt, own in zip(
         params['layers'],
         self.config.layer_kinds,
@@ -265,9 +297,15 @@ class CausalLM:
           place=place,
           **self._scores(),
       )
-      x, kept = self._block(layer_params, x, rotation=rotation, attend=attend)
+      x, kept, routed = self._block(
+          layer_params, x, rotation=rotation, attend=attend, routing=routing
+      )
       new_cache.append(kept)
-    return self.head(params, x[:, 0]), new_cache
+      choices.append(routed.choices)
+    routed = experts.Routed()
+    if routing.record:
+      routed = routed._replace(choices=jnp.stack(choices, axis=-2)[:, 0])
+    return self.head(params, x[:, 0]), Kept(new_cache, routed)
 
   def empty_cache(self, batch: int, length: int, dtype: Any) -> list:
     """Zeros: a list over layers of keys and values [batch, length, K, E]."""
@@ -300,14 +338,24 @@ class CausalLM:
         'cap': self.config.attn_logit_softcapping,
     }
 
-  def _block(self, layer_params: PyTree, x: jax.Array, **arguments):
+  def _block(
+      self, layer_params: PyTree, x: jax.Array, *, routing, **arguments
+  ) -> tuple[jax.Array, PyTree, experts.Routed]:
     graph = _block_graph(self.family.Block, self.config)
-    return nnx.merge(graph, layer_params)(x, **arguments)
+    block = nnx.merge(graph, layer_params)
+    if self.config.num_experts:
+      return block(x, routing=routing, **arguments)
+    return *block(x, **arguments), experts.Routed()
 
   def _unstack(self, stacked: PyTree) -> list:
     """[L, ...] leaves -> a list of L trees."""
     take = lambda layer: jax.tree.map(lambda x: x[layer], stacked)
     return [take(i) for i in range(self.config.num_hidden_layers)]
+
+
+def _layers_last(x: PyTree, axis: int) -> PyTree:
+  """Moves the scanned axis of an array, if there is one, to `axis`."""
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, axis), x)
 
 
 def positions_of(mask: jax.Array) -> jax.Array:

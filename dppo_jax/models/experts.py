@@ -9,11 +9,73 @@ tests only. M tokens, D width, E experts, k experts of a token, F inner width of
 an expert.
 """
 
+from typing import NamedTuple
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from dppo_jax.models import layers
+from dppo_jax.types import PyTree
+
+
+class Routing(NamedTuple):
+  """What is asked of routers beside experts for each token; nothing here.
+
+  Attributes:
+    replay: [..., k], experts to take in place of the router's own choice. Their
+      weights are still the router's, so it goes on learning (rollout routing
+      replay, arXiv:2510.11370). An axis of layers [B, T, L, k] where many
+      layers are asked at once.
+    record: whether to say which experts were taken.
+    counted: [...] bool, tokens over which the balance is measured.
+  """
+
+  replay: jax.Array | None = None
+  record: bool = False
+  counted: jax.Array | None = None
+
+
+class Routed(NamedTuple):
+  """What routers answer; () where it was not asked for.
+
+  Attributes:
+    choices: [..., k] of the smallest unsigned type, experts taken.
+    changed: [...] float32, share of a token's experts that the router would
+      not have taken itself; with a replay only.
+    balance: [] float32, see `balance_loss`.
+  """
+
+  choices: PyTree = ()
+  changed: PyTree = ()
+  balance: PyTree = ()
+
+
+def choice_dtype(num_experts: int):
+  """The smallest that can name an expert: rollouts hold many of them."""
+  return jnp.uint8 if num_experts <= 256 else jnp.uint16
+
+
+def balance_loss(
+    *, probs: jax.Array, choices: jax.Array, counted: jax.Array
+) -> jax.Array:
+  """How unevenly a layer uses its experts; k if it uses all alike.
+
+  E * sum over experts of f * P: f is the share of tokens that take the expert,
+  P its mean probability, which carries the gradient (Switch Transformers,
+  arXiv:2101.03961 Eq. 4 to 6, there times a coefficient and with k = 1). The
+  transformers library computes the same, but f and P over all layers at once.
+
+  Args:
+    probs: [M, E], the router's, over all experts.
+    choices: [M, k] int32, experts that were taken.
+    counted: [M] bool; 0 if no token counts.
+  """
+  num_experts = probs.shape[-1]
+  weights = counted / jnp.maximum(jnp.sum(counted), 1)  # [M]
+  taken = jnp.sum(jax.nn.one_hot(choices, num_experts), axis=1)  # [M, E]
+  share, mean = weights @ taken, weights @ probs  # [E]
+  return num_experts * jnp.sum(share * mean)
 
 
 class Router(nnx.Module):
@@ -33,14 +95,29 @@ class Router(nnx.Module):
         scale * jax.random.normal(rngs.params(), shape)
     )
 
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[M, D] -> choices [M, k] int32, weights [M, k]."""
+  def __call__(
+      self, x: jax.Array, routing: Routing = Routing()
+  ) -> tuple[jax.Array, jax.Array, Routed]:
+    """[M, D] -> choices [M, k] int32, weights [M, k], and what was asked."""
     logits = x @ self.kernel[...].astype(x.dtype)  # [M, E]
     probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     weights, choices = jax.lax.top_k(probs, self.num_chosen)
+    routed = Routed()
+    if routing.replay is not None:
+      own, choices = choices, routing.replay.astype(jnp.int32)
+      weights = jnp.take_along_axis(probs, choices, axis=-1)
+      shared = jnp.any(own[:, :, None] == choices[:, None, :], axis=1)
+      routed = routed._replace(changed=1.0 - jnp.mean(shared, axis=-1))
+    if routing.record:
+      kept = choices.astype(choice_dtype(probs.shape[-1]))
+      routed = routed._replace(choices=kept)
+    if routing.counted is not None:
+      routed = routed._replace(balance=balance_loss(
+          probs=probs, choices=choices, counted=routing.counted
+      ))
     if self.normalize:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return choices, weights.astype(x.dtype)
+    return choices, weights.astype(x.dtype), routed
 
 
 class ExpertLinear(nnx.Module):
@@ -89,17 +166,40 @@ class Experts(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-  """A router and its experts, in the place of an MLP. [..., D] -> [..., D].
-
-  `choices` between the two is what a replay of the sampler's routing would
-  record there and put in here.
-  """
+  """A router and its experts, in the place of an MLP. [B, T, D] -> the same."""
 
   def __init__(self, config: layers.ModelConfig, *, rngs: nnx.Rngs):
     self.router = Router(config, rngs=rngs)
     self.experts = Experts(config, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(
+      self, x: jax.Array, routing: Routing = Routing()
+  ) -> tuple[jax.Array, Routed]:
+    lead = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])  # [M, D]
-    choices, weights = self.router(flat)
-    return self.experts(flat, choices, weights).reshape(x.shape)
+    replay, record, counted = routing
+    choices, weights, routed = self.router(flat, Routing(
+        None if replay is None else replay.reshape(flat.shape[0], -1),
+        record,
+        None if counted is None else counted.reshape(-1),
+    ))
+    split = lambda x: x.reshape(*lead, *x.shape[1:])
+    routed = routed._replace(
+        choices=jax.tree.map(split, routed.choices),
+        changed=jax.tree.map(split, routed.changed),
+    )
+    return split(self.experts(flat, choices, weights)), routed
+
+
+class ExpertBlock(layers.PreNormBlock):
+  """`PreNormBlock` whose mlp has experts; also returns what was `Routed`."""
+
+  def __call__(
+      self, x: jax.Array, *, rotation, attend, routing: Routing = Routing()
+  ) -> tuple[jax.Array, PyTree, Routed]:
+    change, kept = self.attention(
+        self.norm_attention(x), rotation=rotation, attend=attend
+    )
+    x = x + change
+    change, routed = self.mlp(self.norm_mlp(x), routing)
+    return x + change, kept, routed

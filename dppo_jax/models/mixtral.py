@@ -16,7 +16,7 @@ HF_LAYER_NAMES = hf.ATTENTION | hf.PRE_NORMS | {
 }
 
 
-class Block(layers.PreNormBlock):
+class Block(experts.ExpertBlock):
   """One layer."""
 
   def __init__(self, config: layers.ModelConfig, *, rngs: nnx.Rngs):
