@@ -110,6 +110,14 @@ def real(rollout):
   )
 
 
+def test_slots_remember_the_experts_that_rows_side_by_side_do():
+  together, slots = sampled(), sampled(num_slots=5)
+  np.testing.assert_array_equal(slots.tokens, together.tokens)
+  read = real(together)
+  np.testing.assert_array_equal(slots.routing[read], together.routing[read])
+  assert len(np.unique(slots.routing[read])) == 8
+
+
 def without_routing(rollout):
   return rollout._replace(routing=())
 
