@@ -656,6 +656,7 @@ def _make_replay(config: Any, model: CausalLM) -> replay_lib.Replay | None:
           num_parts=sizes.num_minibatches * sizes.num_microbatches,
           temperature=config.sampling.temperature,
           chunk_size=sizes.chunk_size,
+          prompt_length=config.max_prompt_length,
       ),
   )
 
@@ -668,6 +669,7 @@ def _make_learner(config, model: CausalLM, method: Method, trainable):
       'extras': method.extras,
       'temperature': config.sampling.temperature,
       'chunk_size': sizes.chunk_size,
+      'prompt_length': config.max_prompt_length,
   }
   return learner.make_learner(
       weighted_loss=objective.make_loss_fn(

@@ -105,6 +105,7 @@ def make_prepare_fn(
     num_parts: int,
     temperature: float,
     chunk_size: int,
+    prompt_length: int = 0,
 ) -> Callable[[TrainState, ScoredRollout], Batch]:
   """What is computed once on the whole rollout.
 
@@ -126,6 +127,7 @@ def make_prepare_fn(
     num_parts: into which the rollout is split where a policy runs over it.
     temperature: that of the sampler.
     chunk_size: see `target.make_token_map`.
+    prompt_length: see `target.make_token_map`.
 
   Returns:
     `prepare(state, scored) -> Batch`.
@@ -139,6 +141,7 @@ def make_prepare_fn(
       num_parts=num_parts,
       temperature=temperature,
       chunk_size=chunk_size,
+      prompt_length=prompt_length,
   )
 
   def recompute(logits, targets):
@@ -219,7 +222,12 @@ def _router_stats(routed, mask):
 
 
 def make_logprobs_fn(
-    *, model: CausalLM, num_parts: int, temperature: float, chunk_size: int
+    *,
+    model: CausalLM,
+    num_parts: int,
+    temperature: float,
+    chunk_size: int,
+    prompt_length: int = 0,
 ) -> Callable[[PyTree, Rollout], jax.Array]:
   """`logprobs_fn(params, rollout) -> [B, T]` of a policy; see above."""
   in_parts = _make_map_in_parts(
@@ -227,15 +235,14 @@ def make_logprobs_fn(
       num_parts=num_parts,
       temperature=temperature,
       chunk_size=chunk_size,
+      prompt_length=prompt_length,
   )
   return functools.partial(in_parts, divergences.token_logprobs)
 
 
-def _make_map_in_parts(model, *, num_parts, temperature, chunk_size):
+def _make_map_in_parts(model, *, num_parts, **options):
   """`token_map` of a whole rollout, a few rows at a time."""
-  token_map = target_lib.make_token_map(
-      model, temperature=temperature, chunk_size=chunk_size
-  )
+  token_map = target_lib.make_token_map(model, **options)
 
   def in_parts(fn, params, rollout):
     parts = jax.tree.map(
@@ -256,6 +263,7 @@ def make_loss_fn(
     extras: Extras,
     temperature: float,
     chunk_size: int,
+    prompt_length: int = 0,
     num_microbatches: int = 1,
     dual: duals.Dual | None = None,
 ) -> Callable[..., tuple[jax.Array, diagnostics.TokenStats]]:
@@ -265,7 +273,11 @@ def make_loss_fn(
   they were seen. A balance of experts is the only term that depends on how a
   mini-batch is split: it is no sum over tokens.
   """
-  options = {'temperature': temperature, 'chunk_size': chunk_size}
+  options = {
+      'temperature': temperature,
+      'chunk_size': chunk_size,
+      'prompt_length': prompt_length,
+  }
   target_fn = target_lib.make_target_fn(
       model,
       divergence,

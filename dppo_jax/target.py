@@ -38,7 +38,11 @@ class TargetStats(NamedTuple):
 
 
 def make_token_map(
-    model: CausalLM, *, temperature: float, chunk_size: int = 0
+    model: CausalLM,
+    *,
+    temperature: float,
+    chunk_size: int = 0,
+    prompt_length: int = 0,
 ) -> Callable[..., PyTree]:
   """Maps a function over the tokens of a rollout and the policy's logits.
 
@@ -47,14 +51,19 @@ def make_token_map(
     temperature: that of the sampler.
     chunk_size: tokens whose logits exist at a time, recomputed in the backward
       pass; 0 for all at once.
+    prompt_length: P, if every row begins with so many tokens that were not
+      sampled: no logits are made of what predicts them.
 
   Returns:
     `token_map(fn, params, rollout, *extra)`, with `extra` pytrees of [b, T,
     ...]: the pytree of [b, T, ...] that `fn(logits [n, V], targets [n],
-    *extra)` makes of n tokens at a time.
+    *extra)` makes of n tokens at a time, zeros for a prompt.
   """
   head_map = _make_head_map(
-      model, temperature=temperature, chunk_size=chunk_size
+      model,
+      temperature=temperature,
+      chunk_size=chunk_size,
+      prompt_length=prompt_length,
   )
 
   def token_map(fn, params, rollout, *extra):
@@ -64,11 +73,13 @@ def make_token_map(
   return token_map
 
 
-def _make_head_map(model, *, temperature, chunk_size):
+def _make_head_map(model, *, temperature, chunk_size, prompt_length):
   """`make_token_map` from hidden states on."""
+  first = max(prompt_length - 1, 0)  # Index of the first sampled token.
 
-  def head_map(fn, params, hidden, targets, *extra):
-    shape, count = targets.shape, targets.size  # [b, T]
+  def head_map(fn, params, *trees):
+    hidden, targets, *extra = jax.tree.map(lambda x: x[:, first:], trees)
+    shape, count = targets.shape, targets.size  # [b, T - first]
 
     def body(params, hidden, targets, *extra):
       logits = sampling.process_logits(
@@ -83,7 +94,13 @@ def _make_head_map(model, *, temperature, chunk_size):
       out = body(params, *flat)
     else:
       out = _in_chunks(body, params, flat, count, chunk_size)
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), out)
+    return jax.tree.map(
+        lambda x: jnp.pad(
+            x.reshape(*shape, *x.shape[1:]),
+            [(0, 0), (first, 0)] + [(0, 0)] * (x.ndim - 1),
+        ),
+        out,
+    )
 
   return head_map
 
@@ -129,6 +146,7 @@ def make_target_fn(
     *,
     temperature: float,
     chunk_size: int = 0,
+    prompt_length: int = 0,
     measure_balance: bool = False,
 ) -> Callable[[PyTree, Rollout, Anchor], TargetStats]:
   """What the target policy says of a rollout's tokens.
@@ -138,6 +156,7 @@ def make_target_fn(
     divergence: measures against the anchor's record.
     temperature: that of the sampler.
     chunk_size: see `make_token_map`.
+    prompt_length: see `make_token_map`.
     measure_balance: whether to measure how evenly sampled tokens use experts.
 
   Returns:
@@ -145,7 +164,10 @@ def make_target_fn(
     `entropy` and the balance of experts carry a gradient.
   """
   head_map = _make_head_map(
-      model, temperature=temperature, chunk_size=chunk_size
+      model,
+      temperature=temperature,
+      chunk_size=chunk_size,
+      prompt_length=prompt_length,
   )
 
   def of_tokens(logits, targets, anchor):

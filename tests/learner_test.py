@@ -249,7 +249,8 @@ def test_chunks_of_the_vocabulary_head_equal_the_whole(scored):
     return tiny_model.jit(jax.grad(total, has_aux=True))(tiny_model.params())
 
   (expected, whole), (gradient, chunks) = run(0), run(24)
-  for name, values in whole._asdict().items():
+  for name in ('logprobs', 'entropy', 'divergence', 'direction'):
+    values = getattr(whole, name)
     # Temperature 0.7 against a rollout at 1: no divergence is 0.
     assert np.abs(values).max() > 0.01
     np.testing.assert_allclose(
@@ -274,6 +275,49 @@ def test_no_array_of_tokens_times_vocabulary_exists_with_chunks(scored):
   in_chunks = shapes(32)
   assert '32x64xf32' in in_chunks
   assert '160x64xf32' not in in_chunks and '5x32x64xf32' not in in_chunks
+
+
+@pytest.mark.parametrize('chunk_size', [0, 24])
+def test_no_logits_are_made_of_prompts_and_nothing_else_changes(
+    scored, chunk_size
+):
+  divergence, length = tiny_model.topk_tv(), tiny_model.PROMPT_LENGTH
+  mask = scored.rollout.token_mask
+  # 16 rows of 10 predicted tokens, of which 4 belong to the prompt.
+  assert mask.shape == (16, 10) and not mask[:, : length - 1].any()
+
+  def run(prompt_length):
+    target_fn = tiny_model.make_target_fn(
+        divergence, temperature=0.7, chunk_size=chunk_size,
+        prompt_length=prompt_length,
+    )
+
+    def total(params):
+      target = target_fn(params, scored.rollout)
+      values = target.logprobs + 0.1 * target.entropy
+      return jnp.sum(jnp.where(mask, values, 0.0)), target
+
+    program = tiny_model.jit(jax.grad(total, has_aux=True))
+    text = program.lower(tiny_model.params()).as_text()
+    return *program(tiny_model.params()), text
+
+  (expected, whole, before), (gradient, part, after) = run(0), run(length)
+  for name in ('logprobs', 'entropy', 'divergence', 'direction'):
+    values, others = getattr(whole, name), getattr(part, name)
+    np.testing.assert_allclose(others[mask], values[mask], rtol=0, atol=1e-5)
+    assert not others[:, : length - 1].any() and others[mask].any()
+  tiny_model.assert_trees_close(gradient, expected, rtol=1e-4, atol=1e-5)
+  if not chunk_size:
+    assert '160x64xf32' in before and '160x64xf32' not in after
+    assert '96x64xf32' in after
+
+
+def test_a_step_without_logits_of_prompts_learns_the_same(once, scored):
+  with_prompts, _, metrics = once
+  state, _, others = learn(scored, prompt_length=tiny_model.PROMPT_LENGTH)
+  assert_same_params(state, with_prompts)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(others[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_the_order_of_the_rows_does_not_matter(once, scored):

@@ -154,6 +154,7 @@ def make_objective(divergence, **options):
       'num_parts': 1,
       'temperature': 1.0,
       'chunk_size': 0,
+      'prompt_length': 0,
       **options,
       'divergence': divergence,
   }
@@ -230,10 +231,10 @@ def make_state(params, **options):
   return train_step.init_state(params, sgd(), jax.random.key(0), **options)
 
 
-def make_target_fn(divergence, *, model=MODEL, temperature=1.0, chunk_size=0):
+def make_target_fn(divergence, *, model=MODEL, temperature=1.0, **options):
   """`target.make_target_fn` measured from the policy that sampled."""
   target_fn = target.make_target_fn(
-      model, divergence, temperature=temperature, chunk_size=chunk_size
+      model, divergence, temperature=temperature, **options
   )
 
   def fn(params, rollout):
