@@ -47,7 +47,9 @@ def params():
   return tree
 
 
-def make_rollout_fn(*, record_routing=True, model=MODEL, **options):
+def make_rollout_fn(
+    *, record_routing=True, model=MODEL, mesh=None, **options
+):
   sampler = sampling.make_sampler(
       model,
       group_size=tiny_model.GROUP_SIZE,
@@ -59,6 +61,8 @@ def make_rollout_fn(*, record_routing=True, model=MODEL, **options):
       record_routing=record_routing,
       **options,
   )
+  if mesh is not None:
+    sampler = sharding.by_rows(sampler, mesh)
   return rollout_lib.make_rollout_fn(sampler, group_size=tiny_model.GROUP_SIZE)
 
 
@@ -377,9 +381,9 @@ def test_the_coefficient_adds_the_gradient_of_the_balance():
 # In the whole step.
 
 
-def make_step(mesh, *, with_buffer):
+def make_step(mesh, *, with_buffer, dtype='bfloat16', num_minibatches=1):
   optimizer = optim.build('adamw', total_updates=9, learning_rate=0.01)
-  rollout_fn = make_rollout_fn(dtype='bfloat16')
+  rollout_fn = make_rollout_fn(dtype=dtype, mesh=mesh)
   start = train_step.init_state(
       jax.tree.map(jnp.copy, params()), optimizer, jax.random.key(0)
   )
@@ -395,7 +399,10 @@ def make_step(mesh, *, with_buffer):
     ))
   shardings = train_step.state_shardings(start, mesh)
   step = train_step.make_train_step(
-      learn=tiny_model.make_learner(TOPK_TV, model=MODEL, optimizer=optimizer),
+      learn=tiny_model.make_learner(
+          TOPK_TV, model=MODEL, optimizer=optimizer,
+          num_minibatches=num_minibatches,
+      ),
       rollout_fn=rollout_fn,
       threshold=TOPK_TV.threshold,
       group_size=tiny_model.GROUP_SIZE,
@@ -442,7 +449,11 @@ ONE_STEP = """
 
     sizes = {axis: 1 for axis in sharding.AXES} | json.loads(sys.argv[1])
     mesh = sharding.make_mesh(**sizes)
-    step, state, pending = test.make_step(mesh, with_buffer=False)
+    # In float32, so that no router changes its mind by rounding; in two
+    # updates, so that the second finds routers that have moved.
+    step, state, pending = test.make_step(
+        mesh, with_buffer=False, dtype='float32', num_minibatches=2
+    )
     state, rollout, _ = step(state, pending, tiny_model.prompts())
     scored = test.scored_of(rollout, mesh)
     _, _, metrics = step(state, scored, tiny_model.prompts())
@@ -482,5 +493,6 @@ def test_eight_devices_replay_what_one_does():
   assert actual['tokens'] == expected['tokens']
   assert actual['routing'] == expected['routing']
   for name, value in expected['metrics'].items():
-    assert actual['metrics'][name] == pytest.approx(value, rel=1e-3, abs=1e-6)
+    # Adam's first step has the size of the rate, however small a gradient.
+    assert actual['metrics'][name] == pytest.approx(value, rel=1e-2, abs=1e-5)
   assert expected['metrics']['router/changed_sets'] > 0
