@@ -60,7 +60,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time(num_slots):
   all_logits = NUM_PROMPTS * G * C * VOCAB
   # The embedding is the largest array, then the logits of a chunk.
   limit = VOCAB * max(CHUNK, tiny_model.CONFIG.hidden_size)
-  assert largest_array(CHUNK, num_slots) == limit < all_logits / 20
+  assert largest_array(CHUNK, num_slots) == limit == all_logits / 20
 
 
 @pytest.mark.slow
