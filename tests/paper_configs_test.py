@@ -74,6 +74,7 @@ CASES = [
     ('sanity', 'dppo_binary_tv'),
     ('scaling', 'dense_base'),
     ('scaling', 'moe_base_r3'),
+    ('scaling', 'moe_base_lora'),
     *(
         pytest.param('scaling', name, marks=pytest.mark.slow)
         for name in ('moe_base', 'moe_thinking', 'dense_base,cispo',
@@ -169,7 +170,10 @@ def test_the_step_of_a_paper_config_traces(architecture, module, which):
   # Parameters and two moments in float32, over all devices.
   total, _ = architecture(config.model.name).num_parameters()
   devices = config.mesh.fsdp * config.mesh.tensor
-  assert kinds['parameters'] == pytest.approx(4 * total / devices, rel=0.01)
+  loaded = 'frozen parameters' if config.lora.rank else 'parameters'
+  assert kinds[loaded] == pytest.approx(4 * total / devices, rel=0.01)
+  if config.lora.rank:
+    assert 0 < kinds['parameters'] < kinds[loaded] / 100
   assert kinds['optimizer state'] == pytest.approx(
       2 * kinds['parameters'], rel=0.01
   )
@@ -181,6 +185,7 @@ def test_the_step_of_a_paper_config_traces(architecture, module, which):
     ('moe_base_r3', 8, 32 * 16),
     ('moe_thinking', 8, 32 * 16),
     ('dense_base', 4, 32 * 8),
+    ('moe_base_lora', 8, 16 * 8),
 ])
 def test_updates_have_the_size_that_the_paper_says(column, updates, sequences):
   config = get_config('scaling', column)

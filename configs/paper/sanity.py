@@ -3,7 +3,7 @@
     python -m dppo_jax.main --config=configs/paper/sanity.py
 
 All problems are ones that the start model solves in 20 % to 80 % of 40 tries
-(1,460 of MATH), so a stable algorithm must solve nearly all of them in the end.
+(1,460 of MATH, which are yours to find), so a stable algorithm must solve nearly all of them in the end.
 bfloat16 throughout, to have a mismatch of sampling and training. Another
 algorithm follows a colon: `sanity.py:minirl`. Rows of docs/algorithms.md have
 the numbers of this test. Mesh, micro-batches and chunks are ours; nobody has
@@ -22,6 +22,8 @@ def get_config(algorithm: str = 'dppo_binary_tv'):
       'jsonl',
       train_path='data/math_solvable.jsonl',
       test_path='data/aime_2024.jsonl',
+      scorer='boxed_math',
+      chat_template=True,
   )
   config.scoring.num_workers = 16
   config.model.name = 'deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B'
