@@ -24,6 +24,7 @@ from dppo_jax import rollout
 from dppo_jax import sampling
 from dppo_jax.models import causal_lm
 from dppo_jax.models import load
+from dppo_jax.models import rope
 from dppo_jax.types import Prompts
 
 HEADS = ('tied', 'untied')
@@ -189,6 +190,9 @@ def test_load_save_load_keeps_every_bit(folder, loaded, tmp_path, name, head):
     ('gemma3', {'rope_local_base_freq': None}),
     ('gemma3', {'rope_scaling': None}),
     ('llama3', {'rope_scaling': None}),
+    ('qwen3_yarn', {'rope_scaling': None}),
+    ('qwen3_yarn', {'rope_scaling': rope.YarnScaling(4.0, 64, 2.0, 1.0, 1.0)}),
+    ('qwen3_yarn', {'rope_scaling': rope.YarnScaling(4.0, 64)}),
     ('qwen3_moe', {'norm_topk_prob': True}),
 ])
 def test_the_references_tell_each_setting_apart(loaded, name, change):

@@ -248,12 +248,21 @@ def test_an_unsupported_architecture_lists_the_supported(tied):
     ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),
     (
         {'rope_parameters': {
+            'rope_type': 'dynamic',
+            'rope_theta': 1e4,
+            'factor': 4.0,
+        }},
+        "rope_type='dynamic'",
+    ),
+    (
+        {'rope_parameters': {
             'rope_type': 'yarn',
             'rope_theta': 1e4,
             'factor': 4.0,
             'original_max_position_embeddings': 16,
+            'mscale': 0.7,
         }},
-        "rope_type='yarn'",
+        'mscale=0.7',
     ),
 ])
 def test_a_variant_that_is_not_built_is_refused(tied, change, message):

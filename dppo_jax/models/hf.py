@@ -120,8 +120,18 @@ def rope_fields(parameters: dict[str, Any]) -> dict[str, Any]:
   scaling = None
   if kind != 'default':
     make = rope.SCALINGS[kind]
-    names = [field.name for field in dataclasses.fields(make)]
-    scaling = make(**{name: parameters[name] for name in names})
+    for name in ('mscale', 'mscale_all_dim'):
+      if parameters.get(name) is not None:
+        raise ValueError(f'{name}={parameters[name]} of rope is not supported.')
+    fields = {field.name: field.default for field in dataclasses.fields(make)}
+    given = {name: parameters[name] for name in fields if name in parameters}
+    missing = [
+        name for name, default in fields.items()
+        if name not in given and default is dataclasses.MISSING
+    ]
+    if missing:
+      raise ValueError(f'rope_type={kind!r} needs {", ".join(missing)}.')
+    scaling = make(**given)
   return {
       'rope_theta': float(parameters['rope_theta']), 'rope_scaling': scaling
   }

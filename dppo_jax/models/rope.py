@@ -15,6 +15,7 @@ class LinearScaling:
   """Positions divided by `factor` (arXiv:2306.15595)."""
 
   factor: float
+  magnitude = 1.0  # Of rotated queries and keys.
 
   def __call__(self, frequencies: jax.Array) -> jax.Array:
     return frequencies / self.factor
@@ -33,6 +34,7 @@ class Llama3Scaling:
   low_freq_factor: float
   high_freq_factor: float
   original_max_position_embeddings: int
+  magnitude = 1.0
 
   def __call__(self, frequencies: jax.Array) -> jax.Array:
     fits = self.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -41,9 +43,56 @@ class Llama3Scaling:
     return kept * frequencies + (1 - kept) * frequencies / self.factor
 
 
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+  """YaRN (arXiv:2309.00071): `Llama3Scaling` with a ramp over the dimensions.
+
+  A wave that fits `beta_fast` times or more into the original context is kept,
+  one that fits `beta_slow` times or less is stretched by `factor`. Queries and
+  keys are multiplied by `attention_factor`, 0.1 ln(factor) + 1 if None (Sec.
+  3.4), so that attention stays as sharp. `truncate` takes whole dimensions as
+  the ends of the ramp.
+  """
+
+  factor: float
+  original_max_position_embeddings: int
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  attention_factor: float | None = None
+  truncate: bool = True
+
+  @property
+  def magnitude(self) -> float:
+    """Of rotated queries and keys."""
+    if self.attention_factor is not None:
+      return self.attention_factor
+    return 0.1 * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+  def __call__(self, frequencies: jax.Array) -> jax.Array:
+    last = 2 * len(frequencies) - 1
+    # From one wave to the next, log frequency falls by this much; log theta
+    # over half of the head's width.
+    step = jnp.log(frequencies[0] / frequencies[1])
+
+    def dimension(turns):
+      """Of the wave that fits so many times into the original context."""
+      context = self.original_max_position_embeddings
+      return math.log(context / (turns * 2 * math.pi)) / step
+
+    low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+    if self.truncate:
+      low, high = jnp.floor(low), jnp.ceil(high)
+    low, high = jnp.maximum(low, 0), jnp.minimum(high, last)
+    ramp = (jnp.arange(len(frequencies)) - low) / jnp.maximum(high - low, 1e-3)
+    stretched = jnp.clip(ramp, 0, 1)
+    return frequencies * (1 - stretched + stretched / self.factor)
+
+
 # rope_type of config.json -> its parameters, named as there.
-SCALINGS = {'linear': LinearScaling, 'llama3': Llama3Scaling}
-Scaling = LinearScaling | Llama3Scaling
+SCALINGS = {
+    'linear': LinearScaling, 'llama3': Llama3Scaling, 'yarn': YarnScaling
+}
+Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 def angles(
@@ -55,6 +104,8 @@ def angles(
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of the angles that positions are rotated by.
 
+  Times the magnitude that the scaling gives to queries and keys.
+
   Args:
     positions: [B, T] int32.
     head_dim: E.
@@ -65,13 +116,13 @@ def angles(
     two [B, T, 1, E / 2] float32.
   """
   exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequencies = theta**-exponents  # [E / 2]
+  frequencies, magnitude = theta**-exponents, 1.0  # [E / 2]
   if scaling is not None:
-    frequencies = scaling(frequencies)
+    frequencies, magnitude = scaling(frequencies), scaling.magnitude
   turns = positions.astype(jnp.float32)[..., None, None] * frequencies.reshape(
       1, 1, 1, -1
   )
-  return jnp.cos(turns), jnp.sin(turns)
+  return magnitude * jnp.cos(turns), magnitude * jnp.sin(turns)
 
 
 def rotate(

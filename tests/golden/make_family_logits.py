@@ -51,6 +51,15 @@ LLAMA3 = {
     'high_freq_factor': 4.0,
     'original_max_position_embeddings': 64,
 }
+# Waves of 6, 20, 63, ... tokens: some kept, some stretched, some in between.
+YARN = {
+    'rope_type': 'yarn',
+    'rope_theta': 1e4,
+    'factor': 4.0,
+    'original_max_position_embeddings': 64,
+    'beta_fast': 2.0,
+    'beta_slow': 1.0,
+}
 CASES = {
     'llama2': {'model_type': 'llama', 'num_key_value_heads': 4},
     'llama3': {
@@ -67,6 +76,12 @@ CASES = {
         'max_window_layers': 1,
     },
     'qwen3': {'model_type': 'qwen3', 'head_dim': 16},
+    'qwen3_yarn': {
+        'model_type': 'qwen3',
+        'head_dim': 16,
+        'rope_parameters': YARN,
+        'max_position_embeddings': 256,
+    },
     'qwen3_moe': {
         'model_type': 'qwen3_moe',
         'num_experts': 5,
