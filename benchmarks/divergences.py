@@ -40,6 +40,7 @@ import numpy as np
 from benchmarks import machine
 from dppo_jax import divergences
 from dppo_jax import losses
+from dppo_jax import packing
 from dppo_jax import target as target_lib
 from dppo_jax.types import Divergence
 from dppo_jax.types import LossFn
@@ -107,7 +108,7 @@ def make_learn(divergence: Divergence, loss_fn: LossFn, *, chunk: int):
 
   def loss(params, rollout, advantages):
     anchor = target_lib.Anchor(rollout.behaviour_logprobs, rollout.record)
-    target = target_fn(params, rollout, anchor)
+    target = target_fn(params, packing.rows_of(rollout), anchor)
     region = divergences.trust_region(
         divergence=target.divergence,
         log_ratio=target.logprobs - rollout.behaviour_logprobs,

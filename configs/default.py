@@ -95,7 +95,12 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   config.learner = {
       'num_epochs': 1,
       'num_minibatches': 4,
-      'num_microbatches': 1,  # Parts of a mini-batch, gradients added up.
+      # Parts of a mini-batch, gradients added up; with packed rows as many as
+      # the completions fill, at most so many.
+      'num_microbatches': 1,
+      # Slots of a packed row: completions next to each other, behind their
+      # prompt. 0 for a row as long as the longest for each completion.
+      'row_length': 0,
       'chunk_size': 0,  # Tokens whose logits exist at a time; 0 for all.
   }
   config.max_nonfinite_updates = 8  # In a row; then the run stops.

@@ -65,6 +65,7 @@ def check(config: Any, *, num_batch_shards: int) -> None:
   _check_sampling(config.sampling)
   _check_eval_sampling(config.eval)
   _check_dual(config)
+  _check_packing(config)
   _check_replay(config)
   _check_sizes(config, num_batch_shards)
 
@@ -241,7 +242,7 @@ def _check_replay(config):
         f'config.replay.ratio={replay.ratio} asks for more rollouts than '
         f'capacity={replay.capacity} keeps; raise the capacity.'
     )
-  parts = config.learner.num_minibatches * config.learner.num_microbatches
+  parts = config.learner.num_minibatches * _equal_parts(config)
   if replay.sampling == 'ess':
     if 2 * replay.ratio > replay.capacity:
       raise ValueError(
@@ -278,7 +279,7 @@ def _check_sizes(config, num_batch_shards):
   count = config.num_groups or available
   batch = count * config.group_size
   updates = config.learner.num_minibatches
-  parts = updates * config.learner.num_microbatches
+  parts = updates * _equal_parts(config)
   beside = f' and {replayed} replayed' if count > config[groups] else ''
   sizes = (
       f'config.{groups}={config[groups]}{beside} times '
@@ -287,7 +288,7 @@ def _check_sizes(config, num_batch_shards):
   for size, name in (
       (updates, f'learner.num_minibatches={updates}'),
       (parts, f'learner.num_minibatches={updates} times num_microbatches='
-              f'{config.learner.num_microbatches}, {parts}'),
+              f'{_equal_parts(config)}, {parts}'),
   ):
     if batch % size:
       multiple = size // math.gcd(size, config.group_size)
@@ -305,11 +306,12 @@ def _check_sizes(config, num_batch_shards):
       'eval', config.eval.num_slots, config, 'eval.num_prompts',
       'eval.num_samples',
   )
+  micro_batch = 0 if config.learner.row_length else batch // parts
   for name, rows in (
       ('num_prompts', config.num_prompts),
       ('sampling.num_slots', config.sampling.num_slots),
       ('eval.num_slots', config.eval.num_slots),
-      ('num_prompts * group_size of a micro-batch', batch // parts),
+      ('num_prompts * group_size of a micro-batch', micro_batch),
   ):
     if rows % num_batch_shards:
       raise ValueError(
@@ -317,6 +319,29 @@ def _check_sizes(config, num_batch_shards):
           'devices of mesh axes data and fsdp; '
           f'{_nearest(rows, num_batch_shards)}.'
       )
+
+
+def _equal_parts(config) -> int:
+  """Parts of a mini-batch that must be equal; those of packed rows need not."""
+  return 1 if config.learner.row_length else config.learner.num_microbatches
+
+
+def _check_packing(config):
+  length = config.learner.row_length
+  needed = config.max_prompt_length + config.max_completion_length - 1
+  if length and length < needed:
+    raise ValueError(
+        f'config.learner.row_length={length} has no room for '
+        f'max_prompt_length={config.max_prompt_length} and '
+        f'max_completion_length={config.max_completion_length}; use at least '
+        f'{needed}, or 0 for a row for each completion.'
+    )
+  if length and config.learner.num_microbatches == 1:
+    raise ValueError(
+        f'config.learner.row_length={length} packs rows, but with '
+        'learner.num_microbatches=1 all are computed, filled or not; use more '
+        'micro-batches, for example 8, or row_length=0.'
+    )
 
 
 def _check_slots(section, num_slots, config, *factors):

@@ -1,6 +1,6 @@
 """Several optimizer updates on one rollout.
 
-B sequences of a rollout, U updates, k micro-batches of b sequences in each.
+B sequences of a rollout, U updates, K micro-batches of m rows in each.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,10 @@ import optax
 from dppo_jax import ages
 from dppo_jax import diagnostics
 from dppo_jax import duals
+from dppo_jax import packing
 from dppo_jax import trainable as trainable_lib
 from dppo_jax.objective import Batch
+from dppo_jax.types import PyTree
 from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
 
@@ -29,6 +31,8 @@ def make_learner(
     num_microbatches: int = 1,
     dual: duals.Dual | None = None,
     trainable: trainable_lib.Trainable = trainable_lib.EVERYTHING,
+    arrange: packing.ArrangeFn = packing.as_sampled,
+    place: Callable[[PyTree], PyTree] = lambda tree: tree,
 ) -> Callable[..., tuple[TrainState, diagnostics.TokenStats, dict]]:
   """A pure function that learns from one scored rollout.
 
@@ -38,9 +42,12 @@ def make_learner(
     optimizer: an `optim.Optimizer`.
     num_epochs: passes over the rollout.
     num_minibatches: updates per pass, over sequences shuffled anew each pass.
-    num_microbatches: parts of a mini-batch whose gradients are accumulated.
+    num_microbatches: parts of a mini-batch whose gradients are accumulated; at
+      most that many where rows are packed.
     dual: of the loss's constraint, moved one step with each update.
     trainable: what is trained, and how it makes a policy.
+    arrange: lays out the rows of a mini-batch, see packing.py.
+    place: puts the rows of a micro-batch where they belong on a mesh.
 
   Returns:
     `learn(state, scored, key) -> (state, token stats [U, ...], metrics)`; the
@@ -48,18 +55,22 @@ def make_learner(
     finite is skipped and counted.
   """
 
-  def accumulate(state, batch, rows):
-    """Loss, gradient and tokens of the micro-batches `rows` [k, b]."""
+  def accumulate(state, batch, chosen):
+    """Loss, gradient, tokens and size of the mini-batch of rows `chosen`."""
     reference = trainable.start(state.reference, state.frozen)
+    layout = arrange(batch.rows, chosen, num_microbatches)
+    share = 1 / jnp.maximum(layout.num_parts, 1)
+    rest = batch._replace(rows=())
 
     def loss_of(params, part):
       policy = trainable.join(params, state.frozen)
       return weighted_loss(
-          policy, part, reference, state.policy_version, state.dual
+          policy, part, reference, state.policy_version, state.dual, share
       )
 
-    def add(total, chosen):
-      part = jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), batch)
+    def add(total, index):
+      rows, part = packing.take(layout, index, batch.rows, rest)
+      part = place(part._replace(rows=rows))
       (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
           state.params, part
       )
@@ -70,8 +81,14 @@ def make_learner(
         jnp.float32(0.0),
         jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
     )
-    (loss, gradients), stats = jax.lax.scan(add, zeros, rows)
-    return loss, gradients, stats
+    (loss, gradients), stats = packing.over_parts(add, layout, zeros)
+    slots = layout.num_parts * layout.source[0].size
+    return loss, gradients, stats, {
+        'learner/microbatches': jnp.float32(layout.num_parts),
+        # Of all slots, those that predict a sampled token.
+        'learner/sampled_share': jnp.sum(stats.token_mask)
+        / jnp.maximum(slots, 1),
+    }
 
   def constrain(state, stats):
     """The dual after an update that saw these tokens, and what it saw."""
@@ -99,9 +116,9 @@ def make_learner(
       }
     return dual.update(state, violation, seen), metrics
 
-  def update(state, batch, rows):
+  def update(state, batch, chosen):
     """One optimizer update, or none if it would not be finite."""
-    loss, gradients, stats = accumulate(state, batch, rows)
+    loss, gradients, stats, sizes = accumulate(state, batch, chosen)
     norm = optax.tree.norm(gradients)
     changes, opt_state = optimizer.transformation.update(
         gradients, state.opt_state, state.params
@@ -124,6 +141,7 @@ def make_learner(
         'optimizer/grad_norm': jnp.where(finite, norm, 0.0),
         'optimizer/skipped': ~finite,
         'optimizer/learning_rate': optimizer.schedule(state.policy_version),
+        **sizes,
         **dual_metrics,
     }
     return new_state, (stats, metrics)
@@ -142,12 +160,11 @@ def make_learner(
     shuffles = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(
         jax.random.split(key, num_epochs)
     )
-    rows = shuffles.reshape(
-        num_epochs * num_minibatches, num_microbatches, -1
-    )  # [U, k, b]
+    chosen = shuffles.reshape(num_epochs * num_minibatches, -1)
     state, (stats, metrics) = jax.lax.scan(
-        lambda state, rows: update(state, batch, rows), state, rows
+        lambda state, chosen: update(state, batch, chosen), state, chosen
     )
+    # [U, K, m, R] -> [U, rows, R].
     stats = jax.tree.map(
         lambda x: x.reshape(x.shape[0], -1, x.shape[-1]), stats
     )

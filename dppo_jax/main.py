@@ -38,6 +38,7 @@ from dppo_jax import memory
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import optim
+from dppo_jax import packing
 from dppo_jax import replay as replay_lib
 from dppo_jax import report
 from dppo_jax import rollout as rollout_lib
@@ -209,8 +210,13 @@ def make_program(
   rollout_fn = _make_rollout_fn(
       config, model, tokenizer, method.divergence, mesh
   )
-  learn = _make_learner(config, model, method, trainable)
-  replay = _make_replay(config, model)
+  place = functools.partial(
+      jax.lax.with_sharding_constraint, shardings=sharding.batch(mesh)
+  )
+  spread = model.replace(place=place)  # The sampler has its own rows already.
+  arrange = _make_arrange(config, mesh)
+  learn = _make_learner(config, spread, method, trainable, arrange, place)
+  replay = _make_replay(config, spread, arrange)
 
   def init(params, key, key_adapters):
     params, frozen = trainable.split(params, key_adapters)
@@ -642,7 +648,21 @@ def make_method(config: Any) -> Method:
   )
 
 
-def _make_replay(config: Any, model: CausalLM) -> replay_lib.Replay | None:
+def _make_arrange(config: Any, mesh: Any) -> packing.ArrangeFn:
+  """How the learner lays out rows."""
+  if not config.learner.row_length:
+    return packing.as_sampled
+  return packing.make_packed(
+      row_length=config.learner.row_length,
+      prompt_length=config.max_prompt_length,
+      group_size=config.group_size,
+      row_multiple=sharding.num_row_shards(mesh),
+  )
+
+
+def _make_replay(
+    config: Any, model: CausalLM, arrange: packing.ArrangeFn
+) -> replay_lib.Replay | None:
   sizes, settings = config.learner, config.replay
   return replay_lib.make_replay(
       capacity=settings.capacity,
@@ -656,12 +676,20 @@ def _make_replay(config: Any, model: CausalLM) -> replay_lib.Replay | None:
           num_parts=sizes.num_minibatches * sizes.num_microbatches,
           temperature=config.sampling.temperature,
           chunk_size=sizes.chunk_size,
-          prompt_length=config.max_prompt_length,
+          prompt_length=_unpredicted(config),
+          arrange=arrange,
       ),
   )
 
 
-def _make_learner(config, model: CausalLM, method: Method, trainable):
+def _unpredicted(config: Any) -> int:
+  """Slots of a prompt at the start of every row of the learner."""
+  return 0 if config.learner.row_length else config.max_prompt_length
+
+
+def _make_learner(
+    config, model: CausalLM, method: Method, trainable, arrange, place
+):
   sizes = config.learner
   options = {
       'model': model,
@@ -669,13 +697,12 @@ def _make_learner(config, model: CausalLM, method: Method, trainable):
       'extras': method.extras,
       'temperature': config.sampling.temperature,
       'chunk_size': sizes.chunk_size,
-      'prompt_length': config.max_prompt_length,
+      'prompt_length': _unpredicted(config),
   }
   return learner.make_learner(
       weighted_loss=objective.make_loss_fn(
           region_fn=method.region_fn,
           loss_fn=method.loss_fn,
-          num_microbatches=sizes.num_microbatches,
           dual=method.dual,
           **options,
       ),
@@ -689,6 +716,7 @@ def _make_learner(config, model: CausalLM, method: Method, trainable):
           drop_groups_without_spread=config.drop_groups_without_spread,
           mask_truncated=config.mask_truncated,
           num_parts=sizes.num_minibatches * sizes.num_microbatches,
+          arrange=arrange,
           **options,
       ),
       optimizer=method.optimizer,
@@ -697,6 +725,8 @@ def _make_learner(config, model: CausalLM, method: Method, trainable):
       num_microbatches=sizes.num_microbatches,
       dual=method.dual,
       trainable=trainable,
+      arrange=arrange,
+      place=place,
   )
 
 

@@ -9,7 +9,6 @@ loss.
 
 from collections.abc import Callable
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from dppo_jax import diagnostics
 from dppo_jax import divergences
 from dppo_jax import duals
 from dppo_jax import normalizers
+from dppo_jax import packing
 from dppo_jax import penalties
 from dppo_jax import registry
 from dppo_jax import sampling
@@ -32,19 +32,25 @@ from dppo_jax.types import LossFn
 from dppo_jax.types import LossInputs
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
+from dppo_jax.types import Rows
 from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
 
 
 class Batch(NamedTuple):
-  """A rollout with what is computed once on the whole of it."""
+  """Rows of a rollout with what is computed once on the whole of it.
 
-  rollout: Rollout
+  All [B, T, ...], so that they can be laid out in any other way (packing.py).
+  """
+
+  rows: Rows
+  behaviour_logprobs: jax.Array  # float32
+  policy_version: jax.Array  # int32
   anchor: Anchor
-  advantages: jax.Array  # [B, T] float32
-  weights: jax.Array  # [B, T] float32, 0 on what was not sampled.
-  reference_logprobs: PyTree  # [B, T] float32, or () without a penalty.
-  replayed: PyTree = ()  # [B] bool, or () without a buffer.
+  advantages: jax.Array  # float32
+  weights: jax.Array  # float32, 0 on what was not sampled.
+  reference_logprobs: PyTree  # float32, or () without a penalty.
+  replayed: PyTree = ()  # bool, or () without a buffer.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,7 @@ def make_prepare_fn(
     temperature: float,
     chunk_size: int,
     prompt_length: int = 0,
+    arrange: packing.ArrangeFn = packing.as_sampled,
 ) -> Callable[[TrainState, ScoredRollout], Batch]:
   """What is computed once on the whole rollout.
 
@@ -128,6 +135,7 @@ def make_prepare_fn(
     temperature: that of the sampler.
     chunk_size: see `target.make_token_map`.
     prompt_length: see `target.make_token_map`.
+    arrange: lays out rows, see packing.py.
 
   Returns:
     `prepare(state, scored) -> Batch`.
@@ -142,6 +150,7 @@ def make_prepare_fn(
       temperature=temperature,
       chunk_size=chunk_size,
       prompt_length=prompt_length,
+      arrange=arrange,
   )
 
   def recompute(logits, targets):
@@ -175,11 +184,11 @@ def make_prepare_fn(
               rollout.token_mask, rewards, group_size=group_size
           )
       )
-    mask = rollout.token_mask
+    rows, mask = packing.rows_of(rollout), rollout.token_mask
     reference_logprobs = ()
     if extras.needs_reference and extras.kl_estimator != 'full':
       reference_logprobs = in_parts(
-          divergences.token_logprobs, state.reference, _own_routing(rollout)
+          divergences.token_logprobs, state.reference, _own_routing(rows)
       )
     if extras.needs_reference and extras.kl_where == 'reward':
       estimate = penalties.reference_kl(
@@ -191,22 +200,25 @@ def make_prepare_fn(
     advantages = advantage_fn(rewards)[:, None]
     anchored = Anchor(rollout.behaviour_logprobs, rollout.record)
     if anchor == 'recomputed':
-      anchored = in_parts(recompute, state.params, rollout)
+      anchored = in_parts(recompute, state.params, rows)
+    everywhere = lambda x: jnp.broadcast_to(x[:, None], mask.shape)
     return Batch(
-        rollout=rollout,
+        rows=rows,
+        behaviour_logprobs=rollout.behaviour_logprobs,
+        policy_version=everywhere(rollout.policy_version),
         anchor=anchored,
         advantages=jnp.where(mask, advantages, 0.0),
         weights=normalizer(mask),
         reference_logprobs=reference_logprobs,
-        replayed=replayed,
+        replayed=jax.tree.map(everywhere, replayed),
     )
 
   return prepare
 
 
-def _own_routing(rollout: Rollout) -> Rollout:
+def _own_routing(rows: Rows) -> Rows:
   """For another policy than the one that is trained: its own experts."""
-  return rollout._replace(routing=())
+  return rows._replace(routing=())
 
 
 def _router_stats(routed, mask):
@@ -221,35 +233,36 @@ def _router_stats(routed, mask):
   )
 
 
-def make_logprobs_fn(
-    *,
-    model: CausalLM,
-    num_parts: int,
-    temperature: float,
-    chunk_size: int,
-    prompt_length: int = 0,
-) -> Callable[[PyTree, Rollout], jax.Array]:
-  """`logprobs_fn(params, rollout) -> [B, T]` of a policy; see above."""
-  in_parts = _make_map_in_parts(
-      model,
-      num_parts=num_parts,
-      temperature=temperature,
-      chunk_size=chunk_size,
-      prompt_length=prompt_length,
-  )
-  return functools.partial(in_parts, divergences.token_logprobs)
+def make_logprobs_fn(**options) -> Callable[[PyTree, Rollout], jax.Array]:
+  """`logprobs_fn(params, rollout) -> [B, T]` of a policy.
+
+  Options are those of `make_prepare_fn` that say how a policy runs.
+  """
+  in_parts = _make_map_in_parts(**options)
+
+  def logprobs_fn(params, rollout):
+    rows = packing.rows_of(rollout)
+    return in_parts(divergences.token_logprobs, params, rows)
+
+  return logprobs_fn
 
 
-def _make_map_in_parts(model, *, num_parts, **options):
+def _make_map_in_parts(
+    model, *, num_parts, arrange=packing.as_sampled, **options
+):
   """`token_map` of a whole rollout, a few rows at a time."""
   token_map = target_lib.make_token_map(model, **options)
 
-  def in_parts(fn, params, rollout):
-    parts = jax.tree.map(
-        lambda x: x.reshape(num_parts, -1, *x.shape[1:]), rollout
-    )
-    out = jax.lax.map(lambda part: token_map(fn, params, part), parts)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+  def in_parts(fn, params, rows):
+    mask = rows.token_mask
+    layout = arrange(rows, jnp.arange(len(mask)), num_parts)
+
+    def of_part(carry, part):
+      [chosen] = packing.take(layout, part, rows)
+      return carry, token_map(fn, params, chosen)
+
+    _, out = packing.over_parts(of_part, layout, ())
+    return packing.put_back(layout, out, mask)
 
   return in_parts
 
@@ -264,14 +277,14 @@ def make_loss_fn(
     temperature: float,
     chunk_size: int,
     prompt_length: int = 0,
-    num_microbatches: int = 1,
     dual: duals.Dual | None = None,
 ) -> Callable[..., tuple[jax.Array, diagnostics.TokenStats]]:
-  """`weighted_loss(params, batch, reference, version, dual_state)`.
+  """`weighted_loss(params, batch, reference, version, dual_state, share)`.
 
   The sum of loss * weight over the tokens of a micro-batch, and these tokens as
   they were seen. A balance of experts is the only term that depends on how a
-  mini-batch is split: it is no sum over tokens.
+  mini-batch is split, as it is no sum over tokens: it counts by the `share` of
+  the micro-batch, 1 over their number.
   """
   options = {
       'temperature': temperature,
@@ -293,7 +306,7 @@ def make_loss_fn(
       return added
     if extras.kl_estimator == 'full':
       hidden, _ = target_lib.hidden_states(
-          model, reference, _own_routing(batch.rollout)
+          model, reference, _own_routing(batch.rows)
       )
 
       def of_tokens(logits, _, hidden):
@@ -304,10 +317,10 @@ def make_loss_fn(
             logits=logits, reference_logits=reference_logits
         )
 
-      estimate = token_map(of_tokens, params, batch.rollout, hidden)
+      estimate = token_map(of_tokens, params, batch.rows, hidden)
     else:
       # Before the exponential: padding may be certain under one of the two.
-      mask = batch.rollout.token_mask
+      mask = batch.rows.token_mask
       estimate = penalties.reference_kl(
           logprobs=jnp.where(mask, target.logprobs, 0.0),
           reference_logprobs=jnp.where(mask, batch.reference_logprobs, 0.0),
@@ -315,10 +328,11 @@ def make_loss_fn(
       )
     return added + extras.kl_coefficient * estimate
 
-  def weighted_loss(params, batch, reference, version, dual_state=()):
-    rollout, mask = batch.rollout, batch.rollout.token_mask
-    target = target_fn(params, rollout, batch.anchor)
-    segment_ids = rollout.segment_ids[:, 1:]
+  def weighted_loss(
+      params, batch, reference, version, dual_state=(), share=1.0
+  ):
+    rows, mask = batch.rows, batch.rows.token_mask
+    target = target_fn(params, rows, batch.anchor)
     region = region_fn(trust_regions.RegionInputs(
         divergence=target.divergence,
         log_ratio=jax.lax.stop_gradient(target.logprobs)
@@ -327,18 +341,18 @@ def make_loss_fn(
         anchor_logprobs=batch.anchor.logprobs,
         advantages=batch.advantages,
         token_mask=mask,
-        segment_ids=segment_ids,
+        segment_ids=rows.target_segments,
         threshold=divergence.threshold,
     ))
-    age = version - rollout.policy_version[:, None]  # [b, 1]
+    age = version - batch.policy_version
     inputs = LossInputs(
         logprobs=target.logprobs,
-        behaviour_logprobs=rollout.behaviour_logprobs,
+        behaviour_logprobs=batch.behaviour_logprobs,
         divergence=target.divergence,
         trust_region=region,
         advantages=batch.advantages,
         token_mask=mask,
-        segment_ids=segment_ids,
+        segment_ids=rows.target_segments,
         multiplier=dual and duals.multiplier_at(dual_state, age),
         limit=dual and dual.limit,
     )
@@ -346,27 +360,25 @@ def make_loss_fn(
     if extras.entropy_bonus or extras.needs_reference:
       loss += penalty(params, batch, reference, target)
     stats = diagnostics.TokenStats(
-        targets=rollout.tokens[:, 1:],
+        targets=rows.targets,
         token_mask=mask,
         logprobs=target.logprobs,
-        behaviour_logprobs=rollout.behaviour_logprobs,
+        behaviour_logprobs=batch.behaviour_logprobs,
         divergence=target.divergence,
         direction=target.direction,
         trust_region=region.astype(jnp.float32),
         advantages=batch.advantages,
         entropy=target.entropy,
-        age=jnp.broadcast_to(age, mask.shape),
+        age=age,
         weights=batch.weights,
-        replayed=jax.tree.map(
-            lambda x: jnp.broadcast_to(x[:, None], mask.shape), batch.replayed
-        ),
+        replayed=batch.replayed,
         router=_router_stats(target.routed, mask),
         **loss_metrics,
     )
     total = jnp.sum(jnp.where(mask, loss, 0.0) * batch.weights)
     if extras.router_balance:
       balance = jnp.mean(target.routed.balance)
-      total += extras.router_balance * balance / num_microbatches
+      total += extras.router_balance * balance * share
     return total, jax.lax.stop_gradient(stats)
 
   return weighted_loss

@@ -1,4 +1,4 @@
-"""What a policy says of the tokens of a rollout.
+"""What a policy says of the tokens of a rollout's rows.
 
 The head is evaluated in chunks of tokens under rematerialisation, and whatever
 needs logits is computed within a chunk, so no [B, T, V] array exists. B
@@ -17,7 +17,7 @@ from dppo_jax.models import experts
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Divergence
 from dppo_jax.types import PyTree
-from dppo_jax.types import Rollout
+from dppo_jax.types import Rows
 
 
 class Anchor(NamedTuple):
@@ -44,20 +44,21 @@ def make_token_map(
     chunk_size: int = 0,
     prompt_length: int = 0,
 ) -> Callable[..., PyTree]:
-  """Maps a function over the tokens of a rollout and the policy's logits.
+  """Maps a function over the tokens of rows and the policy's logits.
 
   Args:
     model: the architecture.
     temperature: that of the sampler.
     chunk_size: tokens whose logits exist at a time, recomputed in the backward
-      pass; 0 for all at once.
+      pass, but at least one of each row; 0 for all at once. Chunks without a
+      sampled token are left out.
     prompt_length: P, if every row begins with so many tokens that were not
       sampled: no logits are made of what predicts them.
 
   Returns:
-    `token_map(fn, params, rollout, *extra)`, with `extra` pytrees of [b, T,
-    ...]: the pytree of [b, T, ...] that `fn(logits [n, V], targets [n],
-    *extra)` makes of n tokens at a time, zeros for a prompt.
+    `token_map(fn, params, rows, *extra)`, with `extra` pytrees of [b, T, ...]:
+    the pytree of [b, T, ...] that `fn(logits [n, V], targets [n], *extra)`
+    makes of n tokens at a time, zeros for a prompt.
   """
   head_map = _make_head_map(
       model,
@@ -66,9 +67,9 @@ def make_token_map(
       prompt_length=prompt_length,
   )
 
-  def token_map(fn, params, rollout, *extra):
-    hidden, _ = hidden_states(model, params, rollout)
-    return head_map(fn, params, hidden, rollout.tokens[:, 1:], *extra)
+  def token_map(fn, params, rows, *extra):
+    hidden, _ = hidden_states(model, params, rows)
+    return head_map(fn, params, hidden, rows, *extra)
 
   return token_map
 
@@ -77,28 +78,23 @@ def _make_head_map(model, *, temperature, chunk_size, prompt_length):
   """`make_token_map` from hidden states on."""
   first = max(prompt_length - 1, 0)  # Index of the first sampled token.
 
-  def head_map(fn, params, *trees):
-    hidden, targets, *extra = jax.tree.map(lambda x: x[:, first:], trees)
-    shape, count = targets.shape, targets.size  # [b, T - first]
-
+  def head_map(fn, params, hidden, rows, *extra):
     def body(params, hidden, targets, *extra):
       logits = sampling.process_logits(
           model.head(params, hidden), temperature=temperature
       )
       return fn(logits, targets, *extra)
 
-    flat = jax.tree.map(
-        lambda x: x.reshape(count, *x.shape[2:]), (hidden, targets, *extra)
+    mask, *trees = jax.tree.map(
+        lambda x: x[:, first:],
+        (rows.token_mask, hidden, rows.targets, *extra),
     )
-    if not chunk_size or chunk_size >= count:
-      out = body(params, *flat)
+    if not chunk_size or chunk_size >= mask.size:
+      out = _unflatten(body(params, *_flatten(trees)), mask.shape)
     else:
-      out = _in_chunks(body, params, flat, count, chunk_size)
+      out = _in_chunks(body, params, mask, trees, chunk_size)
     return jax.tree.map(
-        lambda x: jnp.pad(
-            x.reshape(*shape, *x.shape[1:]),
-            [(0, 0), (first, 0)] + [(0, 0)] * (x.ndim - 1),
-        ),
+        lambda x: jnp.pad(x, [(0, 0), (first, 0)] + [(0, 0)] * (x.ndim - 2)),
         out,
     )
 
@@ -108,7 +104,7 @@ def _make_head_map(model, *, temperature, chunk_size, prompt_length):
 def hidden_states(
     model: CausalLM,
     params: PyTree,
-    rollout: Rollout,
+    rows: Rows,
     *,
     counted: jax.Array | None = None,
 ) -> tuple[jax.Array, experts.Routed]:
@@ -117,7 +113,7 @@ def hidden_states(
   Args:
     model: the architecture.
     params: of a policy.
-    rollout: tokens go to the experts that it recorded, if it did.
+    rows: tokens go to the experts that they recorded, if they did.
     counted: [b, T] bool, tokens over which the use of experts is measured; not
       measured if None.
 
@@ -125,19 +121,21 @@ def hidden_states(
     [b, T, D]; [b, T, L] and [L].
   """
   asked = {}
-  recorded = not isinstance(rollout.routing, tuple)
+  recorded = not isinstance(rows.routing, tuple)
   if recorded or counted is not None:
     asked['routing'] = experts.Routing(
-        replay=rollout.routing if recorded else None, counted=counted
+        replay=rows.routing if recorded else None, counted=counted
     )
+  if not isinstance(rows.prompt_segments, tuple):
+    asked['prompt_ids'] = rows.prompt_segments
   hidden, kept = model.trunk(
       params,
-      rollout.tokens[:, :-1],
-      positions=rollout.positions[:, :-1],
-      segment_ids=rollout.segment_ids[:, :-1],
+      rows.inputs,
+      positions=rows.positions,
+      segment_ids=rows.input_segments,
       **asked,
   )
-  return hidden, kept.routed if asked else experts.Routed()
+  return hidden, kept.routed if 'routing' in asked else experts.Routed()
 
 
 def make_target_fn(
@@ -148,8 +146,8 @@ def make_target_fn(
     chunk_size: int = 0,
     prompt_length: int = 0,
     measure_balance: bool = False,
-) -> Callable[[PyTree, Rollout, Anchor], TargetStats]:
-  """What the target policy says of a rollout's tokens.
+) -> Callable[[PyTree, Rows, Anchor], TargetStats]:
+  """What the target policy says of the tokens of rows.
 
   Args:
     model: the architecture.
@@ -160,7 +158,7 @@ def make_target_fn(
     measure_balance: whether to measure how evenly sampled tokens use experts.
 
   Returns:
-    `target_fn(params, rollout, anchor) -> TargetStats`. Only `logprobs`,
+    `target_fn(params, rows, anchor) -> TargetStats`. Only `logprobs`,
     `entropy` and the balance of experts carry a gradient.
   """
   head_map = _make_head_map(
@@ -186,30 +184,43 @@ def make_target_fn(
         jax.lax.stop_gradient(direction),
     )
 
-  def target_fn(params, rollout, anchor):
+  def target_fn(params, rows, anchor):
     hidden, routed = hidden_states(
         model,
         params,
-        rollout,
-        counted=rollout.token_mask if measure_balance else None,
+        rows,
+        counted=rows.token_mask if measure_balance else None,
     )
-    stats = head_map(of_tokens, params, hidden, rollout.tokens[:, 1:], anchor)
+    stats = head_map(of_tokens, params, hidden, rows, anchor)
     return stats._replace(routed=routed)
 
   return target_fn
 
 
-def _in_chunks(body, params, flat, count, chunk_size):
-  """Maps over chunks of tokens, so that no [count, V] array exists."""
-  num_chunks = -(-count // chunk_size)
-  extra = num_chunks * chunk_size - count  # Zeros, cut off again at the end.
-  chunks = jax.tree.map(
-      lambda x: jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)).reshape(
-          num_chunks, chunk_size, *x.shape[1:]
-      ),
-      flat,
-  )
-  body = jax.checkpoint(body, prevent_cse=False)
+def _in_chunks(body, params, mask, trees, chunk_size):
+  """Maps over some columns of all rows at a time, so no [b, T, V] exists.
+
+  Columns, so that rows may be anywhere on a mesh. A chunk without a sampled
+  token costs nothing and gives zeros.
+  """
+  num_rows, length = mask.shape
+  width = max(chunk_size // num_rows, 1)
+  num_chunks = -(-length // width)
+  extra = num_chunks * width - length  # Zeros, cut off again at the end.
+
+  def split(x):  # [b, T, ...] -> [number of chunks, b, width, ...]
+    x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(num_rows, num_chunks, width, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  def of_chunk(params, mask, trees):
+    run = lambda: body(params, *_flatten(trees))
+    skip = lambda: jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run)
+    )
+    return _unflatten(jax.lax.cond(jnp.any(mask), run, skip), mask.shape)
+
+  of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
   # The head's gradient is a sum over chunks, which bfloat16 would round.
   params = {
       name: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
@@ -217,8 +228,23 @@ def _in_chunks(body, params, flat, count, chunk_size):
       if name != 'layers'  # The head needs none of them.
   }
   _, out = jax.lax.scan(
-      lambda _, chunk: (None, body(params, *chunk)), None, chunks
+      lambda _, chunk: (None, of_chunk(params, *chunk)),
+      None,
+      jax.tree.map(split, (mask, trees)),
   )
-  return jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:])[:count], out
-  )
+
+  def join(x):  # [number of chunks, b, width, ...] -> [b, T, ...]
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(num_rows, -1, *x.shape[3:])[:, :length]
+
+  return jax.tree.map(join, out)
+
+
+def _flatten(tree):
+  """[b, T, ...] -> [b * T, ...]."""
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _unflatten(tree, shape):
+  """[b * T, ...] -> [b, T, ...]."""
+  return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), tree)

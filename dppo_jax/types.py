@@ -41,6 +41,26 @@ class Rollout(NamedTuple):
   routing: PyTree = ()
 
 
+class Rows(NamedTuple):
+  """What a policy reads, and what it is asked about it. All [B, T].
+
+  A slot of a row reads one token and predicts one. In the rows of a rollout the
+  next slot reads what was predicted; packed ones (packing.py) hold prompts and
+  completions of several groups.
+  """
+
+  inputs: jax.Array  # int32
+  targets: jax.Array  # int32
+  positions: jax.Array  # int32, of the inputs.
+  input_segments: jax.Array  # int32, a sequence sees itself; 0 on padding.
+  target_segments: jax.Array  # int32, over which sequences are added up.
+  token_mask: jax.Array  # bool, the target was sampled.
+  routing: PyTree = ()  # [B, T, L, k], as `Rollout.routing`.
+  # int32, the segment that this one continues and sees too; 0 for none. ()
+  # where no segment continues another.
+  prompt_segments: PyTree = ()
+
+
 class ScoredRollout(NamedTuple):
   """A rollout and what the verifier said of it."""
 

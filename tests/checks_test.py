@@ -98,6 +98,25 @@ def test_sizes_that_the_devices_do_not_divide_are_named(change, message):
     checks.check(config, num_batch_shards=8)
 
 
+def test_packed_rows_hold_the_longest_completion_and_come_in_parts():
+  many = {'learner.num_microbatches': 8}
+  refused(
+      'learner.row_length=22 has no room for max_prompt_length=4 and '
+      'max_completion_length=20; use at least 23, or 0',
+      **many, **{'learner.row_length': 22},
+  )
+  refused(
+      'row_length=64 packs rows, but with learner.num_microbatches=1 all are '
+      'computed.*for example 8, or row_length=0',
+      **{'learner.row_length': 64},
+  )
+  # Parts of packed rows are as large as they need to be.
+  config = default.get_config()
+  config.learner.num_microbatches = 7
+  config.learner.row_length = 23
+  checks.check(config, num_batch_shards=8)
+
+
 @pytest.mark.parametrize('section, completions', [
     ('sampling', '256 completions of num_prompts=32 times group_size=8'),
     ('eval', '1024 completions of eval.num_prompts=128 times '

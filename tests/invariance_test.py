@@ -1,8 +1,8 @@
 """What a row of the table learns does not depend on how its data are laid out.
 
 Every row of `algorithms.TABLE` goes through the objective of a run, with a
-transformer: eight devices compute what one does, and several sequences in a row
-of tokens what one in a row does. The transformer below the head is the same for
+transformer: eight devices compute what one does, and packed rows (packing.py) what
+one completion a row does. The transformer below the head is the same for
 all rows, so it is compiled once: the objective has its gradient by the hidden
 states, and the chain rule does the rest. B sequences in groups of G, P prompt
 and C completion tokens, T predicted ones, D width, V vocabulary.
@@ -26,9 +26,11 @@ from dppo_jax import algorithms
 from dppo_jax import diagnostics
 from dppo_jax import divergences
 from dppo_jax import objective
+from dppo_jax import packing
 from dppo_jax import rollout
 from dppo_jax import sampling
 from dppo_jax import sharding
+from dppo_jax import target
 from dppo_jax.types import ScoredRollout
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -38,40 +40,30 @@ NUM_ROWS = tiny_model.NUM_PROMPTS * tiny_model.GROUP_SIZE
 # --- the transformer, below the head and above it ----------------------------
 
 
-def hidden_of(params, tokens, positions, segment_ids):
+def hidden_of(params, rows):
   """Hidden states [B, T, D]."""
-  hidden, _ = tiny_model.MODEL.trunk(
-      params, tokens, positions=positions, segment_ids=segment_ids
-  )
-  return hidden
+  return target.hidden_states(tiny_model.MODEL, params, rows)[0]
 
 
 trunk = tiny_model.jit(hidden_of)
 
 
 @tiny_model.jit
-def pull_back(params, places, by_hidden):
+def pull_back(params, rows, by_hidden):
   """From the gradient by the hidden states to that by the parameters."""
-  _, vjp = jax.vjp(lambda params: hidden_of(params, *places), params)
+  _, vjp = jax.vjp(lambda params: hidden_of(params, rows), params)
   return vjp(by_hidden)[0]
 
 
-def places(rolled):
-  """What the trunk reads of a rollout. [B, T] each."""
-  return tuple(
-      x[:, :-1] for x in (rolled.tokens, rolled.positions, rolled.segment_ids)
-  )
-
-
-def above(params, rolled):
+def above(params, rows):
   """The parameters of the head, and what it reads."""
   head = {name: params[name] for name in ('embed', 'norm')}
-  return head | {'hidden': trunk(params, *places(rolled))}
+  return head | {'hidden': trunk(params, rows)}
 
 
-def whole_gradient(params, rolled, gradient):
+def whole_gradient(params, rows, gradient):
   """By the parameters, from that by what `above` returns."""
-  by_params = pull_back(params, places(rolled), gradient['hidden'])
+  by_params = pull_back(params, rows, gradient['hidden'])
   own = {name: gradient[name] for name in ('embed', 'norm')}
   return by_params | jax.tree.map(
       jnp.add, {name: by_params[name] for name in own}, own
@@ -81,8 +73,8 @@ def whole_gradient(params, rolled, gradient):
 class Above:
   """`models.causal_lm.CausalLM` of the parameters that `above` returns."""
 
-  def trunk(self, params, tokens, *, positions, segment_ids):
-    del tokens, positions, segment_ids
+  def trunk(self, params, tokens, **where):
+    del tokens, where
     return params['hidden'], None
 
   def head(self, params, hidden):
@@ -133,8 +125,9 @@ def unrecorded():
       ),
       group_size=tiny_model.GROUP_SIZE,
   )
-  target = policies()[1]
-  logits = tiny_model.MODEL.head(target, trunk(target, *places(rolled)))
+  params = policies()[1]
+  hidden = trunk(params, packing.rows_of(rolled))
+  logits = tiny_model.MODEL.head(params, hidden)
   far = jnp.linspace(0.01, 0.6, NUM_ROWS)[:, None, None]
   noise = far * jax.random.normal(jax.random.key(2), logits.shape)
   certain = jnp.asarray(rng.choice([0.0, 0.0, 8.0], logits.shape[:2]))
@@ -169,18 +162,16 @@ def objective_of(name, **changes):
 
 def test_the_chain_rule_gives_the_gradient_of_the_whole_transformer():
   divergence, prepare, weighted_loss = objective_of('dppo_topk_tv')
-  scored, target = scored_for(divergence), policies()[1]
+  scored, params = scored_for(divergence), policies()[1]
   batch = prepare(types.SimpleNamespace(params=(), reference=()), scored)
   run = lambda fn, params: tiny_model.jit(jax.grad(fn, has_aux=True))(
       params, batch, (), jnp.int32(0)
   )[0]
   got = whole_gradient(
-      target,
-      scored.rollout,
-      run(weighted_loss, above(target, scored.rollout)),
+      params, batch.rows, run(weighted_loss, above(params, batch.rows))
   )
   _, _, whole_loss = objective_of('dppo_topk_tv', model=tiny_model.MODEL)
-  expected = run(whole_loss, target)
+  expected = run(whole_loss, params)
   tiny_model.assert_trees_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -207,19 +198,19 @@ def on_eight_devices():
     threshold = divergences.low_high(divergence.threshold)
 
     @tiny_model.jit
-    def learn(start, target, scored, prepare=prepare, loss=weighted_loss):
+    def learn(start, moved, scored, prepare=prepare, loss=weighted_loss):
       batch = prepare(types.SimpleNamespace(params=start, reference=()), scored)
       return jax.value_and_grad(loss, has_aux=True)(
-          target, batch, (), jnp.int32(0)
+          moved, batch, (), jnp.int32(0)
       )
 
-    def summary(start, target, scored, learn=learn, threshold=threshold):
-      rolled = scored.rollout
+    def summary(start, moved, scored, learn=learn, threshold=threshold):
+      rows = packing.rows_of(scored.rollout)
       (loss, stats), gradient = learn(
-          above(start, rolled), above(target, rolled), scored
+          above(start, rows), above(moved, rows), scored
       )
       metrics = metrics_of(stats, threshold)
-      gradient = whole_gradient(target, rolled, gradient)
+      gradient = whole_gradient(moved, rows, gradient)
       devices = {
           d for x in jax.tree.leaves(gradient) for d in x.sharding.device_set
       }
@@ -280,99 +271,50 @@ def test_eight_devices_learn_what_one_does(eight_devices, name):
     )
 
 
-# --- several sequences a row -------------------------------------------------
+# --- packed rows -------------------------------------------------------------
 
-
-def pack(batch, bins):
-  """The sequences of each bin next to each other in a row, without padding.
-
-  Args:
-    batch: `objective.Batch` of one sequence a row.
-    bins: rows of `batch`, a list for each row that comes out.
-
-  Returns:
-    the packed batch, and `of_tokens` that lays any [B, T, ...] out like it.
-  """
-  real = np.asarray(batch.rollout.segment_ids) > 0
-  cells = [
-      [
-          (row, column, i)
-          for i, row in enumerate(rows, 1)
-          for column in np.flatnonzero(real[row])
-      ]
-      for rows in bins
-  ]
-  width = max(map(len, cells))
-  valid = np.arange(width) < np.asarray([len(x) for x in cells])[:, None]
-  source = np.zeros((len(bins), width, 3), np.int32)
-  source[valid] = np.concatenate(cells)
-  row, column, segment_ids = np.moveaxis(source, -1, 0)
-
-  def lay_out(x):
-    """[B, T + 1, ...], what belongs to a token itself."""
-    x = np.asarray(x)[row, column]
-    keep = np.expand_dims(valid, tuple(range(2, x.ndim)))
-    return jnp.asarray(np.where(keep, x, np.zeros((), x.dtype)))
-
-  def of_tokens(x):
-    """[B, T, ...], what was predicted: index t moves with token t + 1.
-
-    So the first token of a sequence brings what its row says of padding, that
-    it was not sampled, to the boundary with the sequence before.
-    """
-    x = np.asarray(x)
-    return lay_out(np.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2)))[:, 1:]
-
-  first = np.asarray([rows[0] for rows in bins])
-  packed = batch.rollout._replace(
-      tokens=lay_out(batch.rollout.tokens),
-      segment_ids=jnp.asarray(segment_ids),
-      positions=lay_out(batch.rollout.positions),
-      policy_version=batch.rollout.policy_version[first],
-      truncated=batch.rollout.truncated[first],
-      **{
-          field: jax.tree.map(of_tokens, getattr(batch.rollout, field))
-          for field in ('token_mask', 'behaviour_logprobs', 'record')
-      },
-  )
-  return batch._replace(
-      rollout=packed,
-      **{
-          field: jax.tree.map(of_tokens, getattr(batch, field))
-          for field in ('anchor', 'advantages', 'weights', 'reference_logprobs')
-      },
-  ), of_tokens
-
-
-# Of 16 sequences: two or three a row and one alone, other groups side by side.
-BINS = [[0, 9], [4, 13, 2], [5, 15], [3, 8, 12], [1, 6], [14, 7], [11], [10]]
+# Room for three of the longest sequences, so prompts are shared by some.
+ROW_LENGTH = 30
+arrange = packing.make_packed(
+    row_length=ROW_LENGTH,
+    prompt_length=tiny_model.PROMPT_LENGTH,
+    group_size=tiny_model.GROUP_SIZE,
+)
 
 
 def check_packed(name, extras):
   """Compares both layouts; returns the trust region of the sampled tokens."""
   divergence, prepare, weighted_loss = objective_of(name, extras=extras)
-  start, target = policies()
+  start, params = policies()
   scored = scored_for(divergence)
-  state = above(start, scored.rollout)
+  rows = packing.rows_of(scored.rollout)
   batch = tiny_model.jit(
       lambda start, scored: prepare(
           types.SimpleNamespace(params=start, reference=start), scored
       )
-  )(state, scored)
-  packed, of_tokens = pack(batch, BINS)
-  assert packed.weights.shape[0] < batch.weights.shape[0]
+  )(above(start, rows), scored)
+  # Rows in another order, so that a part of every group comes late.
+  order = jnp.asarray(np.random.RandomState(0).permutation(NUM_ROWS))
+  layout = jax.jit(arrange, static_argnums=2)(batch.rows, order, 1)
+  assert layout.num_parts == 1
+  packed_rows, packed = packing.take(
+      layout, 0, batch.rows, batch._replace(rows=())
+  )
+  packed = packed._replace(rows=packed_rows)
+  real = np.asarray(packed.rows.input_segments) > 0
+  assert 0 < real.sum() < 0.75 * (np.asarray(rows.input_segments) > 0).sum()
   value_and_grad = tiny_model.jit(
       jax.value_and_grad(weighted_loss, has_aux=True)
   )
 
   def run(batch):
     (loss, stats), gradient = value_and_grad(
-        above(target, batch.rollout),
+        above(params, batch.rows),
         batch,
-        above(start, batch.rollout),
+        above(start, batch.rows),
         jnp.int32(0),
     )
-    return loss, stats, whole_gradient(target, batch.rollout, gradient)
+    return loss, stats, whole_gradient(params, batch.rows, gradient)
 
   expected, stats, gradient = run(batch)
   loss, packed_stats, packed_gradient = run(packed)
@@ -382,17 +324,20 @@ def check_packed(name, extras):
   tiny_model.assert_trees_close(
       packed_gradient, gradient, rtol=1e-4, atol=1e-5 * largest
   )
-  mask = np.asarray(packed_stats.token_mask)
-  assert mask.sum() == np.asarray(stats.token_mask).sum()
-  for field, values in packed_stats._asdict().items():
+  mask = np.asarray(stats.token_mask)
+  stats_back = packing.put_back(
+      layout, jax.tree.map(lambda x: x[None], packed_stats), stats.token_mask
+  )
+  np.testing.assert_array_equal(stats_back.token_mask, mask)
+  for field, values in stats_back._asdict().items():
     for x, alone in zip(
         jax.tree.leaves(values), jax.tree.leaves(getattr(stats, field)),
         strict=True,
     ):
       np.testing.assert_allclose(
-          x[mask], of_tokens(alone)[mask], rtol=1e-4, atol=1e-5, err_msg=field
+          x[mask], alone[mask], rtol=1e-4, atol=1e-5, err_msg=field
       )
-  return np.asarray(packed_stats.trust_region)[mask]
+  return np.asarray(stats.trust_region)[mask]
 
 
 # Fast rows stand for the rules; the others wait for a run with slow tests.

@@ -14,8 +14,10 @@ from dppo_jax import duals
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import optim
+from dppo_jax import packing
 from dppo_jax import rollout
 from dppo_jax import sampling
+from dppo_jax import target
 from dppo_jax import train_step
 from dppo_jax.models import load
 from dppo_jax.tasks import arithmetic
@@ -232,9 +234,10 @@ def test_micro_batches_equal_the_whole_batch(once, scored):
 
 
 def test_chunks_of_the_vocabulary_head_equal_the_whole(scored):
-  # 16 rows of 10 predicted tokens: 160 are six chunks of 24 and 16 left over.
+  # 16 rows of 10 predicted tokens: three columns make a chunk, one is left.
   rng = np.random.RandomState(0)
-  weights = rng.standard_normal((2, *scored.rollout.token_mask.shape))
+  mask = scored.rollout.token_mask
+  weights = rng.standard_normal((2, *mask.shape)) * mask[None]
 
   def run(chunk_size):
     target_fn = tiny_model.make_target_fn(
@@ -248,16 +251,45 @@ def test_chunks_of_the_vocabulary_head_equal_the_whole(scored):
 
     return tiny_model.jit(jax.grad(total, has_aux=True))(tiny_model.params())
 
-  (expected, whole), (gradient, chunks) = run(0), run(24)
+  (expected, whole), (gradient, chunks) = run(0), run(50)
   for name in ('logprobs', 'entropy', 'divergence', 'direction'):
-    values = getattr(whole, name)
+    values, others = getattr(whole, name), getattr(chunks, name)
     # Temperature 0.7 against a rollout at 1: no divergence is 0.
-    assert np.abs(values).max() > 0.01
+    assert np.abs(values[mask]).max() > 0.01
     np.testing.assert_allclose(
-        getattr(chunks, name), values, rtol=0, atol=1e-5, err_msg=name
+        others[mask], values[mask], rtol=0, atol=1e-5, err_msg=name
     )
   tiny_model.assert_trees_close(gradient, expected, rtol=1e-4, atol=1e-6)
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
+
+
+def test_chunks_without_a_sampled_token_are_left_out(scored):
+  # Two columns a chunk; the prompts before column 4 teach nothing.
+  calls = []
+  token_map = target.make_token_map(
+      tiny_model.MODEL, temperature=1.0, chunk_size=32
+  )
+
+  def count(logits, targets):
+    jax.debug.callback(lambda: calls.append(1))
+    return divergences.token_logprobs(logits, targets)
+
+  def run(longest):
+    calls.clear()
+    mask = scored.rollout.token_mask
+    mask &= jnp.arange(mask.shape[1])[None] < longest
+    rows = packing.rows_of(scored.rollout._replace(token_mask=mask))
+    out = tiny_model.jit(lambda *x: token_map(count, *x))(
+        tiny_model.params(), rows
+    )
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    return len(calls), np.asarray(out)
+
+  (all_calls, whole), (few_calls, part) = run(10), run(7)
+  assert all_calls == 3 and few_calls == 2
+  np.testing.assert_array_equal(part[:, 4:8], whole[:, 4:8])
+  assert not part[:, 8:].any() and whole[:, 8:].any()
 
 
 def test_no_array_of_tokens_times_vocabulary_exists_with_chunks(scored):
@@ -277,7 +309,7 @@ def test_no_array_of_tokens_times_vocabulary_exists_with_chunks(scored):
   assert '160x64xf32' not in in_chunks and '5x32x64xf32' not in in_chunks
 
 
-@pytest.mark.parametrize('chunk_size', [0, 24])
+@pytest.mark.parametrize('chunk_size', [0, 48])
 def test_no_logits_are_made_of_prompts_and_nothing_else_changes(
     scored, chunk_size
 ):

@@ -19,6 +19,7 @@ import tiny_model
 from dppo_jax import diagnostics
 from dppo_jax import objective
 from dppo_jax import optim
+from dppo_jax import packing
 from dppo_jax import replay
 from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
@@ -359,7 +360,7 @@ def test_the_coefficient_adds_the_gradient_of_the_balance():
 
   def balance(tree):
     _, routed = target.hidden_states(
-        MODEL, tree, rollout, counted=rollout.token_mask
+        MODEL, tree, packing.rows_of(rollout), counted=rollout.token_mask
     )
     return jnp.mean(routed.balance)
 

@@ -22,6 +22,7 @@ from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import optim
+from dppo_jax import packing
 from dppo_jax import rollout
 from dppo_jax import sampling
 from dppo_jax import shaping
@@ -177,6 +178,7 @@ def make_learner(
     num_microbatches=1,
     dual=None,
     trainable=trainable_lib.EVERYTHING,
+    arrange=packing.as_sampled,
     **options,
 ):
   """`learner.make_learner` with one update, unless told otherwise."""
@@ -184,8 +186,8 @@ def make_learner(
   prepare, weighted_loss = make_objective(
       divergence,
       num_parts=num_parts,
-      num_microbatches=num_microbatches,
       dual=dual,
+      arrange=arrange,
       **options,
   )
   return learner.make_learner(
@@ -197,6 +199,7 @@ def make_learner(
       num_microbatches=num_microbatches,
       dual=dual,
       trainable=trainable,
+      arrange=arrange,
   )
 
 
@@ -239,7 +242,7 @@ def make_target_fn(divergence, *, model=MODEL, temperature=1.0, **options):
 
   def fn(params, rollout):
     anchor = target.Anchor(rollout.behaviour_logprobs, rollout.record)
-    return target_fn(params, rollout, anchor)
+    return target_fn(params, packing.rows_of(rollout), anchor)
 
   return fn
 

@@ -25,19 +25,30 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def visible_within_segments(
-    segment_ids: jax.Array, positions: jax.Array, *, window: int | None
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    *,
+    window: int | None,
+    prompt_ids: jax.Array | None = None,
 ) -> jax.Array:
-  """Which earlier tokens of its own segment a token sees. [B, T, T] bool.
+  """Which earlier tokens a token sees. [B, T, T] bool.
+
+  Those of its own segment, and those of the segment that it continues.
 
   Args:
     segment_ids: [B, T] int32. Padding is segment 0 and sees itself, which
       keeps its rows finite; nothing else sees it.
     positions: [B, T] int32, from which distances are taken.
     window: see `LayerKind`.
+    prompt_ids: [B, T] int32, the segment that a token's segment continues; 0
+      for none.
   """
   length = segment_ids.shape[1]
   causal = jnp.tril(jnp.ones((1, length, length), bool))
   same = segment_ids[:, :, None] == segment_ids[:, None, :]
+  if prompt_ids is not None:
+    continued = prompt_ids[:, :, None] == segment_ids[:, None, :]
+    same |= continued & (prompt_ids[:, :, None] > 0)
   if window is None:
     return causal & same
   distance = positions[:, :, None] - positions[:, None, :]

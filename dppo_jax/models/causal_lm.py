@@ -7,6 +7,7 @@ outside the loop, and the same block is called layer by layer. B sequences, T
 tokens, D width, V vocabulary, L layers.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import types
@@ -50,6 +51,8 @@ class CausalLM:
     dtype: of the computation. Parameters keep their own.
     remat: one of `REMAT`: which activations of a layer are recomputed in the
       backward pass. 'full' needs the least memory and about a third more time.
+    place: puts the hidden states [B, T, D] between layers where they belong on
+      a mesh, so that a compiler moves weights to tokens and not the other way.
   """
 
   config: layers.ModelConfig
@@ -57,6 +60,7 @@ class CausalLM:
   params: PyTree = None
   dtype: Any = jnp.float32
   remat: str = 'none'
+  place: Callable[[jax.Array], jax.Array] = lambda hidden: hidden
 
   def replace(self, **changes) -> 'CausalLM':
     """A copy with some attributes changed."""
@@ -135,21 +139,26 @@ class CausalLM:
       *,
       positions: jax.Array,
       segment_ids: jax.Array,
+      prompt_ids: jax.Array | None = None,
       keep_cache: bool = False,
       routing: experts.Routing = experts.Routing(),
   ) -> tuple[jax.Array, Kept]:
     """All layers, scanned. [B, T] -> hidden [B, T, D] and what was kept.
 
     The cache, if kept, is a list over layers of keys and values [B, T, K, E].
-    Only models with experts look at `routing`.
+    Who sees whom: see `attention.visible_within_segments`. Only models with
+    experts look at `routing`.
     """
-    x = self._embed(params, tokens)
+    x = self.place(self._embed(params, tokens))
     # What a layer of each kind sees: rotation and [B, T, T] bool.
     views = [
         (
             self._rotation(kind, positions),
             attention.visible_within_segments(
-                segment_ids, positions, window=kind.window
+                segment_ids,
+                positions,
+                window=kind.window,
+                prompt_ids=prompt_ids,
             ),
         )
         for kind in self.config.kinds
@@ -168,7 +177,7 @@ class CausalLM:
           attend=attend,
           routing=routing._replace(replay=replay),
       )
-      return x, Kept(cache if keep_cache else None, routed)
+      return self.place(x), Kept(cache if keep_cache else None, routed)
 
     if self.remat != 'none':
       keeps = self.remat if self.remat != 'full' else 'nothing_saveable'

@@ -1,0 +1,47 @@
+"""The compiled program of a whole training step, without weights or data."""
+
+import types
+
+import jax
+import numpy as np
+import tiny_model
+
+from configs import default
+from dppo_jax import main
+from dppo_jax import sharding
+from dppo_jax import train_step
+from dppo_jax.types import Prompts
+
+
+def compile_step(model, *, algorithm='dppo_topk_tv', mesh=(1, 1, 1, 1), **sizes):
+  """The step of `model` with options of a config set.
+
+  Args:
+    model: of tiny_model.py, or like it.
+    algorithm: a row of the table.
+    mesh: sizes of `sharding.AXES`.
+    **sizes: config fields, with '__' for '.'.
+  """
+  config = default.get_config(algorithm)
+  config.update_from_flattened_dict(
+      {name.replace('__', '.'): value for name, value in sizes.items()}
+  )
+  mesh = sharding.make_mesh(**dict(zip(sharding.AXES, mesh, strict=True)))
+  program = main.make_program(
+      config, mesh, main.make_method(config), model,
+      types.SimpleNamespace(eos_token_id=1, pad_token_id=0),
+  )
+  key = jax.random.key(0)
+  state = jax.eval_shape(
+      program.init, main.abstract_params(config, model), key, key
+  )
+  shape = (config.num_prompts, config.max_prompt_length)
+  prompts = Prompts(
+      jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
+  )
+  scored = jax.eval_shape(
+      lambda *x: train_step.blank(program.rollout_fn, *x, program.trainable),
+      state, prompts,
+  )
+  with tiny_model.quick_compilation():
+    return program.train_step.lower(state, scored, prompts).compile()
