@@ -30,6 +30,9 @@ def get_config(algorithm: str = 'dppo_topk_tv'):
   config.num_prompts = 8
   config.group_size = 8
   config.learner.num_minibatches = 1
+  # A prompt is computed once for its group, and most completions are short.
+  config.learner.row_length = 256
+  config.learner.num_microbatches = 8
   config.optimizer.learning_rate = 5e-4
   config.optimizer.b2 = 0.95
   config.optimizer.schedule = 'constant'

@@ -33,8 +33,5 @@ def get_config(algorithm: str = 'dppo_topk_tv'):
   )
   config.scoring.num_workers = 1
   config.max_prompt_length = 80
-  # A prompt is computed once for its group, and most completions are short.
-  config.learner.row_length = 256
-  config.learner.num_microbatches = 8
   config.lock()
   return config
