@@ -87,7 +87,12 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'temperature': 1.0,
       'top_p': 1.0,  # Training takes no other value, see checks.py.
       'top_k': 0,
-      'dtype': 'float32',  # Of the sampler; the learner has model.dtype.
+      # Of what the sampler computes; the learner has model.dtype.
+      'dtype': 'float32',  # Or bfloat16, float16.
+      # Of what it keeps: a layer's weights, keys and values; '' as computed, or
+      # int8 or float8_e4m3fn.
+      'weights_dtype': '',
+      'cache_dtype': '',
       # Completions decoded at a time, over all devices: when one ends, the next
       # takes its slot. 0 decodes all at once, until the longest has ended.
       'num_slots': 0,

@@ -10,6 +10,7 @@ from typing import Any
 
 from dppo_jax import lora
 from dppo_jax import registry
+from dppo_jax.models import quantization
 from dppo_jax.models.causal_lm import REMAT
 
 _POSITIVE = (
@@ -29,6 +30,9 @@ _POSITIVE = (
     'keep_checkpoints',
 )
 _DTYPES = ('float32', 'bfloat16')
+# The learner's gradients would need a loss scale for float16.
+_SAMPLER_DTYPES = (*_DTYPES, 'float16')
+_KEPT_DTYPES = ('', *_SAMPLER_DTYPES, *quantization.SCALED)
 
 
 def check(config: Any, *, num_batch_shards: int) -> None:
@@ -51,10 +55,16 @@ def check(config: Any, *, num_batch_shards: int) -> None:
         f'config.learner.chunk_size={config.learner.chunk_size} must be 0 (all '
         'at once) or more.'
     )
-  for name in ('model.dtype', 'model.params_dtype', 'sampling.dtype'):
-    if _get(config, name) not in _DTYPES:
+  for name, known in (
+      ('model.dtype', _DTYPES),
+      ('model.params_dtype', _DTYPES),
+      ('sampling.dtype', _SAMPLER_DTYPES),
+      ('sampling.weights_dtype', _KEPT_DTYPES),
+      ('sampling.cache_dtype', _KEPT_DTYPES),
+  ):
+    if _get(config, name) not in known:
       raise ValueError(
-          f'config.{name}={_get(config, name)!r} is not one of {_DTYPES}.'
+          f'config.{name}={_get(config, name)!r} is not one of {known}.'
       )
   _check_lora(config.lora)
   _check_rules(config.learning_rates)

@@ -12,7 +12,7 @@ completion tokens, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ class Start(NamedTuple):
     keys: [B], one for each row.
     first: token 0 of every row.
     ended: [B] bool, that it ended the completion.
+    cache_dtype: of the completions' keys and values.
   """
 
   params: PyTree
@@ -61,6 +62,7 @@ class Start(NamedTuple):
   keys: jax.Array
   first: Column
   ended: jax.Array
+  cache_dtype: Any
 
 
 class Drawn(NamedTuple):
@@ -132,7 +134,7 @@ def together(
       write(outputs, start.first, 0),
       _blank_choices(start, length),
       start.ended,
-      model.empty_cache(batch, length, model.dtype),
+      model.empty_cache(batch, length, start.cache_dtype),
   ))
   return Drawn(outputs, choices, index)
 
@@ -268,7 +270,7 @@ def in_slots(
   carry = (
       jnp.int32(0),
       *filled,
-      model.empty_cache(num_slots, length, model.dtype),
+      model.empty_cache(num_slots, length, start.cache_dtype),
       outputs,
       _blank_choices(start, length),
   )

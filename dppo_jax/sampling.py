@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dppo_jax import decoding
 from dppo_jax import divergences
 from dppo_jax.models import experts
+from dppo_jax.models import quantization
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
@@ -95,6 +96,8 @@ def make_sampler(
     top_k: int = 0,
     record: Callable[[jax.Array, jax.Array], PyTree] = lambda *_: (),
     dtype: Any = None,
+    weights_dtype: Any = None,
+    cache_dtype: Any = None,
     num_slots: int = 0,
     record_routing: bool = False,
 ) -> Callable[[PyTree, Prompts, jax.Array], Completions]:
@@ -111,7 +114,11 @@ def make_sampler(
     top_k: see `process_logits`.
     record: what to remember of each position, from [B, V] logits and [B]
       tokens.
-    dtype: of parameters, cache and computation; the model's if not given.
+    dtype: of the computation; the model's if not given.
+    weights_dtype: in which a layer's kernels are kept, `dtype` if not given;
+      int8 and float8 with a scale for each output.
+    cache_dtype: in which keys and values are kept, `dtype` if not given; int8
+      and float8 with a scale for each token and head.
     num_slots: completions that are decoded at a time, see `decoding`; 0 or B
       for all of them.
     record_routing: whether to remember the experts of every token.
@@ -121,6 +128,8 @@ def make_sampler(
     prompt.
   """
   dtype = jnp.dtype(dtype or model.dtype)
+  weights_dtype = jnp.dtype(weights_dtype or dtype)
+  cache_dtype = jnp.dtype(cache_dtype or dtype)
   model = model.replace(dtype=dtype, remat='none')
   sizes = {'length': max_completion_length, 'pad_id': pad_id}
   routing = experts.Routing(record=record_routing)
@@ -142,13 +151,18 @@ def make_sampler(
 
   def sample(params, prompts, keys):
     # Cast and unstack once, not once a token.
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = quantization.convert_kernels(params, dtype, weights_dtype)
     logits, prompt = model.prefill(
-        params, prompts.tokens, mask=prompts.mask, routing=routing
+        quantization.widen(params, dtype), prompts.tokens, mask=prompts.mask,
+        routing=routing,
     )
+    prompt = prompt._replace(cache=jax.tree.map(
+        lambda x: quantization.convert(x, cache_dtype, axis=-1), prompt.cache
+    ))
     first, ended = draw(jnp.repeat(logits, group_size, axis=0), keys, 0)
     start = decoding.Start(
-        model.unstacked(params), prompts, prompt, routing, keys, first, ended
+        model.unstacked(params), prompts, prompt, routing, keys, first, ended,
+        cache_dtype,
     )
     if 0 < num_slots < keys.shape[0]:
       drawn = decoding.in_slots(

@@ -201,7 +201,10 @@ def test_evaluation_may_truncate_but_not_nonsense(change, message):
   refused(message, **{f'eval.{k}': v for k, v in change.items()})
 
 
-@pytest.mark.parametrize('name', ['model.dtype', 'sampling.dtype'])
+@pytest.mark.parametrize('name', [
+    'model.dtype', 'model.params_dtype', 'sampling.dtype',
+    'sampling.weights_dtype', 'sampling.cache_dtype',
+])
 def test_a_dtype_is_one_of_the_known(name):
   refused(
       rf"config\.{name}='float8' is not one of .*bfloat16", **{name: 'float8'}

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.models import quantization
+
 # attend(q [B, T, H, E], k [B, T, K, E], v [B, T, K, E])
 #   -> (out [B, T, H, E], whatever should be kept, usually keys and values).
 AttendFn = Callable[
@@ -22,6 +24,17 @@ AttendFn = Callable[
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
   """Squeezes smoothly into (-cap, cap); None changes nothing."""
   return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def multiplicand(x: jax.Array) -> jax.Array:
+  """What goes into a product that is summed in float32.
+
+  A CPU does not multiply float16 into float32; there the factors are widened,
+  which changes no product.
+  """
+  if x.dtype == jnp.float16 and jax.default_backend() == 'cpu':
+    return x.astype(jnp.float32)
+  return x
 
 
 def visible_within_segments(
@@ -106,11 +119,12 @@ def attend_within_row(
   mask = visible[:, None]  # [B, 1, T, T]
 
   def attend(q, k, v):
+    factors = [multiplicand(x) for x in (q, k, v)]
     if cap is None:
-      out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+      out = jax.nn.dot_product_attention(*factors, mask=mask, scale=scale)
     else:
-      out = _capped_attention(q, k, v, mask=mask, scale=scale, cap=cap)
-    return out, (k, v)
+      out = _capped_attention(*factors, mask=mask, scale=scale, cap=cap)
+    return out.astype(q.dtype), (k, v)
 
   return attend
 
@@ -130,7 +144,7 @@ def attend_to_cache(
   completions; B = N * G.
 
   Args:
-    prompt: keys and values [N, P, K, E].
+    prompt: keys and values [N, P, K, E]; both may be `quantization.Quantized`.
     cache: keys and values [B, C, K, E] of the completions so far.
     visible: from `visible_in_cache`.
     place: [] int32, where in the cache the new tokens go.
@@ -140,9 +154,18 @@ def attend_to_cache(
   num_prompts, split = prompt[0].shape[:2]
 
   def attend(q, k, v):  # [B, 1, H or K, E]
-    keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=1)
+    kept = tuple(
+        jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+                old, new, place, axis=1
+            ),
+            old,
+            quantization.like(new, old),
+        )
         for old, new in zip(cache, (k, v), strict=True)
+    )
+    keys, values, prompt_keys, prompt_values = (
+        quantization.widen(x, q.dtype).astype(q.dtype) for x in (*kept, *prompt)
     )
     batch, _, heads, size = q.shape
     num_keys = k.shape[2]
@@ -151,7 +174,7 @@ def attend_to_cache(
     own_shape = (num_prompts, q.shape[1], *keys.shape[1:])
     own_keys, own_values = keys.reshape(own_shape), values.reshape(own_shape)
     both = (
-        jnp.einsum('ngkhe,npke->ngkhp', q, prompt[0]),
+        jnp.einsum('ngkhe,npke->ngkhp', q, prompt_keys),
         jnp.einsum('ngkhe,ngcke->ngkhc', q, own_keys),
     )
     scores = [
@@ -164,9 +187,9 @@ def attend_to_cache(
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     weights = weights.astype(q.dtype)
-    out = jnp.einsum('ngkhp,npke->ngkhe', weights[..., :split], prompt[1])
+    out = jnp.einsum('ngkhp,npke->ngkhe', weights[..., :split], prompt_values)
     out += jnp.einsum('ngkhc,ngcke->ngkhe', weights[..., split:], own_values)
-    return out.reshape(batch, 1, heads, size), (keys, values)
+    return out.reshape(batch, 1, heads, size), kept
 
   return attend
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dppo_jax.models import attention
 from dppo_jax.models import experts
 from dppo_jax.models import layers
+from dppo_jax.models import quantization
 from dppo_jax.models import rope
 from dppo_jax.types import PyTree
 
@@ -207,7 +208,9 @@ class CausalLM:
     else:
       kernel = params['head']['kernel']
     logits = jnp.matmul(
-        x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+        attention.multiplicand(x),
+        attention.multiplicand(kernel.astype(x.dtype)),
+        preferred_element_type=jnp.float32,
     )
     return attention.softcap(logits, self.config.final_logit_softcapping)
 
@@ -260,7 +263,7 @@ class CausalLM:
     """Reads one more token of each completion.
 
     Args:
-      params: from `unstacked`.
+      params: from `unstacked`; layers may hold `quantization.Quantized`.
       tokens: [B] int32, the latest token of each completion.
       positions: [B] int32, its position in the whole sequence.
       prompt_cache: list over layers of keys and values [N, P, K, E].
@@ -307,7 +310,12 @@ class CausalLM:
           **self._scores(),
       )
       x, kept, routed = self._block(
-          layer_params, x, rotation=rotation, attend=attend, routing=routing
+          # One layer at a time.
+          quantization.widen(layer_params, self.dtype),
+          x,
+          rotation=rotation,
+          attend=attend,
+          routing=routing,
       )
       new_cache.append(kept)
       choices.append(routed.choices)
@@ -317,11 +325,11 @@ class CausalLM:
     return self.head(params, x[:, 0]), Kept(new_cache, routed)
 
   def empty_cache(self, batch: int, length: int, dtype: Any) -> list:
-    """Zeros: a list over layers of keys and values [batch, length, K, E]."""
+    """A list over layers of keys and values [batch, length, K, E]."""
     config = self.config
     shape = (batch, length, config.num_key_value_heads, config.head_dim)
     return [
-        (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        (quantization.zeros(shape, dtype), quantization.zeros(shape, dtype))
         for _ in range(config.num_hidden_layers)
     ]
 
