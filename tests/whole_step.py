@@ -13,13 +13,21 @@ from dppo_jax import train_step
 from dppo_jax.types import Prompts
 
 
-def compile_step(model, *, algorithm='dppo_topk_tv', mesh=(1, 1, 1, 1), **sizes):
+def compile_step(
+    model,
+    *,
+    algorithm='dppo_topk_tv',
+    mesh=(1, 1, 1, 1),
+    optimized=False,
+    **sizes,
+):
   """The step of `model` with options of a config set.
 
   Args:
     model: of tiny_model.py, or like it.
     algorithm: a row of the table.
     mesh: sizes of `sharding.AXES`.
+    optimized: as in a run, which takes longer to compile.
     **sizes: config fields, with '__' for '.'.
   """
   config = default.get_config(algorithm)
@@ -43,5 +51,8 @@ def compile_step(model, *, algorithm='dppo_topk_tv', mesh=(1, 1, 1, 1), **sizes)
       lambda *x: train_step.blank(program.rollout_fn, *x, program.trainable),
       state, prompts,
   )
+  lowered = program.train_step.lower(state, scored, prompts)
+  if optimized:
+    return lowered.compile()
   with tiny_model.quick_compilation():
-    return program.train_step.lower(state, scored, prompts).compile()
+    return lowered.compile()
