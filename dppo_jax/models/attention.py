@@ -7,7 +7,8 @@ completions of each, P prompt tokens, C completion tokens.
 """
 
 from collections.abc import Callable
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,21 @@ from dppo_jax.models import quantization
 AttendFn = Callable[
     [jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]
 ]
+
+
+# Rows longer than that never have scores [T, T] of all tokens at once.
+LONG_ROW = 2048
+BLOCK = 512
+NUM_STRETCHES = 4
+NO_WINDOW = 2**30
+
+
+class Where(NamedTuple):
+  """Which tokens of a row belong together. [B, T] int32 each."""
+
+  segment_ids: jax.Array
+  positions: jax.Array
+  prompt_ids: jax.Array | None = None
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -38,34 +54,21 @@ def multiplicand(x: jax.Array) -> jax.Array:
 
 
 def visible_within_segments(
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    *,
-    window: int | None,
-    prompt_ids: jax.Array | None = None,
+    where: Where, *, window: int | None
 ) -> jax.Array:
   """Which earlier tokens a token sees. [B, T, T] bool.
 
-  Those of its own segment, and those of the segment that it continues.
+  Those of its own segment, and those of the segment that it continues. Padding
+  is segment 0 and sees itself, which keeps its rows finite; nothing else sees
+  it.
 
   Args:
-    segment_ids: [B, T] int32. Padding is segment 0 and sees itself, which
-      keeps its rows finite; nothing else sees it.
-    positions: [B, T] int32, from which distances are taken.
+    where: the tokens' segments; their positions, from which distances are
+      taken; and the segment that a token's segment continues, 0 for none.
     window: see `LayerKind`.
-    prompt_ids: [B, T] int32, the segment that a token's segment continues; 0
-      for none.
   """
-  length = segment_ids.shape[1]
-  causal = jnp.tril(jnp.ones((1, length, length), bool))
-  same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  if prompt_ids is not None:
-    continued = prompt_ids[:, :, None] == segment_ids[:, None, :]
-    same |= continued & (prompt_ids[:, :, None] > 0)
-  if window is None:
-    return causal & same
-  distance = positions[:, :, None] - positions[:, None, :]
-  return causal & same & (distance < window)
+  length = where.segment_ids.shape[1]
+  return _visible_from(where, window, 0, length, length)
 
 
 def visible_in_cache(
@@ -116,17 +119,83 @@ def attend_within_row(
     scale: of the scores.
     cap: see `softcap`; of the scores.
   """
-  mask = visible[:, None]  # [B, 1, T, T]
 
   def attend(q, k, v):
-    factors = [multiplicand(x) for x in (q, k, v)]
-    if cap is None:
-      out = jax.nn.dot_product_attention(*factors, mask=mask, scale=scale)
-    else:
-      out = _capped_attention(*factors, mask=mask, scale=scale, cap=cap)
-    return out.astype(q.dtype), (k, v)
+    return _attention(q, k, v, visible, scale=scale, cap=cap), (k, v)
 
   return attend
+
+
+def attend_in_blocks(
+    where: Where, window: jax.Array | None, *, scale: float, cap: float | None
+) -> AttendFn:
+  """As `attend_within_row`, without an array of [T, T].
+
+  The scores of a block of queries exist at a time, and are computed again in
+  the backward pass. The keys behind a stretch of the row are left out of it.
+
+  Args:
+    where: the tokens' segments and positions.
+    window: [] int32, see `LayerKind`; None for none.
+    scale: of the scores.
+    cap: see `softcap`; of the scores.
+  """
+  length = where.segment_ids.shape[1]
+  stretch = -(-length // (NUM_STRETCHES * BLOCK)) * BLOCK
+
+  def attend(q, k, v):
+    padded = jnp.pad(q, [(0, 0), (0, -length % BLOCK), (0, 0), (0, 0)])
+
+    def of_block(first, last):
+      """Queries [first, first + BLOCK) and keys [0, last)."""
+      rows = jax.lax.dynamic_slice_in_dim(padded, first, BLOCK, axis=1)
+      visible = _visible_from(where, window, first, BLOCK, last)
+      return _attention(
+          rows, k[:, :last], v[:, :last], visible, scale=scale, cap=cap
+      )
+
+    outs = []
+    for start in range(0, length, stretch):
+      end = min(start + stretch, length)
+      block = jax.checkpoint(
+          functools.partial(of_block, last=end), prevent_cse=False
+      )
+      out = jax.lax.map(block, jnp.arange(start, end, BLOCK))
+      outs.append(jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:]))
+    return jnp.concatenate(outs, axis=1)[:, :length], (k, v)
+
+  return attend
+
+
+def _visible_from(where, window, first, count, last):
+  """`visible_within_segments` of `count` tokens from `first` on. [B, n, S]."""
+
+  def tokens(x):
+    x = jnp.pad(x, [(0, 0), (0, count)])  # The last block may be short.
+    return jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)[:, :, None]
+
+  keys = lambda x: x[:, None, :last]
+  places = first + jnp.arange(count)[None, :, None]
+  seen = places >= jnp.arange(last)[None, None]
+  same = tokens(where.segment_ids) == keys(where.segment_ids)
+  if where.prompt_ids is not None:
+    continued = tokens(where.prompt_ids)
+    same |= (continued == keys(where.segment_ids)) & (continued > 0)
+  if window is None:
+    return seen & same
+  distance = tokens(where.positions) - keys(where.positions)
+  return seen & same & (distance < window)
+
+
+def _attention(q, k, v, visible, *, scale, cap):
+  """[B, T, H, E] of queries among keys [B, S, K, E]; visible [B, T, S]."""
+  factors = [multiplicand(x) for x in (q, k, v)]
+  mask = visible[:, None]
+  if cap is None:
+    out = jax.nn.dot_product_attention(*factors, mask=mask, scale=scale)
+  else:
+    out = _capped_attention(*factors, mask=mask, scale=scale, cap=cap)
+  return out.astype(q.dtype)
 
 
 def attend_to_cache(
@@ -203,7 +272,8 @@ def _capped_attention(q, k, v, *, mask, scale, cap):
       'btkhe,bske->bkhts', q, k, preferred_element_type=jnp.float32
   )
   scores = softcap(scores * scale, cap)
-  scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
+  # Finite, for rows of padding that see nothing.
+  scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
   out = jnp.einsum('bkhts,bske->btkhe', weights, v)
   return out.reshape(batch, length, heads, size)

@@ -151,26 +151,18 @@ class CausalLM:
     experts look at `routing`.
     """
     x = self.place(self._embed(params, tokens))
-    # What a layer of each kind sees: rotation and [B, T, T] bool.
+    where = attention.Where(segment_ids, positions, prompt_ids)
     views = [
-        (
-            self._rotation(kind, positions),
-            attention.visible_within_segments(
-                segment_ids,
-                positions,
-                window=kind.window,
-                prompt_ids=prompt_ids,
-            ),
-        )
+        (self._rotation(kind, positions), self._sight(where, kind))
         for kind in self.config.kinds
     ]
 
     def layer(x, scanned):
       layer_params, kind, replay = scanned
-      rotation, visible = jax.tree.map(
+      rotation, sight = jax.tree.map(
           lambda *options: jax.lax.select_n(kind, *options), *views
       )
-      attend = attention.attend_within_row(visible, **self._scores())
+      attend = self._attend(where, sight)
       x, cache, routed = self._block(
           layer_params,
           x,
@@ -347,6 +339,20 @@ class CausalLM:
         theta=kind.rope_theta,
         scaling=kind.rope_scaling,
     )
+
+  def _sight(self, where: attention.Where, kind: layers.LayerKind):
+    """What tells `_attend` who sees whom in layers of a kind."""
+    if where.positions.shape[1] <= attention.LONG_ROW:
+      return attention.visible_within_segments(where, window=kind.window)
+    if all(other.window is None for other in self.config.kinds):
+      return None
+    return jnp.int32(attention.NO_WINDOW if kind.window is None else kind.window)
+
+  def _attend(self, where: attention.Where, sight) -> attention.AttendFn:
+    """Attention within rows, whole or in blocks where they are long."""
+    if where.positions.shape[1] <= attention.LONG_ROW:
+      return attention.attend_within_row(sight, **self._scores())
+    return attention.attend_in_blocks(where, sight, **self._scores())
 
   def _scores(self) -> dict[str, Any]:
     """How attention scores are scaled and capped."""
