@@ -51,41 +51,47 @@ def make_config(row_length: int, num_microbatches: int):
   config.num_prompts, config.group_size = _PROMPTS.value, _GROUP.value
   config.max_prompt_length = shapes.PROMPT_LENGTH
   config.max_completion_length = _LENGTH.value
-  config.sampling.num_slots = 64
+  config.sampling.num_slots = min(64, _PROMPTS.value * _GROUP.value)
   config.learner.num_minibatches = 1
   config.learner.num_microbatches = num_microbatches
   config.learner.row_length = row_length
   return config
 
 
-def measure() -> dict:
-  """One row for each layout."""
-  model = shapes.make_model(_SIZE.value, mean=_MEAN.value)
+def make_programs(model, layouts):
+  """What learns in each layout, and what they are called with."""
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, expert=1)
   tokenizer = types.SimpleNamespace(
       eos_token_id=shapes.EOS_ID, pad_token_id=shapes.PAD_ID
   )
 
-  def make_program(*layout):
+  def make_program(layout):
     config = make_config(*layout)
     return main_lib.make_program(
         config, mesh, main_lib.make_method(config), model, tokenizer
     )
 
-  first = make_program(0, 1)
+  first = make_program(layouts[0])
   key = jax.random.key(0)
   state = first.init(model.init(key), key, key)
   prompts = shapes.make_prompts(_PROMPTS.value, model.config.vocab_size)
   rollout, _ = jax.jit(first.rollout_fn)(state.params, prompts, key, 0)
   rewards = jax.random.bernoulli(key, 0.5, rollout.truncated.shape)
   scored = ScoredRollout(rollout, rewards.astype(jnp.float32))
-  layouts = [(0, int(x)) for x in _MICRO.value]
-  layouts += [tuple(map(int, x.split(':'))) for x in _PACKED.value]
   programs = {
-      layout: jax.jit(make_program(*layout).learn)
+      layout: jax.jit(make_program(layout).learn)
       .lower(state, scored, key).compile()
       for layout in layouts
   }
+  return programs, state, scored, key
+
+
+def measure() -> dict:
+  """One row for each layout."""
+  model = shapes.make_model(_SIZE.value, mean=_MEAN.value)
+  layouts = [(0, int(x)) for x in _MICRO.value]
+  layouts += [tuple(map(int, x.split(':'))) for x in _PACKED.value]
+  programs, state, scored, key = make_programs(model, layouts)
 
   def run(layout):
     start = time.perf_counter()
@@ -116,7 +122,7 @@ def measure() -> dict:
             programs[layout].memory_analysis().temp_size_in_bytes
         ),
     })
-  lengths = np.asarray(rollout.token_mask.sum(-1))
+  lengths = np.asarray(scored.rollout.token_mask.sum(-1))
   return {
       'tokens': int(lengths.sum()),
       'mean_length': round(float(lengths.mean()), 2),

@@ -110,6 +110,47 @@ def rollout_table(result: dict) -> str:
   return '\n'.join([head, *lines])
 
 
+def learner_table(result: dict) -> str:
+  """One row for each layout of the learner's rows."""
+  lines = [
+      f'| {row["row_length"] or "as sampled"} '
+      f'| {row["microbatches_run"]} of {row["num_microbatches"]} '
+      f'| {row["sampled_share"]:.2f} | {range_of(row["seconds"], " s")} '
+      f'| {range_of(row["speedup"])} | {_megabytes(row["temporary_bytes"])} |'
+      for row in result['rows']
+  ]
+  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  head = (
+      '### Packed rows in the learner, against the fastest as sampled\n\n'
+      f'{sizes}: {result["tokens"]} tokens, {result["mean_length"]} a '
+      f'completion. {machine_line(result)}\n\n'
+      '| row length | micro-batches run | slots that predict a sampled token '
+      '| time of an update | times as fast | temporary memory |\n'
+      '|---|---|---|---|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
+def floor_table(result: dict) -> str:
+  """Decoding and learning over what the machine could do."""
+  lines = [
+      f'| {row["work"]} | {range_of(row["seconds"], " s")} '
+      f'| {range_of(row["floor_seconds"], " s")} '
+      f'| {range_of(row["over_floor"])} '
+      f'| {row["flops"]["median"] / 1e9:.0f} GFLOP/s, '
+      f'{row["bandwidth"]["median"] / 1e9:.0f} GB/s |'
+      for row in result['rows']
+  ]
+  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  head = (
+      '### A decode step and an update, over their floor\n\n'
+      f'{sizes}, float32. {machine_line(result)}\n\n'
+      '| | time | floor | times the floor | measured beside it |\n'
+      '|---|---|---|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
 def load_memory_table(result: dict) -> str:
   """One row for each way to read a model."""
   sizes = result['sizes']
@@ -141,6 +182,8 @@ def main():
       'step': step_table,
       'divergences': divergences_table,
       'rollout': rollout_table,
+      'learner': learner_table,
+      'floor': floor_table,
       'load_memory': load_memory_table,
   }
   results = [

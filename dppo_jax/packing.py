@@ -104,7 +104,8 @@ def make_packed(
     num_rows = -(-max_rows // part) * part
     source, segments, prompts = _lay_out(
         placed, sizes, prompt_sizes, chosen, num_rows=num_rows,
-        row_length=row_length, prompt_length=prompt_length, shape=(batch, length),
+        row_length=row_length, prompt_length=prompt_length,
+        shape=(batch, length),
     )
     parts = lambda x: x.reshape(-1, part, row_length)
     return Layout(

@@ -2,8 +2,8 @@
 
 A prompt is prefilled once for the G completions drawn from it; a loop of
 `decoding` draws the rest of the B = N * G completions. What the behaviour policy
-must remember (log-prob, record) is taken from the very logits that were sampled. N prompts, P prompt tokens, C completion
-tokens, V vocabulary.
+must remember (log-prob, record) is taken from the very logits that were sampled.
+N prompts, P prompt tokens, C completion tokens, V vocabulary.
 """
 
 from collections.abc import Callable

@@ -346,7 +346,8 @@ class CausalLM:
       return attention.visible_within_segments(where, window=kind.window)
     if all(other.window is None for other in self.config.kinds):
       return None
-    return jnp.int32(attention.NO_WINDOW if kind.window is None else kind.window)
+    window = attention.NO_WINDOW if kind.window is None else kind.window
+    return jnp.int32(window)
 
   def _attend(self, where: attention.Where, sight) -> attention.AttendFn:
     """Attention within rows, whole or in blocks where they are long."""

@@ -1,0 +1,169 @@
+"""How far decoding and learning are from what the machine could do.
+
+    python benchmarks/floor.py --output=benchmarks/results/floor.json
+
+The floor of a piece of work is the larger of its operations at the rate of a
+large matrix product and its bytes at the bandwidth of a large array, both
+measured in the same process, in turns with the work. Completions are all of the
+same length. Counted are products with weights, the head where a token was
+sampled, and scores and sums of visible pairs; as bytes of a decode step the
+weights and the keys and values that are visible, once.
+"""
+
+import pathlib
+import sys
+import time
+
+# benchmarks/ is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+# ruff: noqa: E402
+from absl import app
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import learner as learner_lib
+from benchmarks import machine
+from benchmarks import shapes
+from dppo_jax import sampling
+
+_SIDE, _BYTES = 2048, 2**29  # Of the matrix product, of the array.
+
+FLAGS = flags.FLAGS
+
+
+def operations(config, tokens, sampled, pairs) -> float:
+  """Of a forward pass: read tokens, sampled ones, and visible pairs."""
+  width, inner = config.hidden_size, config.intermediate_size
+  queries = config.num_attention_heads * config.head_dim
+  keys = config.num_key_value_heads * config.head_dim
+  kernels = width * (2 * queries + 2 * keys) + 3 * width * inner
+  of_layers = config.num_hidden_layers * (
+      2 * kernels * tokens + 4 * queries * pairs
+  )
+  return of_layers + 2 * width * config.vocab_size * sampled
+
+
+def best_of(fn, *arguments, rounds=3) -> float:
+  """Seconds of the fastest of some runs, compiled before."""
+  jax.block_until_ready(fn(*arguments))
+  seconds = []
+  for _ in range(rounds):
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*arguments))
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)
+
+
+def rates() -> tuple[float, float]:
+  """Operations and bytes a second of large arrays."""
+  a = jnp.ones((_SIDE, _SIDE))
+  x = jnp.ones(_BYTES // 4)
+  return (
+      2 * _SIDE**3 / best_of(jax.jit(jnp.matmul), a, a),
+      2 * _BYTES / best_of(jax.jit(lambda x: x + 1), x),
+  )
+
+
+def make_decode(model, batch_prompts, group):
+  """(seconds of a decode step, operations, bytes), when called."""
+  config = model.config
+  prompts = shapes.make_prompts(batch_prompts, config.vocab_size)
+  params = model.init(jax.random.key(0))
+  rows = batch_prompts * group
+  keys = sampling.row_keys(jax.random.key(1), rows)
+  long, short = FLAGS.length, FLAGS.length // 2
+
+  def compile_for(length):
+    return jax.jit(sampling.make_sampler(
+        model, group_size=group, max_completion_length=length,
+        eos_ids=(shapes.EOS_ID,), pad_id=shapes.PAD_ID, temperature=1.0,
+    ))
+
+  samplers = {length: compile_for(length) for length in (long, short)}
+  # What is visible in the steps that the two differ by, prompt included.
+  own = (long + short) / 2
+  pairs = rows * (shapes.PROMPT_LENGTH + own)
+  kept = batch_prompts * shapes.PROMPT_LENGTH + rows * own
+  kv = 2 * config.num_key_value_heads * config.head_dim
+  weights = sum(x.size for x in jax.tree.leaves(params))
+  work = (
+      operations(config, rows, rows, pairs),
+      4 * (weights + config.num_hidden_layers * kv * kept),
+  )
+
+  def measure():
+    seconds = [
+        best_of(samplers[x], params, prompts, keys, rounds=2)
+        for x in (long, short)
+    ]
+    return (seconds[0] - seconds[1]) / (long - short), *work
+
+  return measure
+
+
+def make_learn(model):
+  """(seconds of an update, operations), when called."""
+  config = model.config
+  programs, state, scored, key = learner_lib.make_programs(
+      model, [(0, FLAGS.microbatches_of_floor)]
+  )
+  [program] = programs.values()
+  rows, length = scored.rollout.token_mask.shape
+  forward = operations(
+      config, rows * length, rows * FLAGS.length,
+      rows * length * (length + 1) / 2,
+  )
+  return lambda: (best_of(program, state, scored, key, rounds=2), 3 * forward)
+
+
+def measure() -> list[dict]:
+  model = shapes.make_model(FLAGS.size, mean=0)
+  decode = make_decode(model, FLAGS.prompts, FLAGS.group)
+  learn = make_learn(model)
+  found = {'decode': [], 'learn': []}
+  for _ in range(FLAGS.rounds):
+    flops, bandwidth = rates()
+    seconds, work, moved = decode()
+    found['decode'].append((
+        seconds, max(work / flops, moved / bandwidth), flops, bandwidth,
+    ))
+    seconds, work = learn()
+    found['learn'].append((seconds, work / flops, flops, bandwidth))
+  rows = []
+  for name, values in found.items():
+    seconds, floors, flops, bandwidth = np.array(values).T
+    rows.append({
+        'work': name,
+        'seconds': machine.spread(seconds),
+        'floor_seconds': machine.spread(floors),
+        'over_floor': machine.spread(seconds / floors),
+        'flops': machine.spread(flops),
+        'bandwidth': machine.spread(bandwidth),
+    })
+  return rows
+
+
+def main(_):
+  result = {
+      'benchmark': 'floor',
+      'sizes': {
+          'model': FLAGS.size, 'prompts': FLAGS.prompts, 'group': FLAGS.group,
+          'prompt_length': shapes.PROMPT_LENGTH, 'length': FLAGS.length,
+      },
+      'rows': measure(),
+      'machine': machine.describe(),
+  }
+  machine.report(result, FLAGS.output)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_integer(
+      'microbatches_of_floor', 4, 'Parts of the update.', lower_bound=1
+  )
+  FLAGS.set_default('size', 'small')
+  FLAGS.set_default('prompts', 16)
+  FLAGS.set_default('rounds', 3)
+  app.run(main)
