@@ -46,8 +46,8 @@ class Start(NamedTuple):
   Attributes:
     params: from `CausalLM.unstacked`.
     prompts: [N, P].
-    prompt: what prefill kept: the cache, keys and values [N, P, K, E] of each
-      layer, and the experts that were taken.
+    prompt: what prefill kept: the cache of each layer, and the experts that
+      were taken.
     routing: whether to remember the experts of every token.
     keys: [B], one for each row.
     first: token 0 of every row.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dppo_jax import decoding
 from dppo_jax import divergences
+from dppo_jax.models import attention
 from dppo_jax.models import experts
 from dppo_jax.models import quantization
 from dppo_jax.models.causal_lm import CausalLM
@@ -75,6 +76,24 @@ def process_logits(
     )
     logits = jnp.where(logits >= smallest, logits, -jnp.inf)
   return logits
+
+
+def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
+  """`jax.random.categorical` of each row with its own key. [B] int32.
+
+  Its argmax, of value and index together, took most of the time on a CPU; the
+  smallest index of the largest value is the same token.
+
+  Args:
+    keys: [B].
+    logits: [B, V] float32, -inf on what cannot be drawn.
+  """
+  size = logits.shape[-1]
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
+  noisy = noise + logits
+  largest = jnp.max(noisy, axis=-1, keepdims=True)
+  places = jnp.arange(size, dtype=jnp.int32)[None]
+  return jnp.min(jnp.where(noisy == largest, places, size), axis=-1)
 
 
 def row_keys(key: jax.Array, num_rows: int) -> jax.Array:
@@ -141,7 +160,7 @@ def make_sampler(
     )
     index = jnp.broadcast_to(index, keys.shape)
     keys = jax.vmap(jax.random.fold_in)(keys, index)
-    tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    tokens = categorical(keys, logits)
     return decoding.Column(
         tokens,
         jnp.ones(tokens.shape, bool),
@@ -156,9 +175,9 @@ def make_sampler(
         quantization.widen(params, dtype), prompts.tokens, mask=prompts.mask,
         routing=routing,
     )
-    prompt = prompt._replace(cache=jax.tree.map(
-        lambda x: quantization.convert(x, cache_dtype, axis=-1), prompt.cache
-    ))
+    prompt = prompt._replace(cache=[
+        attention.convert_cache(x, cache_dtype) for x in prompt.cache
+    ])
     first, ended = draw(jnp.repeat(logits, group_size, axis=0), keys, 0)
     start = decoding.Start(
         model.unstacked(params), prompts, prompt, routing, keys, first, ended,

@@ -155,8 +155,9 @@ def test_the_token_loop_holds_eight_bit_weights_and_cache():
 
   text = shapes(weights_dtype='int8', cache_dtype='int8')
   # 16 rows of 6 tokens, 2 heads of 8; a kernel [32, 48] of a layer.
-  assert 'tensor<16x6x2x8xi8>' in text and 'tensor<32x48xi8>' in text
-  assert 'tensor<16x6x2x8xf32>' in text  # As it is read.
+  assert 'tensor<16x2x6x8xi8>' in text and 'tensor<16x2x8x6xi8>' in text
+  assert 'tensor<32x48xi8>' in text
+  assert 'tensor<16x2x6x8xf32>' in text  # As it is read.
   assert 'xi8>' not in shapes()
 
 

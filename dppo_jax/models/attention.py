@@ -45,10 +45,10 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 def multiplicand(x: jax.Array) -> jax.Array:
   """What goes into a product that is summed in float32.
 
-  A CPU does not multiply float16 into float32; there the factors are widened,
-  which changes no product.
+  A CPU does not multiply float16 into float32, and bfloat16 not always; there
+  the factors are widened, which changes no product.
   """
-  if x.dtype == jnp.float16 and jax.default_backend() == 'cpu':
+  if x.dtype.itemsize < 4 and jax.default_backend() == 'cpu':
     return x.astype(jnp.float32)
   return x
 
@@ -198,10 +198,47 @@ def _attention(q, k, v, visible, *, scale, cap):
   return out.astype(q.dtype)
 
 
+class Cache(NamedTuple):
+  """Keys and values of S tokens, each or both `quantization.Quantized`.
+
+  The last two axes are those of the products that one new token asks for:
+  scores are q @ keys, what it takes along is weights @ values.
+  """
+
+  keys: Any  # [B, K, E, S]
+  values: Any  # [B, K, S, E]
+
+
+def cache_of(k: jax.Array, v: jax.Array) -> Cache:
+  """From keys and values [B, S, K, E]."""
+  return Cache(jnp.moveaxis(k, 1, 3), jnp.moveaxis(v, 1, 2))
+
+
+def convert_cache(cache: Cache, dtype: Any) -> Cache:
+  """In another type; 8 bits with a scale for each token and head."""
+  return Cache(
+      quantization.convert(cache.keys, dtype, axis=2),
+      quantization.convert(cache.values, dtype, axis=3),
+  )
+
+
+def empty_cache(
+    batch: int, length: int, num_heads: int, size: int, dtype: Any
+) -> Cache:
+  """Room for `length` tokens."""
+  return convert_cache(
+      Cache(
+          jnp.zeros((batch, num_heads, size, length)),
+          jnp.zeros((batch, num_heads, length, size)),
+      ),
+      dtype,
+  )
+
+
 def attend_to_cache(
     *,
-    prompt: tuple[jax.Array, jax.Array],
-    cache: tuple[jax.Array, jax.Array],
+    prompt: Cache,
+    cache: Cache,
     visible: tuple[jax.Array, jax.Array],
     place: jax.Array,
     scale: float,
@@ -213,54 +250,57 @@ def attend_to_cache(
   completions; B = N * G.
 
   Args:
-    prompt: keys and values [N, P, K, E]; both may be `quantization.Quantized`.
-    cache: keys and values [B, C, K, E] of the completions so far.
+    prompt: of N prompts of P tokens.
+    cache: of B completions, room for C tokens.
     visible: from `visible_in_cache`.
     place: [] int32, where in the cache the new tokens go.
     scale: of the scores.
     cap: see `softcap`; of the scores.
   """
-  num_prompts, split = prompt[0].shape[:2]
+  num_prompts, split = prompt.keys.shape[0], prompt.keys.shape[3]
 
   def attend(q, k, v):  # [B, 1, H or K, E]
-    kept = tuple(
-        jax.tree.map(
-            lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-                old, new, place, axis=1
-            ),
-            old,
-            quantization.like(new, old),
-        )
-        for old, new in zip(cache, (k, v), strict=True)
+    new = convert_cache(cache_of(k, v), quantization.dtype_of(cache.keys))
+    put = lambda axis: lambda old, new: (
+        jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=axis)
     )
-    keys, values, prompt_keys, prompt_values = (
-        quantization.widen(x, q.dtype).astype(q.dtype) for x in (*kept, *prompt)
+    kept = Cache(
+        jax.tree.map(put(3), cache.keys, new.keys),
+        jax.tree.map(put(2), cache.values, new.values),
     )
     batch, _, heads, size = q.shape
     num_keys = k.shape[2]
-    # [N, G, K, queries of a key, E]
-    q = q.reshape(num_prompts, -1, num_keys, heads // num_keys, size)
-    own_shape = (num_prompts, q.shape[1], *keys.shape[1:])
-    own_keys, own_values = keys.reshape(own_shape), values.reshape(own_shape)
-    both = (
-        jnp.einsum('ngkhe,npke->ngkhp', q, prompt_keys),
-        jnp.einsum('ngkhe,ngcke->ngkhc', q, own_keys),
+    # The cache is read as it is kept: through a reshape, XLA copies it.
+    q = q.reshape(batch, num_keys, heads // num_keys, size)
+    own_keys, own_values, prompt_keys, prompt_values = (
+        quantization.widen(x, q.dtype).astype(q.dtype) for x in (*kept, *prompt)
     )
+    groups = lambda x: x.reshape(num_prompts, -1, *x.shape[1:])
+    rows = lambda x: x.reshape(batch, *x.shape[2:])
+    capped = lambda scores: softcap(scores * scale, cap)
+    of_prompt = capped(_product('ngkhe,nkep->ngkhp', groups(q), prompt_keys))
+    own = groups(capped(_product('bkhe,bkec->bkhc', q, own_keys)))
     scores = [
-        jnp.where(
-            seen[:, :, None, None],
-            softcap(score.astype(jnp.float32) * scale, cap),
-            -jnp.inf,
-        )
-        for score, seen in zip(both, visible, strict=True)
+        rows(jnp.where(seen[:, :, None, None], x, -jnp.inf))
+        for x, seen in zip((of_prompt, own), visible, strict=True)
     ]
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     weights = weights.astype(q.dtype)
-    out = jnp.einsum('ngkhp,npke->ngkhe', weights[..., :split], prompt_values)
-    out += jnp.einsum('ngkhc,ngcke->ngkhe', weights[..., split:], own_values)
-    return out.reshape(batch, 1, heads, size), kept
+    out = rows(_product(
+        'ngkhp,nkpe->ngkhe', groups(weights[..., :split]), prompt_values
+    ))
+    out += _product('bkhc,bkce->bkhe', weights[..., split:], own_values)
+    return out.astype(v.dtype).reshape(batch, 1, heads, size), kept
 
   return attend
+
+
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """An einsum that is summed in float32, and stays it."""
+  return jnp.einsum(
+      subscripts, multiplicand(x), multiplicand(y),
+      preferred_element_type=jnp.float32,
+  )
 
 
 def _capped_attention(q, k, v, *, mask, scale, cap):

@@ -37,7 +37,7 @@ REMAT = (
 class Kept(NamedTuple):
   """What a pass leaves beside its result; L layers."""
 
-  cache: Any = None  # List over layers of keys and values, where asked for.
+  cache: Any = None  # List over layers of `attention.Cache`, if asked for.
   routed: experts.Routed = experts.Routed()  # With L behind [B, T], or [L].
 
 
@@ -146,7 +146,7 @@ class CausalLM:
   ) -> tuple[jax.Array, Kept]:
     """All layers, scanned. [B, T] -> hidden [B, T, D] and what was kept.
 
-    The cache, if kept, is a list over layers of keys and values [B, T, K, E].
+    The cache, if kept, is a list over layers of `attention.Cache`.
     Who sees whom: see `attention.visible_within_segments`. Only models with
     experts look at `routing`.
     """
@@ -170,7 +170,8 @@ class CausalLM:
           attend=attend,
           routing=routing._replace(replay=replay),
       )
-      return self.place(x), Kept(cache if keep_cache else None, routed)
+      cache = attention.cache_of(*cache) if keep_cache else None
+      return self.place(x), Kept(cache, routed)
 
     if self.remat != 'none':
       keeps = self.remat if self.remat != 'full' else 'nothing_saveable'
@@ -258,9 +259,9 @@ class CausalLM:
       params: from `unstacked`; layers may hold `quantization.Quantized`.
       tokens: [B] int32, the latest token of each completion.
       positions: [B] int32, its position in the whole sequence.
-      prompt_cache: list over layers of keys and values [N, P, K, E].
+      prompt_cache: list over layers of `attention.Cache`, N prompts.
       prompt_mask: [N, P] bool.
-      cache: list over layers of keys and values [B, C, K, E].
+      cache: list over layers of `attention.Cache`, B completions, C tokens.
       place: [] int32, where in the cache the tokens go: a step after the other,
         from 0 again after C - 1.
       count: [] or [B] int32, tokens of each completion with this one, 1 to C.
@@ -277,7 +278,7 @@ class CausalLM:
                 prompt_mask=prompt_mask,
                 prompt_positions=positions_of(prompt_mask),
                 positions=positions,
-                length=cache[0][0].shape[1],
+                length=cache[0].keys.shape[3],
                 place=place,
                 count=count,
                 window=kind.window,
@@ -317,11 +318,11 @@ class CausalLM:
     return self.head(params, x[:, 0]), Kept(new_cache, routed)
 
   def empty_cache(self, batch: int, length: int, dtype: Any) -> list:
-    """A list over layers of keys and values [batch, length, K, E]."""
+    """A list over layers of `attention.Cache`."""
     config = self.config
-    shape = (batch, length, config.num_key_value_heads, config.head_dim)
+    sizes = config.num_key_value_heads, config.head_dim
     return [
-        (quantization.zeros(shape, dtype), quantization.zeros(shape, dtype))
+        attention.empty_cache(batch, length, *sizes, dtype)
         for _ in range(config.num_hidden_layers)
     ]
 

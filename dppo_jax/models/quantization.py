@@ -82,18 +82,6 @@ def convert_kernels(params: PyTree, dtype: Any, kernel_dtype: Any) -> PyTree:
   return jax.tree_util.tree_map_with_path(of, params)
 
 
-def like(x: jax.Array, other: jax.Array | Quantized) -> jax.Array | Quantized:
-  """`x` in the type that `other` has; new entries of a cache."""
-  dtype = (
-      other.values.dtype if isinstance(other, Quantized) else other.dtype
-  )
-  return convert(x, dtype, axis=-1)
-
-
-def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array | Quantized:
-  """An empty cache."""
-  if jnp.dtype(dtype).name not in SCALED:
-    return jnp.zeros(shape, dtype)
-  return Quantized(
-      jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 1), jnp.float32)
-  )
+def dtype_of(x: jax.Array | Quantized) -> Any:
+  """In which an array is kept."""
+  return x.values.dtype if isinstance(x, Quantized) else x.dtype
