@@ -270,6 +270,7 @@ def train(config: Any, workdir: str) -> bool:
   """Trains until `config.total_steps`; False if a signal ended it before."""
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(_stop_on_signals())
+    workdir_lib.check(workdir, config)  # Before anything compiles.
     parts = build(config)
     stack.enter_context(contextlib.closing(parts.scorer))
     workdir = workdir_lib.prepare(workdir, config)
