@@ -101,7 +101,7 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'num_epochs': 1,
       'num_minibatches': 4,
       # Parts of a mini-batch, gradients added up; with packed rows as many as
-      # the completions fill, at most so many.
+      # the completions fill, at most so many. 0: as few as fit the memory.
       'num_microbatches': 1,
       # Slots of a packed row: completions next to each other, behind their
       # prompt. 0 for a row as long as the longest for each completion.

@@ -21,7 +21,6 @@ _POSITIVE = (
     'max_completion_length',
     'learner.num_epochs',
     'learner.num_minibatches',
-    'learner.num_microbatches',
     'max_nonfinite_updates',
     'eval.every',
     'eval.num_prompts',
@@ -49,6 +48,11 @@ def check(config: Any, *, num_batch_shards: int) -> None:
   if config.profile_steps < 0:
     raise ValueError(
         f'config.profile_steps={config.profile_steps} must be 0 (none) or more.'
+    )
+  if config.learner.num_microbatches < 0:
+    raise ValueError(
+        f'config.learner.num_microbatches={config.learner.num_microbatches} '
+        'must be 0 (as few as fit the memory) or more.'
     )
   if config.learner.chunk_size < 0:
     raise ValueError(
@@ -210,12 +214,50 @@ def _check_dual(config):
         'needs a dual, for example projected_ascent, and other losses none.'
     )
   if constrained and config.loss.center == 'mean':
-    if config.learner.num_microbatches > 1:
+    if config.learner.num_microbatches != 1:
       raise ValueError(
           "config.loss.center='mean' needs a whole mini-batch at once; use "
           'learner.num_microbatches=1 or center=one, not '
           f'num_microbatches={config.learner.num_microbatches}.'
       )
+
+
+def microbatch_choices(config: Any, *, num_batch_shards: int) -> list[int]:
+  """Values of learner.num_microbatches that `check` takes, from the smallest.
+
+  Of those that make packed rows' micro-batches equally large the smallest only.
+
+  Args:
+    config: of a run, which passes `check`; its own value does not count.
+    num_batch_shards: devices over which a batch is split.
+  """
+  sizes = config.learner
+  rows = _num_completions(config) // sizes.num_minibatches
+  if sizes.row_length:
+    length = config.max_prompt_length + config.max_completion_length - 1
+    # At most so many on a device, see `packing.make_packed`.
+    rows = -(-rows // (sizes.row_length // length))
+    rows = -(-rows // num_batch_shards)
+    candidates = {max(2, -(-rows // size)) for size in range(1, rows + 1)}
+  else:
+    candidates = [k for k in range(1, rows + 1) if rows % k == 0]
+
+  def passes(number):
+    tried = with_microbatches(config, number)
+    try:
+      check(tried, num_batch_shards=num_batch_shards)
+    except ValueError:
+      return False
+    return True
+
+  return sorted(filter(passes, candidates))
+
+
+def with_microbatches(config: Any, number: int) -> Any:
+  """A copy of the config with another learner.num_microbatches."""
+  config = config.copy_and_resolve_references()
+  config.learner.num_microbatches = number
+  return config
 
 
 def num_replayed_groups(config: Any) -> int:
@@ -287,7 +329,7 @@ def _check_sizes(config, num_batch_shards):
     )
   groups = 'num_groups' if config.num_groups else 'num_prompts'
   count = config.num_groups or available
-  batch = count * config.group_size
+  batch = _num_completions(config)
   updates = config.learner.num_minibatches
   parts = updates * _equal_parts(config)
   beside = f' and {replayed} replayed' if count > config[groups] else ''
@@ -331,9 +373,16 @@ def _check_sizes(config, num_batch_shards):
       )
 
 
+def _num_completions(config) -> int:
+  """Of all mini-batches together."""
+  available = config.num_prompts + num_replayed_groups(config)
+  return (config.num_groups or available) * config.group_size
+
+
 def _equal_parts(config) -> int:
   """Parts of a mini-batch that must be equal; those of packed rows need not."""
-  return 1 if config.learner.row_length else config.learner.num_microbatches
+  sizes = config.learner
+  return 1 if sizes.row_length else max(1, sizes.num_microbatches)
 
 
 def _check_packing(config):

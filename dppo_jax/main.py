@@ -31,6 +31,7 @@ from dppo_jax import checks
 from dppo_jax import divergences
 from dppo_jax import duals
 from dppo_jax import evaluate
+from dppo_jax import fitting
 from dppo_jax import learner
 from dppo_jax import lora
 from dppo_jax import losses
@@ -120,10 +121,19 @@ class Parts(NamedTuple):
   state: TrainState  # Before the first update.
   prompt_shapes: Prompts
   mesh: Any
+  compile_s: float  # Spent on compiling the step.
 
 
-def build(config: Any) -> Parts:
-  """Turns names into functions and puts the parameters on their devices."""
+def build(config: Any, *, to_train: bool = True) -> Parts:
+  """Turns names into functions and puts the parameters on their devices.
+
+  Args:
+    config: of the run.
+    to_train: False if no step will be taken: it is not compiled then.
+
+  Raises:
+    ValueError: something cannot work, or has no room on the devices.
+  """
   _use_compilation_cache(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
   checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
@@ -134,13 +144,36 @@ def build(config: Any) -> Parts:
   task = prepare(
       task, tokenizer, max_prompt_length=config.max_prompt_length
   )
-  model, params = _load_model(config, mesh)
+  model = _architecture(config)
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval, key_adapters = jax.random.split(
       jax.random.key(config.seed), 3
   )
-  program = make_program(config, mesh, method, model, tokenizer)
+  prompts = PromptIterator(
+      task.train,
+      tokenizer,
+      num_prompts=config.num_prompts,
+      max_prompt_length=config.max_prompt_length,
+      seed=config.seed,
+      add_special_tokens=task.chat is None,
+  )
+  evaluate_fn = _make_evaluate_fn(
+      config, mesh, model, tokenizer, task, verify, key_eval
+  )
+  program, compile_s = fitting.make_program(
+      config,
+      lambda config: make_program(config, mesh, method, model, tokenizer),
+      lambda x: x.train_step.lower(*abstract_arguments(config, mesh, x)),
+      limit=memory.limit(),
+      num_batch_shards=sharding.num_row_shards(mesh),
+      to_train=to_train,
+  )
+  params = load.from_pretrained(
+      config.model.name,
+      dtype=config.model.params_dtype,
+      shardings=lambda tree: sharding.of_params(tree, mesh),
+  ).params
   return Parts(
       method=method,
       model=model,
@@ -148,17 +181,8 @@ def build(config: Any) -> Parts:
       tokenizer=tokenizer,
       scorer=scorer,
       verify=verify,
-      prompts=PromptIterator(
-          task.train,
-          tokenizer,
-          num_prompts=config.num_prompts,
-          max_prompt_length=config.max_prompt_length,
-          seed=config.seed,
-          add_special_tokens=task.chat is None,
-      ),
-      evaluate_fn=_make_evaluate_fn(
-          config, mesh, model, tokenizer, task, verify, key_eval
-      ),
+      prompts=prompts,
+      evaluate_fn=evaluate_fn,
       rollout_fn=program.rollout_fn,
       learn=program.learn,
       train_step=program.train_step,
@@ -168,6 +192,7 @@ def build(config: Any) -> Parts:
       )(params, key_state, key_adapters),
       prompt_shapes=_prompt_shapes(config),
       mesh=mesh,
+      compile_s=compile_s,
   )
 
 
@@ -188,6 +213,7 @@ class Program(NamedTuple):
   init: Callable[[PyTree, jax.Array, jax.Array], TrainState]
   trainable: trainable_lib.Trainable
   shardings: TrainState
+  state: TrainState  # Shapes, placed by them.
   rollout_fn: rollout_lib.RolloutFn
   learn: Callable[..., Any]
   train_step: train_step_lib.TrainStep
@@ -236,13 +262,13 @@ def make_program(
     )))
 
   key = jax.random.key(0)
-  shardings = train_step_lib.state_shardings(
-      jax.eval_shape(init, shapes, key, key), mesh
-  )
+  state = jax.eval_shape(init, shapes, key, key)
+  shardings = train_step_lib.state_shardings(state, mesh)
   return Program(
       init=init,
       trainable=trainable,
       shardings=shardings,
+      state=jax.tree.map(_placed, state, shardings),
       rollout_fn=rollout_fn,
       learn=learn,
       train_step=train_step_lib.make_train_step(
@@ -259,6 +285,24 @@ def make_program(
   )
 
 
+def abstract_arguments(
+    config: Any, mesh: Any, program: Program
+) -> tuple[TrainState, ScoredRollout, Prompts]:
+  """Shapes of what a run calls its step with, where they will be."""
+  rows = sharding.batch(mesh)
+  prompts = _prompt_shapes(config)  # They come from the host.
+  blank = functools.partial(
+      train_step_lib.blank, program.rollout_fn, trainable=program.trainable
+  )
+  scored = jax.eval_shape(blank, program.state, prompts)
+  scored = jax.tree.map(lambda x: _placed(x, rows), scored)
+  return program.state, scored, prompts
+
+
+def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
 def abstract_params(config: Any, model: CausalLM) -> PyTree:
   """Shapes and dtypes of the parameters."""
   shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -270,6 +314,7 @@ def train(config: Any, workdir: str) -> bool:
   """Trains until `config.total_steps`; False if a signal ended it before."""
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(_stop_on_signals())
+    workdir_lib.check(workdir, config)  # Before anything compiles.
     parts = build(config)
     stack.enter_context(contextlib.closing(parts.scorer))
     workdir = workdir_lib.prepare(workdir, config)
@@ -432,14 +477,14 @@ def blank_rollout(parts: Parts) -> ScoredRollout:
 
 
 def warm_up(parts, state, blank, batch):
-  """Compiles the step, and times sampling alone. Leaves the state as it is.
+  """Tells what the step needs, times sampling, leaves the state as it is.
 
   All calls learn from nothing, so they sample the same rollout each time.
   """
   start = time.perf_counter()
-  # The calls below find what is compiled here: it happens once.
+  # Found if `build` compiled it, as the calls below do: it happens once.
   compiled = parts.train_step.lower(state, blank, batch.prompts).compile()
-  compile_s = time.perf_counter() - start
+  compile_s = parts.compile_s + time.perf_counter() - start
   logging.info('Compiled the training step in %.1f s.', compile_s)
   for line in memory.describe(parts.model, state, blank, compiled):
     logging.info(line)
@@ -573,19 +618,11 @@ def _for_trainable(
   return optimizer
 
 
-def _load_model(config: Any, mesh: Any) -> tuple[CausalLM, PyTree]:
-  """The architecture and its parameters, apart; refuses impossible sizes.
-
-  Parameters are read straight to where they belong on the mesh.
-  """
-  _, sizes = load.read_config(load.resolve(config.model.name))
+def _architecture(config: Any) -> CausalLM:
+  """The model without parameters; refuses impossible sizes."""
+  family, sizes = load.read_config(load.resolve(config.model.name))
   check_model(config, sizes)
-  model = load.from_pretrained(
-      config.model.name,
-      dtype=config.model.params_dtype,
-      shardings=lambda tree: sharding.of_params(tree, mesh),
-  )
-  return configured(config, model), model.params
+  return configured(config, CausalLM(config=sizes, family=family))
 
 
 def check_model(config: Any, sizes: Any) -> None:
@@ -829,7 +866,7 @@ def run_evaluate() -> None:
   """
 
   def body(config):
-    parts = build(config)
+    parts = build(config, to_train=False)
     with contextlib.closing(parts.scorer):
       state = parts.state
       if _WORKDIR.value:

@@ -2,14 +2,18 @@
 
 By kind from the arrays' shardings, and of the compiled step from XLA, which
 plans all of its memory ahead. Bytes of the fullest device; shards are of equal
-size.
+size. And what a device has.
 """
 
 from collections.abc import Iterator
 import math
+import os
+import pathlib
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import PyTree
@@ -58,6 +62,54 @@ def of_step(compiled: Any) -> dict[str, int]:
   }
 
 
+def limit() -> int | None:
+  """Bytes that a device has; the same on every host, None if one cannot tell.
+
+  The smallest device counts. Devices of a CPU share the memory of their host.
+  """
+  devices = jax.local_devices()
+  if devices[0].platform == 'cpu':
+    physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    found = _of_host(physical) // len(devices)
+  else:
+    found = min(
+        (x.memory_stats() or {}).get('bytes_limit', 0) for x in devices
+    )
+  if jax.process_count() > 1:  # All must decide the same.
+    megabytes = np.int32(found >> 20)  # Bytes would not fit 32 bits.
+    found = int(multihost_utils.process_allgather(megabytes).min()) << 20
+  return found or None
+
+
+def _of_host(physical: int, root: pathlib.Path = pathlib.Path('/')) -> int:
+  """Bytes that a process may have: the host's, or what its cgroups leave.
+
+  Args:
+    physical: memory of the host.
+    root: where `proc` and `sys` are.
+  """
+  found = [physical]
+  try:
+    lines = (root / 'proc/self/cgroup').read_text().splitlines()
+  except OSError:  # Not Linux.
+    return physical
+  for line in lines:
+    _, controllers, path = line.split(':', 2)
+    mount, name = 'sys/fs/cgroup', 'memory.max'
+    if controllers:  # Version 1 has a hierarchy for each of them.
+      if 'memory' not in controllers.split(','):
+        continue
+      mount, name = 'sys/fs/cgroup/memory', 'memory.limit_in_bytes'
+    inner = pathlib.PurePosixPath(path.lstrip('/'))
+    # In a container the path may be the host's, and only the mount be there.
+    for folder in (inner, *inner.parents):
+      try:
+        found.append(int((root / mount / folder / name).read_text()))
+      except (OSError, ValueError):  # Not there, or 'max'.
+        continue
+  return min(found)
+
+
 def describe(
     model: CausalLM, state: TrainState, scored: ScoredRollout, compiled: Any
 ) -> Iterator[str]:
@@ -65,14 +117,15 @@ def describe(
   total, active = model.num_parameters()
   meets = '' if active == total else f', {_count(active)} of them for a token'
   yield f'{_count(total)} parameters{meets}.'
-  yield f'Memory per device: {_listed(by_kind(state, scored))}.'
+  yield f'Memory per device: {listed(by_kind(state, scored))}.'
   step = of_step(compiled)
   if step:
-    yield f'Memory per device of the compiled step: {_listed(step)}.'
+    yield f'Memory per device of the compiled step: {listed(step)}.'
 
 
-def _listed(sizes: dict[str, int]) -> str:
-  return ', '.join(f'{name} {_bytes(size)}' for name, size in sizes.items())
+def listed(sizes: dict[str, int]) -> str:
+  """'arguments 1.20 GB, temporary 30.50 GB'."""
+  return ', '.join(f'{name} {readable(size)}' for name, size in sizes.items())
 
 
 def _count(number: int) -> str:
@@ -80,5 +133,6 @@ def _count(number: int) -> str:
   return f'{number / 1e9:.2f} B' if number >= 1e9 else f'{number / 1e6:.2f} M'
 
 
-def _bytes(size: int) -> str:
+def readable(size: int) -> str:
+  """'1.20 MB' or '30.50 GB'."""
   return f'{size / 1e9:.2f} GB' if size >= 1e9 else f'{size / 1e6:.2f} MB'

@@ -30,6 +30,15 @@ _FREE = (
 )
 
 
+def check(folder: str | os.PathLike, config: Any) -> None:
+  """Raises a ValueError if `prepare` would; makes and writes nothing."""
+  folder = pathlib.Path(folder).expanduser()
+  path = folder / 'config.json'
+  if path.exists():
+    ours = to_json(config)
+    _compare(folder, _flatten(_read(path)), _flatten(ours), ours)
+
+
 def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
   """Makes the directory, or makes sure that it belongs to this config.
 
@@ -56,10 +65,8 @@ def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
         f'Work directory {str(folder)!r} cannot be written: {error.strerror}. '
         'Choose another with --workdir.'
     ) from error
-  ours = to_json(config)
-  if path.exists():
-    _compare(folder, _flatten(_read(path)), _flatten(ours), ours)
-  described = json.dumps(ours | {'run': describe_run()}, indent=2)
+  check(folder, config)
+  described = json.dumps(to_json(config) | {'run': describe_run()}, indent=2)
   # Replaced in one go: a kill in between must not leave half a file.
   temporary = path.with_suffix('.tmp')
   temporary.write_text(described + '\n')

@@ -46,6 +46,47 @@ def test_sizes_and_intervals_are_at_least_one(name):
   refused(rf'config\.{name}=0 must be at least 1', **{name: 0})
 
 
+def test_micro_batches_are_not_negative():
+  refused(
+      r'learner.num_microbatches=-1 must be 0 \(as few as fit the memory\) or',
+      **{'learner.num_microbatches': -1},
+  )
+
+
+def choices(num_batch_shards=1, algorithm='dppo_topk_tv', **changes):
+  config = default.get_config(algorithm)
+  config.update_from_flattened_dict({'learner.num_microbatches': 0} | changes)
+  checks.check(config, num_batch_shards=num_batch_shards)
+  found = checks.microbatch_choices(config, num_batch_shards=num_batch_shards)
+  for number in found:
+    tried = checks.with_microbatches(config, number)
+    assert tried.learner.num_microbatches == number
+    checks.check(tried, num_batch_shards=num_batch_shards)
+  assert config.learner.num_microbatches == 0
+  return found
+
+
+def test_micro_batches_to_choose_from_end_at_a_row_on_each_device():
+  # 32 * 8 completions in 4 mini-batches: 64 rows.
+  assert choices() == [1, 2, 4, 8, 16, 32, 64]
+  assert choices(8) == [1, 2, 4, 8]
+  assert choices(num_prompts=6, **{'learner.num_minibatches': 1}) == [
+      1, 2, 3, 4, 6, 8, 12, 16, 24, 48
+  ]
+  assert choices(num_prompts=1, **{'learner.num_minibatches': 8}) == [1]
+  # As many replayed as fresh.
+  assert choices(**{'replay.capacity': 2})[-1] == 128
+
+
+def test_micro_batches_of_packed_rows_to_choose_from_differ_in_size():
+  # Two completions of 23 slots fit a row of 64: at most 32 rows, in parts of
+  # 16 11 8 7 6 5 4 3 2 1 rows.
+  packed = {'learner.row_length': 64}
+  assert choices(**packed) == [2, 3, 4, 5, 6, 7, 8, 11, 16, 32]
+  assert choices(8, **packed) == [2, 4]  # 16 or 8 rows.
+  assert choices(num_prompts=1, **packed) == [2]
+
+
 def test_dtypes_and_policies_of_memory_are_named():
   refused(r"config\.model\.params_dtype='int8' is not one of",
           **{'model.params_dtype': 'int8'})
@@ -351,11 +392,12 @@ def test_a_constraint_and_its_price_go_together(algorithm, change, message):
     main.build(config)
 
 
-def test_a_variance_around_the_mean_needs_a_whole_mini_batch():
+@pytest.mark.parametrize('number', [0, 2])
+def test_a_variance_around_the_mean_needs_a_whole_mini_batch(number):
   refused(
-      "loss.center='mean' needs a whole mini-batch at once; use "
-      'learner.num_microbatches=1 or center=one, not num_microbatches=2',
-      'r2vpo', **{'loss.center': 'mean', 'learner.num_microbatches': 2},
+      "loss.center='mean' needs a whole mini-batch at once; use learner."
+      f'num_microbatches=1 or center=one, not num_microbatches={number}',
+      'r2vpo', **{'loss.center': 'mean', 'learner.num_microbatches': number},
   )
 
 

@@ -22,8 +22,8 @@ LAYERS = (
     ('objective',),
     ('learner',),
     ('train_step',),
-    ('backlog', 'checkpoint', 'checks', 'logbook', 'memory', 'metrics',
-     'report', 'tracing', 'workdir'),
+    ('backlog', 'checkpoint', 'checks', 'fitting', 'logbook', 'memory',
+     'metrics', 'report', 'tracing', 'workdir'),
     ('main',),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]

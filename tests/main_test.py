@@ -505,6 +505,56 @@ def test_a_base_that_has_changed_is_named(cli, tmp_path):
   )
 
 
+# Little memory.
+
+# A device has so many bytes.
+WITH_LIMIT = """
+    from dppo_jax import main, memory
+    memory.limit = lambda: {limit}
+    main.run_train()
+"""
+
+
+def run_with_limit(cli, workdir, limit, **options):
+  code = textwrap.dedent(WITH_LIMIT.format(limit=limit))
+  return cli('-c', code, workdir=workdir, **options)
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_is_one_line_and_leaves_nothing(cli, tmp_path):
+  workdir = tmp_path / 'run'
+  done = run_with_limit(cli, workdir, 30_000_000)
+  assert_one_line_error(
+      done, 'needs .* MB on each device, which has 30.00 MB. Most of it is '
+      r'temporary, .* raise config.learner.num_microbatches \(now 1, and 0 '
+  )
+  assert not workdir.exists()  # The same --workdir may have a way out.
+  done = run_with_limit(cli, workdir, 10_000_000)
+  assert_one_line_error(done, 'What lasts .* Most of it is optimizer state')
+
+
+@pytest.mark.slow
+def test_a_number_of_micro_batches_that_fits_is_as_if_it_were_given(
+    cli, tmp_path
+):
+  chosen, given = tmp_path / 'chosen', tmp_path / 'given'
+  number = 'learner.num_microbatches'
+  done = run_with_limit(cli, chosen, 34_000_000, **{number: 0})
+  assert done.returncode == 0, done.stderr[-3000:]
+  *_, used = rows(chosen)
+  assert used['learner/microbatches'] > 1
+  assert f"{number}={used['learner/microbatches']:.0f}: " in done.stderr
+  config = json.loads((chosen / 'config.json').read_text())
+  assert config['learner']['num_microbatches'] == 0
+  done = cli(workdir=given, **{number: int(used['learner/microbatches'])})
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert_same_run(chosen, given)
+  # An evaluation takes no step.
+  done = cli('-m', 'dppo_jax.evaluate', workdir=chosen, **{number: 0})
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert number not in done.stderr
+
+
 # Other data.
 
 

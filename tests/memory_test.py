@@ -1,8 +1,11 @@
-"""What is told about memory is what the arrays hold."""
+"""What is told about memory is what the arrays hold and the devices have."""
+
+import types
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+import pytest
 import tiny_model
 
 from dppo_jax import memory
@@ -69,3 +72,54 @@ def test_a_token_meets_its_own_experts_only():
   assert total - active == 2 * (4 - 2) * 3 * 32 * 6
   dense, met = tiny_model.MODEL.num_parameters()
   assert dense == met
+
+
+def devices(platform, *stats):
+  """Stands in for `jax.local_devices`."""
+  made = [
+      types.SimpleNamespace(platform=platform, memory_stats=lambda x=x: x)
+      for x in stats
+  ]
+  return lambda: made
+
+
+def test_the_smallest_device_is_the_limit(monkeypatch):
+  stats = [{'bytes_limit': n, 'bytes_in_use': 7} for n in (9000, 8000)]
+  monkeypatch.setattr(jax, 'local_devices', devices('gpu', *stats))
+  assert memory.limit() == 8000
+  monkeypatch.setattr(jax, 'local_devices', devices('gpu', stats[0], None))
+  assert memory.limit() is None
+
+
+def test_devices_of_a_cpu_share_its_host(monkeypatch):
+  monkeypatch.setattr(memory, '_of_host', lambda physical: 1000)
+  for count in (1, 4):
+    monkeypatch.setattr(jax, 'local_devices', devices('cpu', *[None] * count))
+    assert memory.limit() == 1000 // count
+
+
+V1 = 'sys/fs/cgroup/memory/{}memory.limit_in_bytes'
+V2 = 'sys/fs/cgroup/{}memory.max'
+
+
+@pytest.mark.parametrize('lines, files, expected', [
+    ('', {}, 1000),
+    ('0::/a/b', {V2.format('a/b/'): 300, V2.format('a/'): 200}, 200),
+    ('0::/a/b', {V2.format('a/b/'): 'max', V2.format(''): 2000}, 1000),
+    ('5:cpu:/a\n4:memory:/a\n0::/', {V1.format('a/'): 400}, 400),
+    ('4:cpu,memory:/', {V1.format(''): 2**63 - 4096}, 1000),
+    # The host's path, of which a container does not see the folders.
+    ('4:memory:/docker/0a', {V1.format(''): 500}, 500),
+    ('5:cpu:/a', {V1.format('a/'): 400}, 1000),
+], ids=['none', 'v2', 'v2-max', 'v1', 'v1-max', 'container', 'other'])
+def test_a_cgroup_leaves_a_process_less_than_the_host_has(
+    tmp_path, lines, files, expected
+):
+  for path, value in (files | {'proc/self/cgroup': lines}).items():
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(str(value))
+  assert memory._of_host(1000, root=tmp_path) == expected
+
+
+def test_a_host_without_cgroups_has_its_memory(tmp_path):
+  assert memory._of_host(1000, root=tmp_path) == 1000

@@ -15,10 +15,8 @@ from dppo_jax import checks
 from dppo_jax import main
 from dppo_jax import memory
 from dppo_jax import sharding
-from dppo_jax import train_step
 from dppo_jax.models import load
 from dppo_jax.models.causal_lm import CausalLM
-from dppo_jax.types import Prompts
 from dppo_jax.types import ScoredRollout
 
 _QWEN3 = {
@@ -123,27 +121,8 @@ def abstract_run(config, architecture):
       config, mesh, main.make_method(config), model,
       types.SimpleNamespace(eos_token_id=1, pad_token_id=0),
   )
-  key = jax.random.key(0)
-  state = jax.eval_shape(
-      program.init, main.abstract_params(config, model), key, key
-  )
-  state = jax.tree.map(placed, state, program.shardings)
-  rows = sharding.batch(mesh)
-  shape = (config.num_prompts, config.max_prompt_length)
-  prompts = Prompts(
-      jax.ShapeDtypeStruct(shape, 'int32', sharding=rows),
-      jax.ShapeDtypeStruct(shape, bool, sharding=rows),
-  )
-  scored = jax.eval_shape(
-      lambda *x: train_step.blank(program.rollout_fn, *x, program.trainable),
-      state, prompts,
-  )
-  scored = jax.tree.map(lambda x: placed(x, rows), scored)
-  return program.train_step, state, scored, prompts
-
-
-def placed(x, where):
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  arguments = main.abstract_arguments(config, mesh, program)
+  return program.train_step, *arguments
 
 
 def get_config(module, which):

@@ -2,15 +2,11 @@
 
 import types
 
-import jax
-import numpy as np
 import tiny_model
 
 from configs import default
 from dppo_jax import main
 from dppo_jax import sharding
-from dppo_jax import train_step
-from dppo_jax.types import Prompts
 
 
 def compile_step(
@@ -39,19 +35,8 @@ def compile_step(
       config, mesh, main.make_method(config), model,
       types.SimpleNamespace(eos_token_id=1, pad_token_id=0),
   )
-  key = jax.random.key(0)
-  state = jax.eval_shape(
-      program.init, main.abstract_params(config, model), key, key
-  )
-  shape = (config.num_prompts, config.max_prompt_length)
-  prompts = Prompts(
-      jax.ShapeDtypeStruct(shape, np.int32), jax.ShapeDtypeStruct(shape, bool)
-  )
-  scored = jax.eval_shape(
-      lambda *x: train_step.blank(program.rollout_fn, *x, program.trainable),
-      state, prompts,
-  )
-  lowered = program.train_step.lower(state, scored, prompts)
+  arguments = main.abstract_arguments(config, mesh, program)
+  lowered = program.train_step.lower(*arguments)
   if optimized:
     return lowered.compile()
   with tiny_model.quick_compilation():

@@ -69,6 +69,15 @@ def test_another_config_is_refused_by_field_and_both_values(
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
+def test_another_config_is_refused_without_touching_the_directory(tmp_path):
+  workdir.check(tmp_path / 'new', default.get_config())
+  assert not (tmp_path / 'new').exists()
+  workdir.prepare(tmp_path, default.get_config())
+  workdir.check(tmp_path, default.get_config())
+  with pytest.raises(ValueError, match='seed was 0 and is 1 now'):
+    workdir.check(tmp_path, config_with(seed=1))
+
+
 def test_another_algorithm_is_refused(tmp_path):
   workdir.prepare(tmp_path, default.get_config())
   with pytest.raises(ValueError, match="algorithm was 'dppo_topk_tv' and is "
