@@ -172,6 +172,37 @@ def load_memory_table(result: dict) -> str:
   return '\n'.join([head, *lines])
 
 
+def peers_table(result: dict) -> str:
+  """One row for each size and kind of lengths."""
+  lines = []
+  for row in result['rows']:
+    seconds, faster = row['step_s'], row['times_as_fast']
+    settings = ', '.join(
+        f'{name} {value}'
+        for name, value in row['settings']['dppo_jax'].items()
+    )
+    lines.append(
+        f'| {row["size"]}, {row["lengths"]} '
+        f'| {range_of(seconds["dppo_jax"], " s")} '
+        f'| {range_of(seconds["trl"], " s")} | {range_of(faster["trl"])} '
+        f'| {range_of(seconds["tunix"], " s")} | {range_of(faster["tunix"])} '
+        f'| {settings} | {row["settings"]["trl"]["microbatch"]} '
+        f'| {row["settings"]["tunix"]["microbatch"]} |'
+    )
+  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  trl, tunix = result['versions']['trl'], result['versions']['tunix']
+  head = (
+      '### A whole step, against TRL and Tunix\n\n'
+      f'{sizes}. trl {trl["trl"]} (torch {trl["torch"]}, transformers '
+      f'{trl["transformers"]}), google-tunix {tunix["google-tunix"]} (jax '
+      f'{tunix["jax"]}). {machine_line(result)}\n\n'
+      '| model, lengths | dppo_jax | TRL | times as fast | Tunix '
+      '| times as fast | our settings | TRL micro-batch | Tunix micro-batch |\n'
+      '|---|---|---|---|---|---|---|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
 def _megabytes(count: int) -> str:
   return f'{count / 1e6:.0f} MB'
 
@@ -185,6 +216,7 @@ def main():
       'learner': learner_table,
       'floor': floor_table,
       'load_memory': load_memory_table,
+      'peers': peers_table,
   }
   results = [
       json.loads(path.read_text())

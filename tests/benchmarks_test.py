@@ -100,3 +100,31 @@ def test_slots_draw_the_same_completions_and_are_timed_against_all_at_once(
   assert two['model_calls'] > everything['model_calls'] == result['longest']
   assert result['tokens'] == round(8 * result['mean_length'])
   assert two['speedup']['median'] > 0
+
+
+def test_the_step_that_peers_are_compared_with_does_the_agreed_work(tmp_path):
+  # The script itself checks lengths, updates and that it compiled once.
+  output = tmp_path / 'ours.json'
+  result = run(
+      'peers/ours.py', '--lengths=geometric', '--microbatches=4',
+      '--row_lengths=128', '--slots=16', '--steps=2', '--warmup=1',
+      f'--output={output}', data_dir=tmp_path / 'data',
+  )
+  assert result == json.loads(output.read_text())
+  [row] = result['rows']
+  assert row == result['best']
+  assert (row['microbatch'], row['row_length'], row['slots']) == (4, 128, 16)
+  assert result['versions'].keys() >= {'jax', 'flax'}
+
+
+def test_peers_must_draw_completions_of_the_agreed_lengths():
+  import numpy as np
+
+  from benchmarks.peers import work
+
+  lengths = np.random.RandomState(0).geometric(1 / 16, (3, work.BATCH))
+  work.check_lengths(np.minimum(lengths, work.MAX_LENGTH), 'geometric')
+  work.check_lengths(np.full((3, work.BATCH), work.MAX_LENGTH), 'fixed')
+  for wrong in ('fixed', 'geometric'):
+    with pytest.raises(ValueError, match=f'{wrong} completions have 32.00'):
+      work.check_lengths(np.full((3, work.BATCH), 32), wrong)

@@ -1,0 +1,162 @@
+"""A step of dppo_jax: the very program that a run compiles.
+
+    python benchmarks/peers/ours.py --size=tiny --lengths=geometric \
+        --microbatches=8,16 --row_lengths=256,512 --slots=16,32
+
+One call learns from a rollout and samples the next; rewards are computed on the
+host between two calls, as `dppo_jax.main` does it. With packed rows a
+micro-batch is as large as its completions would be at their longest.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import pathlib
+import sys
+import types
+
+# benchmarks/ is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+# ruff: noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.peers import work
+from configs import default
+from dppo_jax import checks
+from dppo_jax import main as main_lib
+from dppo_jax import sharding
+from dppo_jax import train_step as train_step_lib
+from dppo_jax.models import causal_lm
+from dppo_jax.models import layers
+from dppo_jax.models import llama
+from dppo_jax.types import Prompts
+from dppo_jax.types import ScoredRollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping(causal_lm.CausalLM):
+  """Ends a completion with the same probability after every token."""
+
+  stop: float = 0.0
+
+  def head(self, params, hidden):
+    logits = super().head(params, hidden)
+    others = logits.at[..., work.EOS_ID].set(-jnp.inf)
+    if not self.stop:
+      return others
+    odds = np.log(self.stop / (1 - self.stop))
+    end = jax.nn.logsumexp(others, axis=-1) + odds
+    return logits.at[..., work.EOS_ID].set(end)
+
+
+def make_model(size: work.Size, stop: float) -> Stopping:
+  """The architecture, without parameters."""
+  config = layers.ModelConfig(
+      model_type='llama',
+      vocab_size=size.vocab,
+      hidden_size=size.width,
+      intermediate_size=size.inner,
+      num_hidden_layers=size.layers,
+      num_attention_heads=size.heads,
+      num_key_value_heads=size.key_heads,
+      head_dim=size.width // size.heads,
+      rope_theta=10_000.0,
+      rms_norm_eps=1e-6,
+      tie_word_embeddings=True,
+      max_position_embeddings=4096,
+  )
+  return Stopping(config, llama, stop=stop)
+
+
+def make_config(
+    args: argparse.Namespace, *, microbatch: int, row_length: int, slots: int
+):
+  """GRPO with the sizes of `work`."""
+  config = default.get_config('grpo')
+  config.update_from_flattened_dict({
+      'total_steps': 1 + args.warmup + args.steps,
+      'num_prompts': work.NUM_PROMPTS,
+      'group_size': work.GROUP_SIZE,
+      'max_prompt_length': work.PROMPT_LENGTH,
+      'max_completion_length': work.MAX_LENGTH,
+      'sampling.num_slots': slots,
+      'learner.num_minibatches': 1,
+      'learner.num_microbatches': work.BATCH // microbatch,
+      'learner.row_length': row_length,
+      'optimizer.learning_rate': work.LEARNING_RATE,
+      'optimizer.schedule': 'constant',
+      'optimizer.weight_decay': work.WEIGHT_DECAY,
+      'optimizer.max_grad_norm': work.MAX_GRAD_NORM,
+  })
+  checks.check(config, num_batch_shards=1)
+  return config
+
+
+def run(args: argparse.Namespace, **setting) -> work.Steps:
+  """Steps of one setting, the warm-up first."""
+  config = make_config(args, **setting)
+  size = work.SIZES[args.size]
+  model = make_model(size, work.STOP[args.lengths])
+  mesh = sharding.make_mesh(**config.mesh)
+  rows = sharding.batch(mesh)
+  program = main_lib.make_program(
+      config, mesh, main_lib.make_method(config), model,
+      types.SimpleNamespace(
+          eos_token_id=work.EOS_ID, pad_token_id=work.PAD_ID
+      ),
+  )
+  tokens = work.make_prompts(size.vocab)
+  prompts = Prompts(tokens, np.ones(tokens.shape, bool))
+  key_params, key_state, key_adapters = jax.random.split(jax.random.key(0), 3)
+  state = jax.jit(program.init, out_shardings=program.shardings)(
+      model.init(key_params), key_state, key_adapters
+  )
+  scored = jax.device_put(
+      train_step_lib.blank(program.rollout_fn, state, prompts), rows
+  )
+  steps = work.Steps()
+  steps.mark()
+  # The first call learns from nothing: it compiles, and samples.
+  for _ in range(1 + args.warmup + args.steps):
+    state, rollout, metrics = program.train_step(state, scored, prompts)
+    tokens, mask = jax.device_get((rollout.tokens[:, 1:], rollout.token_mask))
+    rewards = np.float32(
+        [work.reward(t[m]) for t, m in zip(tokens, mask, strict=True)]
+    )
+    scored = ScoredRollout(rollout, jax.device_put(rewards, rows))
+    jax.device_get(metrics)
+    steps.drew(mask.sum(-1))
+    steps.mark()
+  assert int(state.step) == args.warmup + args.steps
+  assert program.train_step._cache_size() == 1, 'compiled more than once'
+  return steps
+
+
+def main():
+  flags = work.parser(__doc__)
+  flags.add_argument(
+      '--row_lengths', type=work.integers, default=[0, 256],
+      help='config.learner.row_length, to try one by one.',
+  )
+  flags.add_argument(
+      '--slots', type=work.integers, default=[0],
+      help='config.sampling.num_slots, to try one by one.',
+  )
+  args = flags.parse_args()
+  settings = [
+      {'microbatch': microbatch, 'row_length': row_length, 'slots': slots}
+      for microbatch, row_length, slots in itertools.product(
+          args.microbatches, args.row_lengths, args.slots
+      )
+  ]
+  work.measure(
+      'dppo_jax', args, settings, run,
+      ('jax', 'jaxlib', 'flax', 'optax', 'numpy'),
+  )
+
+
+if __name__ == '__main__':
+  main()
