@@ -33,5 +33,6 @@ def get_config(algorithm: str = 'dppo_topk_tv'):
   )
   config.scoring.num_workers = 1
   config.max_prompt_length = 80
+  config.optimizer.schedule = 'linear'  # At a constant rate it forgets again.
   config.lock()
   return config
