@@ -401,7 +401,7 @@ def test_spread_is_that_of_the_shaped_rewards_before_the_reference_kl():
   batch = prepare(state, scored((1.0, 1, 1, 1.5, 0, 0, 0.5, 1)))
   # Rewards shaped: 0 1, 1 1, -1 0, 0 0.
   kept = np.asarray([1, 1, 0, 0, 1, 1, 0, 0], bool)[:, None]
-  np.testing.assert_array_equal(batch.rollout.token_mask, MASK & kept)
+  np.testing.assert_array_equal(batch.rows.token_mask, MASK & kept)
   np.testing.assert_array_equal(batch.weights > 0, MASK & kept)
 
 
@@ -432,7 +432,7 @@ def test_masked_truncated_completions_teach_nothing_but_are_compared_with():
   batch = prepare(state, truncated_rows())
   expected = MASK.copy()
   expected[3] = False
-  np.testing.assert_array_equal(batch.rollout.token_mask, expected)
+  np.testing.assert_array_equal(batch.rows.token_mask, expected)
   np.testing.assert_array_equal(batch.weights, expected)
   # Rewards of the second group 0 and 1: -.5 for the other one all the same.
   close(batch.advantages[2:4], [[-0.5, 0, 0, 0], [0] * 4])
@@ -455,7 +455,7 @@ def test_truncated_completions_count_where_they_are_not_masked():
   prepare, _ = make_objective()
   state = types.SimpleNamespace(params=None, reference=())
   batch = prepare(state, truncated_rows())
-  np.testing.assert_array_equal(batch.rollout.token_mask, MASK)
+  np.testing.assert_array_equal(batch.rows.token_mask, MASK)
 
 
 # --- diagnostics -------------------------------------------------------------
