@@ -101,12 +101,13 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'num_epochs': 1,
       'num_minibatches': 4,
       # Parts of a mini-batch, gradients added up; with packed rows as many as
-      # the completions fill, at most so many. 0: as few as fit the memory.
+      # the completions fill, at most so many. 0: about as few as fit.
       'num_microbatches': 1,
       # Slots of a packed row: completions next to each other, behind their
       # prompt. 0 for a row as long as the longest for each completion.
       'row_length': 0,
-      'chunk_size': 0,  # Tokens whose logits exist at a time; 0 for all.
+      # Tokens whose logits exist at a time, one of each row at least; 0: all.
+      'chunk_size': 0,
   }
   config.max_nonfinite_updates = 8  # In a row; then the run stops.
 

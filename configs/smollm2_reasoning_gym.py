@@ -5,9 +5,8 @@
 
 Sums and differences of two digits (chain_sum), after three solved ones; the
 reward is 1 if the first line is the answer, as reasoning-gym judges it. Model,
-adapters and optimizer are those of configs/smollm2_arithmetic.py. It starts at
-0.58 held out (avg@4 over 32 problems); what training makes of it has not been
-measured yet.
+adapters and optimizer are those of configs/smollm2_arithmetic.py, but for a
+rate that falls. What comes out is in experiments/smollm2.
 """
 
 import json
@@ -33,6 +32,6 @@ def get_config(algorithm: str = 'dppo_topk_tv'):
   )
   config.scoring.num_workers = 1
   config.max_prompt_length = 80
-  config.optimizer.schedule = 'linear'  # At a constant rate it forgets again.
+  config.optimizer.schedule = 'linear'
   config.lock()
   return config

@@ -10,7 +10,6 @@ everything fits), and shards are the devices over which a batch is split.
 """
 
 from collections.abc import Callable
-import math
 import time
 from typing import Any
 
@@ -181,7 +180,7 @@ def next_number(
 
   One trial tells the fewest that could be enough, as if all of its temporary
   memory were split. A line through two of them, in 1 / k, tells how many are;
-  if it says never, the largest number has the last word.
+  if it says never, four times as many are next.
 
   Args:
     trials: number -> what came of it, at least one, in the order of trial.
@@ -208,7 +207,9 @@ def next_number(
       k, more = before[-1]
       split = (more - temporary) / (1 / k - 1 / latest)
       rest = temporary - split / latest
-      wanted = split / (room - rest) if rest < room else math.inf
+      # Where the line says never, it may be wrong: another phase of the step
+      # can be the largest.
+      wanted = split / (room - rest) if rest < room else 4 * latest
   enough = [number for number in larger if number >= wanted]
   return next(iter(enough + larger[-1:]), None)
 
@@ -227,8 +228,8 @@ def _for_temporary(config: Any, num_batch_shards: int) -> list[str]:
   choices = checks.microbatch_choices(config, num_batch_shards=num_batch_shards)
   if number < choices[-1]:
     ways.append(
-        f'raise config.learner.num_microbatches (now {number}, and 0 finds the '
-        'fewest that fit)'
+        f'raise config.learner.num_microbatches (now {number}, and 0 finds how '
+        'many fit)'
     )
   if not sizes.chunk_size:
     ways.append('set learner.chunk_size (now 0, all logits at once)')

@@ -225,7 +225,16 @@ def make_program(
   """The functions of a run. Needs no weights, and no devices in the mesh.
 
   Of the tokenizer only `eos_token_id` and `pad_token_id` are looked at.
+
+  Raises:
+    ValueError: if the number of micro-batches is still to be found, which is
+      for `fitting.make_program`.
   """
+  if not config.learner.num_microbatches:
+    raise ValueError(
+        'config.learner.num_microbatches=0 is found by fitting.make_program; '
+        'a program needs a number.'
+    )
   shapes = abstract_params(config, model)
   trainable = trainable_lib.make_trainable(
       shapes, rules=config.learning_rates, **config.lora

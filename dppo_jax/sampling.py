@@ -1,9 +1,9 @@
 """The decode engine: prompts in, completions out, inside a compiled program.
 
 A prompt is prefilled once for the G completions drawn from it; a loop of
-`decoding` draws the rest of the B = N * G completions. What the behaviour policy
-must remember (log-prob, record) is taken from the very logits that were sampled.
-N prompts, P prompt tokens, C completion tokens, V vocabulary.
+`decoding` draws the rest of the B = N * G completions. What the behaviour
+policy must remember (log-prob, record) is taken from the very logits that were
+sampled. N prompts, P prompt tokens, C completion tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
   """`jax.random.categorical` of each row with its own key. [B] int32.
 
   Its argmax, of value and index together, took most of the time on a CPU; the
-  smallest index of the largest value is the same token.
+  smallest index of the largest value, or of a NaN, is the same token.
 
   Args:
     keys: [B].
@@ -93,7 +93,8 @@ def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
   noisy = noise + logits
   largest = jnp.max(noisy, axis=-1, keepdims=True)
   places = jnp.arange(size, dtype=jnp.int32)[None]
-  return jnp.min(jnp.where(noisy == largest, places, size), axis=-1)
+  found = (noisy == largest) | jnp.isnan(noisy)
+  return jnp.min(jnp.where(found, places, size), axis=-1)
 
 
 def row_keys(key: jax.Array, num_rows: int) -> jax.Array:

@@ -40,16 +40,21 @@ def prefix(
 ) -> jax.Array:
   """Sum over the sequence up to and including this token. [B, T].
 
-  Args:
-    values: not negative, which is what makes a running sum's smallest value in
-      a sequence the one at its start.
-    mask: bool.
-    segment_ids: int32.
+  What a sequence holds, an infinity too, stays in it.
   """
   values = where_valid(values, mask)
-  running = jnp.cumsum(values, axis=-1)
-  before = running - values
-  return running - _reduce(jax.ops.segment_min, before, segment_ids)
+  starts = jnp.pad(
+      segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)],
+      constant_values=True,
+  )
+
+  def add(earlier, later):
+    """Sums that begin anew where a sequence does."""
+    (left, left_starts), (right, right_starts) = earlier, later
+    total = right + jnp.where(right_starts, 0.0, left)
+    return total, left_starts | right_starts
+
+  return jax.lax.associative_scan(add, (values, starts), axis=1)[0]
 
 
 def _reduce(operation, values, segment_ids):

@@ -47,8 +47,8 @@ def test_what_is_needed_what_there_is_and_the_way_out_are_named():
       'The training step needs 12.00 GB on each device, which has 8.00 GB. '
       'Most of it is temporary, 10.00 GB (arguments 2.00 GB, results 1.00 MB). '
       'To lower it: raise config.learner.num_microbatches (now 1, and 0 finds '
-      'the fewest that fit); set learner.chunk_size (now 0, all logits at '
-      "once); model.remat='full' (now 'none'); sampling.num_slots (now 0, all "
+      'how many fit); set learner.chunk_size (now 0, all logits at once); '
+      "model.remat='full' (now 'none'); sampling.num_slots (now 0, all "
       "completions at once); model.dtype='bfloat16' (now 'float32'); "
       "sampling.dtype='bfloat16' (now 'float32')."
   )
@@ -190,12 +190,18 @@ def test_what_no_micro_batch_makes_fit_is_refused_with_the_last_trial():
   with pytest.raises(ValueError, match='needs 0.00 MB .* learner.chunk_size'):
     programs.fit(110)
   assert programs.compiled == [1, 16, 64]
-  # Where it does not get less, the smallest part has the last word.
+  # Where it does not get less, only a few are tried.
   programs = Programs(lambda k: 1000)
   with pytest.raises(ValueError, match='Most of it is temporary') as error:
     programs.fit(600)
-  assert programs.compiled == [1, 2, 64]
+  assert programs.compiled == [1, 2, 8, 32, 64]
   assert 'num_microbatches' not in str(error.value)
+
+
+def test_memory_that_first_stays_as_it_is_may_still_get_less():
+  # Sampling needs 500 whatever the parts.
+  programs = Programs(lambda k: max(500, 8000 // k - 3000))
+  assert programs.fit(600) < 64
 
 
 def test_arguments_that_do_not_fit_are_not_tried_in_parts():

@@ -2,9 +2,9 @@
 
 Every row of `algorithms.TABLE` goes through the objective of a run, with a
 transformer: eight devices compute what one does, and packed rows (packing.py)
-what one completion a row does. The transformer below the head is the same for all
-rows, so it is compiled once: the objective has its gradient by the hidden states,
-and the chain rule does the rest. B sequences in groups of G, P prompt
+what one completion a row does. The transformer below the head is the same for
+all rows, so it is compiled once: the objective has its gradient by the hidden
+states, and the chain rule does the rest. B sequences in groups of G, P prompt
 and C completion tokens, T predicted ones, D width, V vocabulary.
 """
 

@@ -42,6 +42,19 @@ def test_a_value_is_off_by_at_most_half_a_step(dtype, axis):
   )
 
 
+@EIGHT_BITS
+def test_small_weights_keep_their_digits_in_float16(dtype):
+  # As float16, a scale of 1e-5 / 127 has one digit or none.
+  x = 1e-5 * jax.random.normal(jax.random.key(0), (40, 50))
+  small = quantization.quantize(x, dtype, axis=0)
+  exact, wide = (
+      quantization.widen(small, t).astype(jnp.float32)
+      for t in (jnp.float32, jnp.float16)
+  )
+  # Half of the smallest float16.
+  assert jnp.abs(wide - exact).max() <= 2.0**-25
+
+
 def test_a_type_without_a_scale_is_cast():
   x = jnp.linspace(0, 1, 6).reshape(2, 3)
   for dtype in ('bfloat16', 'float16', 'float32'):

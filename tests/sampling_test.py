@@ -311,3 +311,24 @@ def test_one_token_says_nothing_about_the_noise_of_the_next():
     assert 24 < np.sum(tokens[:, a] == tokens[:, b]) < 104
   # Nor do neighbouring rows.
   assert 24 < np.sum(tokens[1:, 0] == tokens[:-1, 0]) < 104
+
+
+def test_a_nan_is_drawn_as_jax_draws_it_and_stays_in_the_vocabulary():
+  nan = np.nan
+  logits = jnp.asarray([[0, nan, 1, 2], [nan] * 4, [0, 1, 2, -np.inf]])
+  keys = jax.random.split(jax.random.key(0), 3)
+  np.testing.assert_array_equal(
+      sampling.categorical(keys, logits),
+      jax.vmap(jax.random.categorical)(keys, logits),
+  )
+
+
+def test_tokens_are_those_of_jax_random_categorical():
+  keys = jax.random.split(jax.random.key(1), 500)
+  logits = 3 * jax.random.normal(jax.random.key(2), (500, 300))
+  logits = logits.at[:, ::3].set(-jnp.inf)
+  tokens = sampling.categorical(keys, logits)
+  assert tokens.dtype == jnp.int32
+  np.testing.assert_array_equal(
+      tokens, jax.vmap(jax.random.categorical)(keys, logits)
+  )

@@ -95,6 +95,14 @@ def test_reduction_does_not_see_what_is_masked_out(name, spoiler):
   np.testing.assert_array_equal(dirty, fn(values, mask, ids))
 
 
+@pytest.mark.parametrize('outlier', [np.inf, 1e30])
+def test_a_prefix_does_not_see_an_outlier_of_its_neighbour(outlier):
+  values = jnp.asarray([[0.1, outlier, 0.3, 0.3, 0.3]])
+  ids = jnp.asarray([[1, 1, 2, 2, 2]])
+  got = segments.prefix(values, jnp.ones(ids.shape, bool), ids)
+  np.testing.assert_allclose(got, [[0.1, outlier, 0.3, 0.6, 0.9]], rtol=1e-6)
+
+
 def unpacked(values, fill):
   """One sequence a row, from its first column on. [B, T] -> [S, T]."""
   out = np.full((len(list(sequences())), IDS.shape[1]), fill, values.dtype)

@@ -1,15 +1,27 @@
 """Each device of a mesh computes its part of a step, and only its part."""
 
 import json
+import math
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+import numpy as np
 import pytest
 import tiny_model
 import whole_step
+
+from configs import default
+from dppo_jax import main
+from dppo_jax import sharding
+from dppo_jax import train_step
+from dppo_jax.types import ScoredRollout
 
 HERE = pathlib.Path(__file__).resolve().parent
 MESHES = {
@@ -23,6 +35,7 @@ SIZES = {
     'learner__num_microbatches': 2,
     'learner__chunk_size': 512,
 }
+KEY = jax.random.key(5)
 LAYOUTS = {'as sampled': 0, 'packed': 128}
 
 
@@ -38,7 +51,60 @@ def facts(mesh, row_length):
   }
 
 
+def learned(mesh, row_length):
+  """Tokens, losses and summed parameters of three steps."""
+  config = default.get_config('dppo_topk_tv')
+  config.num_prompts, config.group_size = 4, 4
+  config.max_prompt_length = tiny_model.PROMPT_LENGTH
+  config.max_completion_length = tiny_model.COMPLETION_LENGTH
+  config.learner.num_minibatches = 2
+  config.learner.num_microbatches = 2 if row_length else 1
+  config.learner.row_length = row_length
+  config.optimizer.learning_rate = 3e-3
+  mesh = jax.make_mesh(
+      mesh, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES),
+      devices=jax.devices()[: math.prod(mesh)],
+  )
+  program = main.make_program(
+      config, mesh, main.make_method(config), tiny_model.MODEL,
+      types.SimpleNamespace(eos_token_id=3, pad_token_id=0),
+  )
+  with tiny_model.quick_compilation():
+    state = jax.jit(program.init, out_shardings=program.shardings)(
+        jax.tree.map(jnp.copy, tiny_model.params()), *jax.random.split(KEY)
+    )
+    scored = jax.device_put(
+        train_step.blank(
+            program.rollout_fn, state, tiny_model.prompts(), program.trainable
+        ),
+        sharding.batch(mesh),
+    )
+    losses = []
+    for _ in range(3):
+      state, rollout, metrics = program.train_step(
+          state, scored, tiny_model.prompts()
+      )
+      losses.append(float(metrics['loss']))
+      rewards = (rollout.tokens[:, tiny_model.PROMPT_LENGTH] % 2) * 1.0
+      scored = ScoredRollout(
+          rollout, jax.device_put(rewards, sharding.batch(mesh))
+      )
+  return {
+      'tokens': rollout.tokens.tolist(),
+      'losses': losses,
+      'parameters': [
+          float(jnp.sum(jnp.abs(x))) for x in jax.tree.leaves(state.params)
+      ],
+  }
+
+
 def on_eight_devices():
+  for name, mesh, row_length in (
+      ('one device', (1, 1, 1, 1), 0),
+      ('packed on eight', (2, 2, 2, 1), 25),
+      ('packed on four', (1, 4, 1, 1), 25),
+  ):
+    print(json.dumps({'name': name, **learned(mesh, row_length)}))
   for name, mesh in MESHES.items():
     for layout, row_length in LAYOUTS.items():
       line = {'name': f'{name}, {layout}', **facts(mesh, row_length)}
@@ -75,3 +141,15 @@ def test_eight_devices_share_the_work(eight_devices, name, layout):
   # Tokens are split over data and fsdp; weights go to them.
   shards = MESHES[name][0] * MESHES[name][1]
   assert eight['rows'] == pytest.approx(one['rows'] / shards, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['packed on eight', 'packed on four'])
+def test_packed_rows_on_a_mesh_teach_what_one_device_learns(
+    eight_devices, name
+):
+  one, many = eight_devices['one device'], eight_devices[name]
+  assert many['tokens'] == one['tokens']
+  assert max(map(abs, one['losses'])) > 1e-3
+  np.testing.assert_allclose(many['losses'], one['losses'], atol=1e-5)
+  np.testing.assert_allclose(many['parameters'], one['parameters'], rtol=1e-4)

@@ -64,7 +64,8 @@ def widen(tree: PyTree, dtype: Any) -> PyTree:
 
   def of(x):
     if isinstance(x, Quantized):
-      return x.values.astype(dtype) * x.scale.astype(dtype)
+      # A small scale would lose its digits in float16.
+      return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
     return x
 
   return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, Quantized))
