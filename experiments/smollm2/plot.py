@@ -21,7 +21,7 @@ _RUNS = flags.DEFINE_string('runs', '', 'Folder of the runs to collect.')
 HERE = pathlib.Path(__file__).parent
 TASKS = {
     'arithmetic': 'One-digit sums',
-    'reasoning_gym': 'reasoning-gym, chain_sum',
+    'reasoning_gym': 'reasoning-gym',
 }
 COLUMNS = (
     'reward/mean', 'eval/avg@8', 'eval/pass@8', 'eval/length_mean',
