@@ -90,32 +90,6 @@ def make_learner(
         / jnp.maximum(slots, 1),
     }
 
-  def constrain(state, stats):
-    """The dual after an update that saw these tokens, and what it saw."""
-    if dual is None:
-      return state, {}
-    if not stats.constraint:
-      raise ValueError(
-          'config.dual is set, but the loss has no constraint for it; use '
-          'loss r2vpo, or dual none.'
-      )
-    violation, seen = duals.violation(
-        stats.constraint, stats.age, limit=dual.limit, by_age=dual.by_age
-    )
-    overall, _ = duals.violation(
-        stats.constraint, stats.age, limit=dual.limit, by_age=False
-    )
-    metrics = {
-        'constraint/violation': overall[0],
-        'dual/multiplier': jnp.mean(state.multiplier),
-    }
-    if dual.by_age:
-      metrics |= {
-          f'by_age/{name}/multiplier': value
-          for name, value in zip(ages.names(), state.multiplier, strict=True)
-      }
-    return dual.update(state, violation, seen), metrics
-
   def update(state, batch, chosen):
     """One optimizer update, or none if it would not be finite."""
     loss, gradients, stats, sizes = accumulate(state, batch, chosen)
@@ -128,7 +102,7 @@ def make_learner(
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     finite &= jnp.isfinite(optax.tree.norm(params))
     choose = lambda new, old: jnp.where(finite, new, old)
-    new_dual, dual_metrics = constrain(state.dual, stats)
+    new_dual, dual_metrics = _constrain(dual, state.dual, stats)
     new_state = state._replace(
         params=jax.tree.map(choose, params, state.params),
         opt_state=jax.tree.map(choose, opt_state, state.opt_state),
@@ -171,3 +145,30 @@ def make_learner(
     return state, stats, metrics
 
   return learn
+
+
+def _constrain(dual, state, stats):
+  """The dual after an update that saw these tokens, and what it saw."""
+  if dual is None:
+    return state, {}
+  if not stats.constraint:
+    raise ValueError(
+        'config.dual is set, but the loss has no constraint for it; use '
+        'loss r2vpo, or dual none.'
+    )
+  violation, seen = duals.violation(
+      stats.constraint, stats.age, limit=dual.limit, by_age=dual.by_age
+  )
+  overall, _ = duals.violation(
+      stats.constraint, stats.age, limit=dual.limit, by_age=False
+  )
+  metrics = {
+      'constraint/violation': overall[0],
+      'dual/multiplier': jnp.mean(state.multiplier),
+  }
+  if dual.by_age:
+    metrics |= {
+        f'by_age/{name}/multiplier': value
+        for name, value in zip(ages.names(), state.multiplier, strict=True)
+    }
+  return dual.update(state, violation, seen), metrics
