@@ -40,6 +40,7 @@ import numpy as np
 from benchmarks import machine
 from dppo_jax import main as main_lib
 from dppo_jax import train_step as train_step_lib
+from dppo_jax import training
 
 _IMPORTED = time.perf_counter()
 
@@ -59,7 +60,7 @@ _SIZES = (
 class Run(NamedTuple):
   """A run between two steps."""
 
-  parts: main_lib.Parts
+  parts: training.Parts
   state: Any
   pending: Any  # Sampled and scored, not yet learned from.
 
@@ -97,10 +98,10 @@ def cold_start(config: Any) -> tuple[Run, dict[str, Any]]:
   parts = main_lib.build(config)
   built = time.perf_counter()
   batch = next(parts.prompts)
-  state, rollout, times = main_lib.warm_up(
-      parts, parts.state, main_lib.blank_rollout(parts), batch
+  state, rollout, times = training.warm_up(
+      parts, parts.state, training.blank_rollout(parts), batch
   )
-  pending, _ = main_lib.score(parts, rollout, batch)
+  pending, _ = training.score(parts, rollout, batch)
   warm = time.perf_counter()
   parts.evaluate_fn(state.params)
   evaluated = time.perf_counter()
@@ -131,7 +132,7 @@ def timed_step(run: Run) -> tuple[Run, Timed]:
   )
   jax.block_until_ready(rollout)
   sampled = time.perf_counter()
-  pending, _ = main_lib.score(parts, rollout, batch)
+  pending, _ = training.score(parts, rollout, batch)
   end = time.perf_counter()
   return Run(parts, state, pending), Timed(
       device_s=sampled - start,
@@ -171,7 +172,7 @@ def check_split(config: Any, run: Run, num_steps: int):
   """Whole steps, each beside the same step in parts."""
   learn_alone, sample_alone = halves(config, run)
   parts = run.parts
-  blank = main_lib.blank_rollout(parts._replace(state=run.state))
+  blank = training.blank_rollout(parts._replace(state=run.state))
   rounds = []
   for _ in range(num_steps + 1):
     prompts = next(parts.prompts).prompts

@@ -11,6 +11,7 @@ from configs import default
 from dppo_jax import fitting
 from dppo_jax import main
 from dppo_jax import memory
+from dppo_jax import training
 
 
 def config_with(**changes):
@@ -299,8 +300,8 @@ def test_a_run_compiles_its_step_once_for_each_trial(
   monkeypatch.setattr(memory, 'limit', lambda: int(limit))
   with tiny_model.quick_compilation(), jax.log_compiles():
     parts = main.build(config)
-    main.warm_up(
-        parts, parts.state, main.blank_rollout(parts), next(parts.prompts)
+    training.warm_up(
+        parts, parts.state, training.blank_rollout(parts), next(parts.prompts)
     )
   *trials, run = told
   totals = [sizes['total'] for sizes in trials]

@@ -24,6 +24,7 @@ LAYERS = (
     ('train_step',),
     ('backlog', 'checkpoint', 'checks', 'fitting', 'logbook', 'memory',
      'metrics', 'report', 'tracing', 'workdir'),
+    ('command_line', 'training'),
     ('main',),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 
+from dppo_jax import command_line
 from dppo_jax import lora
 from dppo_jax import main
 from dppo_jax import metrics as metrics_lib
@@ -233,13 +234,14 @@ def test_a_run_resumed_from_step_2_ends_bitwise_the_same(
 AT_STEP = """
     import os, signal, sys
     from dppo_jax import main
-    refuse = main._check_finite
+    from dppo_jax import training
+    refuse = training._check_finite
     def at_step(config, step, metrics, checkpoints):
       healthy = refuse(config, step, metrics, checkpoints)
       if step == {step}:
         os.kill(os.getpid(), signal.{signal})
       return healthy
-    main._check_finite = at_step
+    training._check_finite = at_step
     main.run_train()
 """
 
@@ -697,7 +699,7 @@ def test_evaluating_a_directory_without_a_run_is_refused(cli, tmp_path):
 
 def test_a_signal_asks_once_and_the_handlers_come_back():
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-  with main._stop_on_signals() as stop:
+  with command_line.stop_on_signals() as stop:
     assert not stop.requested
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.requested

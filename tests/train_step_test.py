@@ -100,7 +100,7 @@ def parts():
   with tiny_model.quick_compilation():
     parts = Parts()
     with jax.log_compiles(), _Compilations() as parts.compilations:
-      # As `main.warm_up`, which wants to know what the program needs.
+      # As `training.warm_up`, which wants to know what the program needs.
       state, blank = parts.start()
       parts.step.lower(state, blank, parts.prompts).compile()
       parts.run(0)
@@ -280,6 +280,7 @@ ONE_STEP = """
     import jax, numpy as np
     from configs import default
     from dppo_jax import main
+    from dppo_jax import training
     from dppo_jax.models import weights
 
     config = default.get_config('dppo_topk_tv')
@@ -302,12 +303,12 @@ ONE_STEP = """
       return spy
     weights._reader = spied
     parts = main.build(config)
-    state, pending = parts.state, main.blank_rollout(parts)
-    evaluated, samples = parts.evaluate_fn(main.policy(parts, state))
+    state, pending = parts.state, training.blank_rollout(parts)
+    evaluated, samples = parts.evaluate_fn(training.policy(parts, state))
     for call in range(3):
       batch = next(parts.prompts)
       state, rollout, latest = parts.train_step(state, pending, batch.prompts)
-      pending, _ = main.score(parts, rollout, batch)
+      pending, _ = training.score(parts, rollout, batch)
       if call == 0:
         tokens = rollout.tokens
       if call == 1:

@@ -1,0 +1,150 @@
+"""Flags to a config, mistakes of the user's to one line, signals to a wish."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import logging as python_logging
+import pathlib
+import re
+import signal
+import sys
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from dppo_jax import algorithms
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'Config file, for example configs/tv_topk.py.'
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Directory of the run; runs/NAME_OF_CONFIG if not given.'
+)
+
+# What a shell reports for a process that SIGTERM ended: it did not finish.
+EXIT_INTERRUPTED = 128 + signal.SIGTERM
+
+
+class Stop:
+  """Whether a signal has asked the run to end after its current step."""
+
+  requested = False
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+  """SIGTERM and the first Ctrl-C save and stop; a second Ctrl-C kills."""
+  stop = Stop()
+
+  def request(number, _):
+    stop.requested = True
+    logging.warning('Got %s: stopping.', signal.Signals(number).name)
+    signal.signal(number, signal.default_int_handler)
+
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.signal(number, request) for number in numbers}
+  try:
+    yield stop
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def run(body: Callable[[Any, str | None], bool]) -> None:
+  """Runs `body(config, workdir)` and turns expected errors into one line."""
+
+  def parse(argv):
+    _make_configs_importable(argv)
+    with _one_line_errors(Exception):
+      return flags.FLAGS(argv)
+
+  def main(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
+    with _one_line_errors(Exception):
+      config = _config_from_flags()
+    # Others are bugs of ours and keep their trace.
+    with _one_line_errors(
+        ValueError, OSError, ImportError, FloatingPointError
+    ):
+      finished = body(config, _WORKDIR.value)
+    sys.exit(0 if finished else EXIT_INTERRUPTED)
+
+  flags.mark_flag_as_required('config')
+  # Absl turns every library's chatter on; only warnings of others are news.
+  for name in ('jax', 'orbax', 'tensorflow_datasets'):
+    python_logging.getLogger(name).setLevel(python_logging.WARNING)
+  app.run(main, flags_parser=parse)
+
+
+def _make_configs_importable(argv: list[str]) -> None:
+  """Config files import `configs.default`, wherever the program is started."""
+  for argument, following in zip(argv, [*argv[1:], '']):
+    name, _, value = argument.lstrip('-').partition('=')
+    if name == 'config':
+      path = pathlib.Path((value or following).partition(':')[0]).resolve()
+      folders = path.parent, *path.parent.parents
+      named = [x for x in folders if x.name == 'configs']
+      sys.path.append(str((named or folders)[0].parent))
+
+
+def _config_from_flags() -> Any:
+  """The config; --config.algorithm=NAME takes the row NAME, then the flags."""
+  config = _CONFIG.value
+  changed = config_flags.get_override_values(flags.FLAGS['config'])
+  if 'algorithm' in changed:
+    with config.unlocked():
+      for name, value in algorithms.config(config.algorithm).items():
+        config[name] = value
+    config.lock()
+    config.update_from_flattened_dict(changed)
+  return config
+
+
+@contextlib.contextmanager
+def _one_line_errors(*expected: type[Exception]) -> Iterator[None]:
+  """A mistake of the user's ends the program without a stack trace.
+
+  `--verbosity=1` brings the trace back.
+  """
+  try:
+    yield
+  except expected as error:
+    if flags.FLAGS.is_parsed() and flags.FLAGS.verbosity > 0:
+      raise
+    print(f'error: {_one_line(error)}', file=sys.stderr)
+    sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+  """The message on one line, without what the flag library wraps it in."""
+  # A KeyError shows its message as a quoted string.
+  message = str(error.args[0] if isinstance(error, KeyError) else error)
+  if 'Traceback' in message:  # A config file raised: its last line says what.
+    message = message.strip().splitlines()[-1]
+    message = re.sub(r'^(\w+\.)*\w*Error: ', '', message)
+  message = ' '.join(message.replace('\\n', ' ').split())
+  if typo := re.search(r'Did you mean "(.*)" instead of "(.*?)"', message):
+    return f'Unknown config field {typo[2]!r}. Did you mean {typo[1]!r}?'
+  if re.fullmatch(r'\W*\w+\W*', message):
+    name = re.sub(r'\W', '', message)
+    return f'Unknown config field {name!r}. configs/default.py lists them all.'
+  if unknown := re.match(r'Key "(.*?)" does not exist', message):
+    return f'Unknown config field {unknown[1]!r} for this algorithm or task.'
+  if 'Failed loading config file' in message:
+    missing = re.search(r"No such file or directory: '(.*)'", message)
+    if missing:
+      return f'There is no file {missing[1]!r}. Configs are in configs/.'
+  if '--config must have a value' in message:
+    return 'Which config? For example --config=configs/tv_topk.py.'
+  return message
+
+
+def default_workdir() -> str:
+  """runs/tv_topk for --config=configs/tv_topk.py."""
+  filename = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, argument = filename.partition(':')
+  name = pathlib.Path(path).stem + (f'-{argument}' if argument else '')
+  return str(pathlib.Path('runs', name))

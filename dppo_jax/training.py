@@ -1,0 +1,406 @@
+"""The loop: a run from its first rollout, or its last checkpoint, to its end.
+
+The device works on a step while the host scores, logs and saves the one before.
+"""
+
+from collections.abc import Callable
+import contextlib
+import functools
+import json
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+from absl import logging
+import jax
+import numpy as np
+
+from dppo_jax import lora
+from dppo_jax import memory
+from dppo_jax import report
+from dppo_jax import rollout as rollout_lib
+from dppo_jax import sharding
+from dppo_jax import train_step as train_step_lib
+from dppo_jax import trainable as trainable_lib
+from dppo_jax import workdir as workdir_lib
+from dppo_jax.backlog import Backlog
+from dppo_jax.backlog import Scored
+from dppo_jax.checkpoint import Checkpoints
+from dppo_jax.logbook import Logbook
+from dppo_jax.metrics import MetricsWriter
+from dppo_jax.metrics import Progress
+from dppo_jax.models import load
+from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.tasks.prompts import PromptBatch
+from dppo_jax.tasks.prompts import PromptIterator
+from dppo_jax.tasks.scoring import Scorer
+from dppo_jax.tasks.verify import VerifyFn
+from dppo_jax.tracing import Tracer
+from dppo_jax.types import Prompts
+from dppo_jax.types import Rollout
+from dppo_jax.types import ScoredRollout
+from dppo_jax.types import TrainState
+
+_NUM_TIMED_CALLS = 3
+
+
+class Parts(NamedTuple):
+  """Everything a run is made of, built from its config."""
+
+  method: Any  # Divergence, losses, optimizer: `main.Method`.
+  model: CausalLM  # Without parameters: those are in the state.
+  trainable: trainable_lib.Trainable
+  tokenizer: Any
+  scorer: Scorer
+  verify: VerifyFn
+  prompts: PromptIterator
+  evaluate_fn: Callable[..., Any]
+  rollout_fn: rollout_lib.RolloutFn
+  learn: Callable[..., Any]
+  train_step: train_step_lib.TrainStep
+  state: TrainState  # Before the first update.
+  prompt_shapes: Prompts
+  mesh: Any
+  compile_s: float  # Spent on compiling the step.
+
+
+def train(
+    config: Any, parts: Parts, workdir: str, should_stop: Callable[[], bool]
+) -> bool:
+  """Trains until `config.total_steps`.
+
+  Args:
+    config: of the run.
+    parts: built from it.
+    workdir: of the run; made, or its own.
+    should_stop: asked after every step whether to save and end.
+
+  Returns:
+    False if it was stopped before its last step.
+  """
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.closing(parts.scorer))
+    workdir = workdir_lib.prepare(workdir, config)
+    stack.enter_context(workdir_lib.locked(workdir))
+    checkpoints = Checkpoints(
+        workdir / 'checkpoints', keep=config.keep_checkpoints
+    )
+    stack.enter_context(contextlib.closing(checkpoints))
+    writer = stack.enter_context(_make_writer(config, workdir))
+    run = _start(config, parts, checkpoints, writer)
+    state, backlog, logbook = run.state, run.backlog, run.logbook
+    del run  # Its state is donated to the first step.
+    stack.callback(logbook.flush)
+    first = int(state.step) + 1
+    bar = stack.enter_context(Progress(
+        config.total_steps, first, is_main_process=jax.process_index() == 0
+    ))
+
+    tracer = stack.enter_context(contextlib.closing(Tracer(
+        workdir / 'profile', num_steps=config.profile_steps, first=first
+    )))
+
+    for step in range(first, config.total_steps + 1):
+      tracer.at(step)
+      start = time.perf_counter()
+      batch = next(parts.prompts)
+      state, rollout, metrics = parts.train_step(
+          state, backlog.pop(), batch.prompts
+      )
+      logbook.flush()  # The previous step, while the device works.
+      backlog.score()  # So too, unless it was learned from at once.
+      jax.block_until_ready(rollout)
+      sampled = time.perf_counter()
+      backlog.push(rollout, batch)
+      if not config.staleness:
+        backlog.score()
+      times = {
+          'device_s': sampled - start,
+          'score_s': time.perf_counter() - sampled,
+      }
+      bar.update(step, logbook.add(step, metrics, **times))
+      healthy = _check_finite(config, step, metrics, checkpoints)
+      last = step == config.total_steps
+      if step % config.eval.every == 0 or last:
+        _note_samples(logbook, step, backlog.newest())
+        _evaluate(parts, state, logbook, step)
+      logbook.add_scalars(step, parts.scorer.take_counts())
+      stopping = should_stop()
+      due = step % config.checkpoint_every == 0 or last or stopping
+      if due and healthy:
+        logbook.flush()  # A checkpoint never knows more than the log.
+        _save(checkpoints, parts, step, state, backlog, logbook)
+      if stopping:
+        logging.warning('Stopped by a signal; the same command continues.')
+        return False
+
+    logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
+    logbook.write_scatter(workdir / 'scatter.json')
+    _export(config, parts, state, workdir)
+  path = report.write_report(workdir)
+  logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
+  return True
+
+
+class _Run(NamedTuple):
+  """Where a run stands before its loop."""
+
+  state: TrainState
+  backlog: Backlog
+  logbook: Logbook
+
+
+def _start(
+    config: Any, parts: Parts, checkpoints: Checkpoints, writer: MetricsWriter
+) -> _Run:
+  """The latest checkpoint, or step 0 with first rollouts and evaluation."""
+  batch = next(parts.prompts)
+  state, blank = parts.state, blank_rollout(parts)
+  backlog = Backlog(functools.partial(score, parts))
+  restored = _restore(config, parts, checkpoints, blank)
+  if restored is not None:
+    step, arrays, host = restored
+    state = arrays['state']
+    backlog.set_state(arrays['pending'])
+    parts.prompts.set_state(host['prompts'])
+    writer.truncate_after(step)
+    logging.info('Continuing after step %d.', step)
+  state, rollout, times = warm_up(parts, state, blank, batch)
+  logbook = Logbook(
+      writer,
+      vocab_size=parts.model.config.vocab_size,
+      seconds_per_decode_step=times['seconds_per_decode_step'],
+  )
+  if restored is not None:
+    logbook.set_state(host['masked_tokens'])
+  else:
+    writer.truncate_after(-1)  # A run killed before its first checkpoint.
+    state = _fill(config, parts, state, blank, backlog, rollout, batch)
+    logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
+    _note_samples(logbook, 0, backlog.newest())
+    _evaluate(parts, state, logbook, 0)
+    logbook.add_scalars(0, parts.scorer.take_counts())
+    logbook.flush()
+  return _Run(state, backlog, logbook)
+
+
+def _fill(config, parts, state, blank, backlog, rollout, batch) -> TrainState:
+  """The start model samples what the first steps learn from.
+
+  As if in steps before the first one, so that each has a key of its own.
+  """
+  if not config.staleness:
+    backlog.push(rollout, batch)
+  for early in range(-config.staleness, 1 if config.staleness else 0):
+    state, rollout, _ = parts.train_step(
+        state._replace(step=jax.numpy.full_like(state.step, early)),
+        blank,
+        batch.prompts,
+    )
+    backlog.push(rollout, batch)
+    if early:
+      batch = next(parts.prompts)
+  return state
+
+
+def _checkpointed(config: Any, state: TrainState, rollout: ScoredRollout):
+  """The arrays of a checkpoint: all that is not there at every start."""
+  return {
+      'state': state._replace(frozen=()),
+      'pending': [rollout] * (1 + config.staleness),
+  }
+
+
+def _restore(config, parts, checkpoints, blank):
+  """The latest checkpoint, beside the frozen parameters it was made with."""
+  restored = checkpoints.restore_latest(
+      _checkpointed(config, parts.state, blank)
+  )
+  if restored is None:
+    return None
+  step, arrays, host = restored
+  frozen = parts.state.frozen
+  if host['frozen'] != trainable_lib.fingerprint(frozen):
+    raise ValueError(
+        f'config.model.name={config.model.name!r} has other weights than when '
+        f'the checkpoint of step {step} was saved, and a checkpoint does not '
+        'hold what is frozen. Use the same model, or another --workdir.'
+    )
+  state = arrays['state']._replace(frozen=frozen)
+  return step, arrays | {'state': state}, host
+
+
+def latest_state(
+    config: Any, parts: Parts, workdir: pathlib.Path
+) -> TrainState:
+  folder = workdir / 'checkpoints'
+  if not folder.is_dir():
+    raise FileNotFoundError(
+        f'{folder} does not exist: no run to evaluate. Leave out --workdir to '
+        'evaluate the model that the config starts from.'
+    )
+  with contextlib.closing(Checkpoints(folder)) as checkpoints:
+    try:
+      restored = _restore(config, parts, checkpoints, blank_rollout(parts))
+    except ValueError as error:
+      raise ValueError(
+          f"{error} Pass the run's own --config and --config.NAME flags."
+      ) from error
+  if restored is None:
+    raise FileNotFoundError(f'{folder} holds no checkpoint yet.')
+  return restored[1]['state']
+
+
+def blank_rollout(parts: Parts) -> ScoredRollout:
+  """A rollout in which nothing was sampled, on its devices."""
+  return jax.device_put(
+      train_step_lib.blank(
+          parts.rollout_fn, parts.state, parts.prompt_shapes, parts.trainable
+      ),
+      sharding.batch(parts.mesh),
+  )
+
+
+def warm_up(parts, state, blank, batch):
+  """Tells what the step needs, times sampling, leaves the state as it is.
+
+  All calls learn from nothing, so they sample the same rollout each time.
+  """
+  start = time.perf_counter()
+  # Found if `build` compiled it, as the calls below do: it happens once.
+  compiled = parts.train_step.lower(state, blank, batch.prompts).compile()
+  compile_s = parts.compile_s + time.perf_counter() - start
+  logging.info('Compiled the training step in %.1f s.', compile_s)
+  for line in memory.describe(parts.model, state, blank, compiled):
+    logging.info(line)
+  seconds = []
+  for _ in range(1 + _NUM_TIMED_CALLS):
+    start = time.perf_counter()
+    state, rollout, metrics = parts.train_step(state, blank, batch.prompts)
+    jax.block_until_ready(rollout)
+    seconds.append(time.perf_counter() - start)
+  sampling_s = min(seconds[1:])  # The others were disturbed.
+  return state, rollout, {
+      'compile_s': compile_s,
+      'seconds_per_decode_step': sampling_s
+      / int(metrics['sample/decode_steps']),
+  }
+
+
+def score(
+    parts: Parts, rollout: Rollout, batch: PromptBatch
+) -> tuple[ScoredRollout, list[str]]:
+  """Rewards of a rollout, on the devices, and its completions as text."""
+  tokens, mask, truncated = jax.device_get(
+      (rollout.tokens[:, 1:], rollout.token_mask, rollout.truncated)
+  )
+  texts, rewards = parts.verify(
+      tokens=tokens,
+      mask=mask,
+      truncated=truncated,
+      answers=_repeat(batch.answers, len(tokens)),
+  )
+  rewards = jax.device_put(rewards, sharding.batch(parts.mesh))
+  return ScoredRollout(rollout, rewards), texts
+
+
+def policy(parts: Parts, state: TrainState) -> Any:
+  """The parameters of the policy; those of the state if all are trained."""
+  return jax.jit(parts.trainable.merge)(state.params, state.frozen)
+
+
+def _note_samples(logbook: Logbook, step: int, newest: Scored) -> None:
+  batch, texts, scored = newest
+  logbook.add_samples(
+      step,
+      'train',
+      prompts=_repeat(batch.texts, len(texts)),
+      completions=texts,
+      answers=_repeat(batch.answers, len(texts)),
+      rewards=np.asarray(scored.rewards),
+  )
+
+
+def _evaluate(
+    parts: Parts, state: TrainState, logbook: Logbook, step: int
+) -> None:
+  """Held-out metrics and samples, written under `step`."""
+  start = time.perf_counter()
+  metrics, samples = parts.evaluate_fn(policy(parts, state))
+  logbook.add_scalars(
+      step, metrics | {'time/eval_s': time.perf_counter() - start}
+  )
+  logbook.add_samples(step, 'test', **samples)
+  logging.info('step %d: %s', step, json.dumps(metrics))
+
+
+def _save(checkpoints, parts, step, state, backlog, logbook) -> None:
+  checkpoints.save(
+      step,
+      {
+          'state': state._replace(frozen=()),
+          'pending': backlog.get_state(),
+      },
+      {
+          'frozen': trainable_lib.fingerprint(state.frozen),
+          'prompts': parts.prompts.get_state(),
+          'masked_tokens': logbook.get_state(),
+      },
+  )
+
+
+def _check_finite(
+    config: Any, step: int, metrics: Any, checkpoints: Checkpoints
+) -> bool:
+  """Whether the last update was applied; stops a run that skips too many.
+
+  What was learned before a streak of skipped updates may be what broke the
+  policy, so nothing is saved within one.
+  """
+  in_a_row = int(metrics['optimizer/nonfinite_in_a_row'])
+  if in_a_row < config.max_nonfinite_updates:
+    return in_a_row == 0
+  saved = checkpoints.latest_step()
+  kept = 'none was saved before' if saved is None else f'step {saved} is kept'
+  raise FloatingPointError(
+      f'{in_a_row} updates in a row had a loss, gradient or parameters that '
+      f'are not finite, up to step {step}; all were skipped. Checkpoint: '
+      f'{kept}. Start anew with another --workdir and a lower '
+      'config.optimizer.learning_rate or a finite config.loss.ratio_cap, or '
+      'raise config.max_nonfinite_updates to go on.'
+  )
+
+
+def _export(
+    config: Any, parts: Parts, state: TrainState, workdir: pathlib.Path
+) -> None:
+  """The trained model as a Hugging Face folder; adapters for PEFT too."""
+  load.save_pretrained(
+      parts.model,
+      workdir / 'model',
+      params=jax.device_get(policy(parts, state)),
+      tokenizer=parts.tokenizer,
+  )
+  if parts.trainable.adapters is not None:
+    lora.save_pretrained(
+        parts.model,
+        parts.trainable.adapters(state.params, state.frozen),
+        workdir / 'adapter',
+        alpha=config.lora.alpha,
+        base=config.model.name,
+    )
+
+
+def _make_writer(config: Any, workdir: pathlib.Path) -> MetricsWriter:
+  return MetricsWriter(
+      workdir,
+      tensorboard=config.tensorboard,
+      wandb=config.wandb,
+      run_config=workdir_lib.to_json(config),
+      is_main_process=jax.process_index() == 0,
+  )
+
+
+def _repeat(values: list[str], length: int) -> list[str]:
+  """Each value once for every completion of its prompt."""
+  return [x for x in values for _ in range(length // len(values))]
