@@ -45,6 +45,7 @@ class Start(NamedTuple):
 
   Attributes:
     params: from `CausalLM.unstacked`.
+    rotations: from `CausalLM.rotations`, of P + C positions.
     prompts: [N, P].
     prompt: what prefill kept: the cache of each layer, and the experts that
       were taken.
@@ -56,6 +57,7 @@ class Start(NamedTuple):
   """
 
   params: PyTree
+  rotations: list
   prompts: Prompts
   prompt: Kept
   routing: experts.Routing
@@ -106,6 +108,7 @@ def together(
         start.params,
         last,
         positions=lengths + index - 1,
+        rotations=start.rotations,
         prompt_cache=start.prompt.cache,
         prompt_mask=start.prompts.mask,
         cache=cache,
@@ -222,6 +225,7 @@ def in_slots(
         start.params,
         slots.last,
         positions=jnp.sum(mask, axis=-1) + slots.count - 1,
+        rotations=start.rotations,
         prompt_cache=own_prompts,
         prompt_mask=mask,
         cache=cache,

@@ -29,6 +29,7 @@ import numpy as np
 import safetensors.numpy
 
 from dppo_jax import registry
+from dppo_jax.models import layers
 from dppo_jax.models import weights
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import PyTree
@@ -69,7 +70,8 @@ class LowRankSum:
     return jax.tree.map(lambda x: x.astype(dtype), self)
 
   def __rmatmul__(self, x: jax.Array) -> jax.Array:
-    return x @ self.kernel + self.scale * ((x @ self.a) @ self.b)
+    low = layers.times(layers.times(x, self.a), self.b)
+    return layers.times(x, self.kernel) + self.scale * low
 
 
 def init(

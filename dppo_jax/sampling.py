@@ -180,9 +180,10 @@ def make_sampler(
         attention.convert_cache(x, cache_dtype) for x in prompt.cache
     ])
     first, ended = draw(jnp.repeat(logits, group_size, axis=0), keys, 0)
+    num_positions = prompts.tokens.shape[1] + max_completion_length
     start = decoding.Start(
-        model.unstacked(params), prompts, prompt, routing, keys, first, ended,
-        cache_dtype,
+        model.unstacked(params), model.rotations(num_positions), prompts,
+        prompt, routing, keys, first, ended, cache_dtype,
     )
     if 0 < num_slots < keys.shape[0]:
       drawn = decoding.in_slots(

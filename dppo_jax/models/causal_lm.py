@@ -211,6 +211,17 @@ class CausalLM:
     """Layers as a list, for `decode`; done once, outside the token loop."""
     return params | {'layers': self._unstack(params['layers'])}
 
+  def rotations(self, length: int) -> list:
+    """How positions below `length` rotate, for each kind of layers.
+
+    For `decode`: made within the loop, every layer would make the angles anew.
+    """
+    positions = jnp.arange(length)[None]
+    return [
+        [x[0] for x in self._rotation(kind, positions)]  # [length, 1, E / 2]
+        for kind in self.config.kinds
+    ]
+
   def prefill(
       self,
       params: PyTree,
@@ -246,6 +257,7 @@ class CausalLM:
       tokens: jax.Array,
       *,
       positions: jax.Array,
+      rotations: list,
       prompt_cache: list,
       prompt_mask: jax.Array,
       cache: list,
@@ -259,6 +271,7 @@ class CausalLM:
       params: from `unstacked`; layers may hold `quantization.Quantized`.
       tokens: [B] int32, the latest token of each completion.
       positions: [B] int32, its position in the whole sequence.
+      rotations: from `rotations`, for all positions there may be.
       prompt_cache: list over layers of `attention.Cache`, N prompts.
       prompt_mask: [N, P] bool.
       cache: list over layers of `attention.Cache`, B completions, C tokens.
@@ -273,7 +286,7 @@ class CausalLM:
     x = self._embed(params, tokens[:, None])  # [B, 1, D]
     views = [
         (
-            self._rotation(kind, positions[:, None]),
+            [jnp.take(x, positions, axis=0)[:, None] for x in rotation],
             attention.visible_in_cache(
                 prompt_mask=prompt_mask,
                 prompt_positions=positions_of(prompt_mask),
@@ -284,7 +297,7 @@ class CausalLM:
                 window=kind.window,
             ),
         )
-        for kind in self.config.kinds
+        for kind, rotation in zip(self.config.kinds, rotations, strict=True)
     ]
     new_cache, choices = [], []
     for layer_params, kind, prompt, own in zip(
