@@ -119,6 +119,7 @@ def describe_run() -> dict[str, Any]:
       'command': _command(),
       'commit': _commit(),
       'device': f'{jax.device_count()} x {device.device_kind}',
+      'num_processes': jax.process_count(),
       'cpu_count': os.cpu_count(),
       'versions': versions,
   }
