@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from dppo_jax import algorithms
+from dppo_jax import maintenance
 from dppo_jax import processes
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -67,7 +68,8 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
   """SIGTERM and the first Ctrl-C save and stop; a second Ctrl-C kills.
 
-  Of several processes one gets the signal and all of them stop.
+  A notice of the cloud that this machine goes away counts as SIGTERM. Of
+  several processes one gets the signal and all of them stop.
   """
   stop = Stop()
   several = jax.process_count() > 1
@@ -84,7 +86,8 @@ def stop_on_signals() -> Iterator[Stop]:
   numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
   before = {number: signal.signal(number, request) for number in numbers}
   try:
-    yield stop
+    with maintenance.watched():
+      yield stop
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)

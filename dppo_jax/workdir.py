@@ -25,6 +25,10 @@ _FREE = (
     'tensorboard',
     'wandb',
     'eval.every',
+    'mesh.data',
+    'mesh.fsdp',
+    'mesh.tensor',
+    'mesh.expert',
     'scoring.num_workers',
     'scoring.timeout_s',
 )

@@ -23,8 +23,8 @@ LAYERS = (
     ('objective',),
     ('learner',),
     ('train_step',),
-    ('backlog', 'checkpoint', 'checks', 'fitting', 'logbook', 'memory',
-     'metrics', 'report', 'tracing', 'workdir'),
+    ('backlog', 'checkpoint', 'checks', 'fitting', 'logbook', 'maintenance',
+     'memory', 'metrics', 'report', 'tracing', 'workdir'),
     ('command_line', 'training'),
     ('main',),
 )
