@@ -100,13 +100,14 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   key_state, key_eval, key_adapters = jax.random.split(
       jax.random.key(config.seed), 3
   )
+  share = processes.share(rows, config.num_prompts)
   prompts = PromptIterator(
       task.train,
       tokenizer,
       num_prompts=config.num_prompts,
       max_prompt_length=config.max_prompt_length,
       seed=config.seed,
-      share=processes.share(rows, config.num_prompts),
+      share=share,
       place=lambda x: processes.place(x, rows, config.num_prompts),
       add_special_tokens=task.chat is None,
   )
@@ -143,7 +144,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
           program.init, out_shardings=program.shardings, donate_argnums=0
       )(params, key_state, key_adapters),
       prompt_shapes=_prompt_shapes(config),
-      group_size=config.group_size,
+      own=processes.of_groups(share.own, config.group_size),
       mesh=mesh,
       compile_s=compile_s,
   )

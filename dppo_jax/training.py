@@ -61,7 +61,7 @@ class Parts(NamedTuple):
   train_step: train_step_lib.TrainStep
   state: TrainState  # Before the first update.
   prompt_shapes: Prompts
-  group_size: int
+  own: np.ndarray  # Rows of a rollout that this process scores.
   mesh: Any
   compile_s: float  # Spent on compiling the step.
 
@@ -297,9 +297,8 @@ def score(
     parts: Parts, rollout: Rollout, batch: PromptBatch
 ) -> tuple[ScoredRollout, list[str]]:
   """Rewards of a rollout, on the devices, and own completions as text."""
-  own, num_rows = _own_completions(parts), len(rollout.truncated)
   tokens, mask, truncated = processes.rows_of(
-      (rollout.tokens, rollout.token_mask, rollout.truncated), own
+      (rollout.tokens, rollout.token_mask, rollout.truncated), parts.own
   )
   texts, rewards = parts.verify(
       tokens=tokens[:, 1:],
@@ -307,19 +306,13 @@ def score(
       truncated=truncated,
       answers=_repeat(batch.answers, len(tokens)),
   )
+  num_rows = len(rollout.truncated)
   rewards = processes.place(
-      processes.collect(rewards, own, num_rows),
+      processes.collect(rewards, parts.own, num_rows),
       sharding.batch(parts.mesh),
       num_rows,
   )
   return ScoredRollout(rollout, rewards), texts
-
-
-def _own_completions(parts: Parts) -> np.ndarray:
-  """Rows of a rollout that this process scores."""
-  num_prompts = len(parts.prompt_shapes.tokens)
-  prompts = processes.share(sharding.batch(parts.mesh), num_prompts).own
-  return processes.of_groups(prompts, parts.group_size)
 
 
 def policy(parts: Parts, state: TrainState) -> Any:
@@ -337,7 +330,7 @@ def _note_samples(
       prompts=_repeat(batch.texts, len(texts)),
       completions=texts,
       answers=_repeat(batch.answers, len(texts)),
-      rewards=processes.rows_of(scored.rewards, _own_completions(parts)),
+      rewards=processes.rows_of(scored.rewards, parts.own),
   )
 
 
