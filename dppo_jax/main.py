@@ -253,13 +253,13 @@ def abstract_arguments(
 ) -> tuple[TrainState, ScoredRollout, Prompts]:
   """Shapes of what a run calls its step with, where they will be."""
   rows = sharding.batch(mesh)
-  prompts = _prompt_shapes(config)  # They come from the host.
+  prompts = _prompt_shapes(config)
   blank = functools.partial(
       train_step_lib.blank, program.rollout_fn, trainable=program.trainable
   )
   scored = jax.eval_shape(blank, program.state, prompts)
-  scored = jax.tree.map(lambda x: _placed(x, rows), scored)
-  return program.state, scored, prompts
+  place = functools.partial(_placed, where=rows)
+  return program.state, *jax.tree.map(place, (scored, prompts))
 
 
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -83,6 +83,7 @@ def launch(tmp_path_factory):
   environment = os.environ | {
       'HF_HUB_OFFLINE': '1',
       'JAX_COMPILATION_CACHE_DIR': str(shared / 'xla'),
+      'JAX_LOG_COMPILES': '1',
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
       'PYTHONPATH': str(ROOT),
       'TFDS_DATA_DIR': str(shared / 'tfds'),
@@ -261,6 +262,12 @@ def test_only_the_first_process_logs_and_writes(pair):
   # The first half of the rows, of each split.
   for sample in metrics_lib.read_samples(workdir):
     assert any(sample['answer'] in answers for _, answers in first.scored)
+
+
+@pytest.mark.slow
+def test_the_step_compiles_once(single, pair):
+  for process in (*single[1], *pair[1]):
+    assert process.stderr.count('Compiling jit(train_step)') == 1
 
 
 @pytest.mark.slow
