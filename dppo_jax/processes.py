@@ -159,6 +159,11 @@ def failing_together() -> Iterator[None]:
       raise OSError(f'Process {index} failed: {message}')
 
 
+def wait_for_all() -> None:
+  """Returns when every process is here."""
+  gather(None)
+
+
 # Whose rows are whose.
 
 

@@ -279,6 +279,8 @@ def warm_up(parts, state, blank, batch):
   logging.info('Compiled the training step in %.1f s.', compile_s)
   for line in memory.describe(parts.model, state, blank, compiled):
     logging.info(line)
+  # Gloo gives up on a group of CPUs that is not complete after 30 seconds.
+  processes.wait_for_all()
   seconds = []
   for _ in range(1 + _NUM_TIMED_CALLS):
     start = time.perf_counter()
