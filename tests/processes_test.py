@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import socket
@@ -268,6 +269,15 @@ def test_only_the_first_process_logs_and_writes(pair):
 def test_the_step_compiles_once(single, pair):
   for process in (*single[1], *pair[1]):
     assert process.stderr.count('Compiling jit(train_step)') == 1
+
+
+@pytest.mark.slow
+def test_what_only_the_first_process_can_see_is_an_error_of_all(launch, pair):
+  first, second = launch(2, pair[0], seed=1)
+  assert_good((first, second), returncode=2)
+  message = 'different config: seed was 0 and is 1 now'
+  assert re.search(f'^error: Work directory .*{message}', first.stderr, re.M)
+  assert re.search(f'^error: Process 0 failed: .*{message}', second.stderr, re.M)
 
 
 @pytest.mark.slow
