@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import logging as python_logging
+import os
 import pathlib
 import re
 import signal
@@ -12,15 +13,40 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
+import jax
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from dppo_jax import algorithms
+from dppo_jax import maintenance
+from dppo_jax import processes
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Config file, for example configs/tv_topk.py.'
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; runs/NAME_OF_CONFIG if not given.'
+)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator',
+    None,
+    'HOST:PORT of process 0, where several processes meet. Not needed on a TPU '
+    'pod, under SLURM or Open MPI.',
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes',
+    None,
+    'How many there are; 1 does not look for others. With --coordinator.',
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', None, 'Number of this process, from 0. With --coordinator.'
+)
+_HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
+    'heartbeat_timeout_s',
+    100,
+    'After so many seconds without a sign of life a process is dead, and all '
+    'others end.',
+    lower_bound=1,
 )
 
 # What a shell reports for a process that SIGTERM ended: it did not finish.
@@ -32,21 +58,36 @@ class Stop:
 
   requested = False
 
+  def after(self, step: int) -> bool:
+    """Asked after every step; all processes get the same answer."""
+    # JAX tells the others of a SIGTERM, and all of them a step to stop after.
+    return self.requested or multihost_utils.reached_preemption_sync_point(step)
+
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-  """SIGTERM and the first Ctrl-C save and stop; a second Ctrl-C kills."""
+  """SIGTERM and the first Ctrl-C save and stop; a second Ctrl-C kills.
+
+  A notice of the cloud that this machine goes away counts as SIGTERM. Of
+  several processes one gets the signal and all of them stop.
+  """
   stop = Stop()
+  several = jax.process_count() > 1
 
   def request(number, _):
-    stop.requested = True
     logging.warning('Got %s: stopping.', signal.Signals(number).name)
     signal.signal(number, signal.default_int_handler)
+    if several:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      stop.requested = True
 
-  numbers = (signal.SIGTERM, signal.SIGINT)
+  # SIGTERM is JAX's where there are several: a handler here would replace it.
+  numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
   before = {number: signal.signal(number, request) for number in numbers}
   try:
-    yield stop
+    with maintenance.watched():
+      yield stop
   finally:
     for number, handler in before.items():
       signal.signal(number, handler)
@@ -65,6 +106,14 @@ def run(body: Callable[[Any, str | None], bool]) -> None:
       raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
     with _one_line_errors(Exception):
       config = _config_from_flags()
+      processes.initialize(
+          coordinator=_COORDINATOR.value,
+          num_processes=_NUM_PROCESSES.value,
+          process_id=_PROCESS_ID.value,
+          heartbeat_timeout_s=_HEARTBEAT_TIMEOUT_S.value,
+      )
+    if not processes.is_main() and logging.get_verbosity() == logging.INFO:
+      logging.set_verbosity(logging.WARNING)
     # Others are bugs of ours and keep their trace.
     with _one_line_errors(
         ValueError, OSError, ImportError, FloatingPointError

@@ -7,12 +7,14 @@ of training.
 """
 
 from collections.abc import Callable
+import functools
 import math
 from typing import Any
 
 import jax
 import numpy as np
 
+from dppo_jax import processes
 from dppo_jax import sampling
 from dppo_jax import sharding
 from dppo_jax.tasks.prompts import PromptBatch
@@ -77,37 +79,45 @@ def make_evaluate_fn(
 
   Returns:
     `evaluate_fn(params) -> (metrics, samples)`; samples are lists `prompts`,
-    `completions`, `answers` and `rewards` of length N * num_samples.
+    `completions`, `answers` and `rewards`, in the order of the prompts: of this
+    process's rows, which are all N * num_samples if there is no other.
   """
-  sample = jax.jit(sampler)
+  prompts, rows, own = batch.prompts, None, np.arange(len(batch.texts))
+  if mesh is not None:
+    rows = sharding.batch(mesh)
+    shards = sharding.num_row_shards(mesh)
+    size = -(-len(own) // shards) * shards
+    padded = jax.tree.map(
+        lambda x: np.resize(x, (size, *x.shape[1:])), prompts
+    )
+    prompts = processes.place(padded, rows, size)
+    own = np.intersect1d(own, processes.share(rows, size).own)
+  keys = sampling.row_keys(key, len(prompts.tokens) * num_samples)
   texts, answers = (
-      [x for x in values for _ in range(num_samples)]
+      [values[i] for i in own for _ in range(num_samples)]
       for values in (batch.texts, batch.answers)
   )
-  prompts = batch.prompts
-  if mesh is not None:
-    shards = sharding.num_row_shards(mesh)
-    rows = -(-len(batch.texts) // shards) * shards
-    prompts = jax.device_put(
-        jax.tree.map(lambda x: np.resize(x, (rows, *x.shape[1:])), prompts),
-        sharding.batch(mesh),
-    )
-  keys = sampling.row_keys(key, len(prompts.tokens) * num_samples)
+  own = processes.of_groups(own, num_samples)
+
+  @functools.partial(jax.jit, out_shardings=rows)
+  def sample(params, prompts, keys):
+    completions = sampler(params, prompts, keys)
+    return completions.tokens, completions.mask, completions.truncated
 
   def evaluate_fn(params):
-    completions = sample(params, prompts, keys)
-    tokens, mask, truncated = (
-        x[: len(texts)]
-        for x in jax.device_get(
-            (completions.tokens, completions.mask, completions.truncated)
-        )
+    tokens, mask, truncated = processes.rows_of(
+        sample(params, prompts, keys), own
     )
     decoded, rewards = verify(
         tokens=tokens, mask=mask, truncated=truncated, answers=answers
     )
-    metrics = summarize(rewards.reshape(-1, num_samples))
-    metrics['eval/length_mean'] = float(np.mean(mask.sum(-1)))
-    metrics['eval/truncated'] = float(np.mean(truncated))
+    scores, lengths, cut_off = (
+        processes.collect(x, own, len(batch.texts) * num_samples)
+        for x in (rewards, mask.sum(-1), truncated)
+    )
+    metrics = summarize(scores.reshape(-1, num_samples))
+    metrics['eval/length_mean'] = float(np.mean(lengths))
+    metrics['eval/truncated'] = float(np.mean(cut_off))
     return metrics, {
         'prompts': texts,
         'completions': decoded,

@@ -18,6 +18,7 @@ import jax
 
 from dppo_jax import checks
 from dppo_jax import memory
+from dppo_jax import processes
 
 # 'arguments', 'temporary', 'results' and 'total' of `memory.of_step`, in bytes
 # per device; empty where XLA does not tell.
@@ -152,7 +153,7 @@ def make_program(
       sizes = memory.of_step(compile_step(lower(program), tried, **shards))
     except Refused as error:
       sizes = error
-    trials[number] = sizes
+    sizes = trials[number] = _largest(sizes)
     if not given:
       _log_trial(number, sizes, limit)
     number = next_number(trials, choices, limit=limit)
@@ -160,6 +161,18 @@ def make_program(
     raise sizes
   check(tried, sizes, limit=limit, **shards)
   return program, time.perf_counter() - start
+
+
+def _largest(sizes: Sizes | Refused) -> Sizes | Refused:
+  """Of the process that needs most: all must decide the same."""
+  refused = isinstance(sizes, Refused)
+  found = processes.gather(str(sizes) if refused else sizes)
+  if refused:
+    return sizes
+  for other in found:
+    if isinstance(other, str):
+      return Refused(other)
+  return {name: max(x.get(name, 0) for x in found) for name in sizes}
 
 
 def _log_trial(number, sizes, limit):

@@ -30,6 +30,7 @@ from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import optim
 from dppo_jax import packing
+from dppo_jax import processes
 from dppo_jax import replay as replay_lib
 from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
@@ -84,6 +85,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   """
   _use_compilation_cache(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
+  rows = sharding.batch(mesh)
   checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
   method = make_method(config)
   task = _build(tasks, config.task)
@@ -93,17 +95,20 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       task, tokenizer, max_prompt_length=config.max_prompt_length
   )
   model = _architecture(config)
-  scorer = Scorer(task.score, **config.scoring)
+  scorer = Scorer(task.score, **config.scoring, total=processes.total)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval, key_adapters = jax.random.split(
       jax.random.key(config.seed), 3
   )
+  share = processes.share(rows, config.num_prompts)
   prompts = PromptIterator(
       task.train,
       tokenizer,
       num_prompts=config.num_prompts,
       max_prompt_length=config.max_prompt_length,
       seed=config.seed,
+      share=share,
+      place=lambda x: processes.place(x, rows, config.num_prompts),
       add_special_tokens=task.chat is None,
   )
   evaluate_fn = _make_evaluate_fn(
@@ -139,6 +144,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
           program.init, out_shardings=program.shardings, donate_argnums=0
       )(params, key_state, key_adapters),
       prompt_shapes=_prompt_shapes(config),
+      own=processes.of_groups(share.own, config.group_size),
       mesh=mesh,
       compile_s=compile_s,
   )
@@ -247,13 +253,13 @@ def abstract_arguments(
 ) -> tuple[TrainState, ScoredRollout, Prompts]:
   """Shapes of what a run calls its step with, where they will be."""
   rows = sharding.batch(mesh)
-  prompts = _prompt_shapes(config)  # They come from the host.
+  prompts = _prompt_shapes(config)
   blank = functools.partial(
       train_step_lib.blank, program.rollout_fn, trainable=program.trainable
   )
   scored = jax.eval_shape(blank, program.state, prompts)
-  scored = jax.tree.map(lambda x: _placed(x, rows), scored)
-  return program.state, scored, prompts
+  place = functools.partial(_placed, where=rows)
+  return program.state, *jax.tree.map(place, (scored, prompts))
 
 
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
@@ -482,9 +488,11 @@ def _prompt_shapes(config: Any) -> Prompts:
 def train(config: Any, workdir: str) -> bool:
   """Trains until `config.total_steps`; False if a signal ended it before."""
   with command_line.stop_on_signals() as stop:
-    workdir_lib.check(workdir, config)  # Before anything compiles.
+    with processes.failing_together():  # Before anything compiles.
+      if processes.is_main():
+        workdir_lib.check(workdir, config)
     parts = build(config)
-    return training.train(config, parts, workdir, lambda: stop.requested)
+    return training.train(config, parts, workdir, stop.after)
 
 
 def run_train() -> None:
@@ -509,7 +517,8 @@ def run_evaluate() -> None:
         state = training.latest_state(config, parts, pathlib.Path(workdir))
       metrics, _ = parts.evaluate_fn(training.policy(parts, state))
     metrics |= parts.scorer.take_counts()
-    print(json.dumps({'step': int(state.step)} | metrics), flush=True)
+    if processes.is_main():
+      print(json.dumps({'step': int(state.step)} | metrics), flush=True)
     return True
 
   command_line.run(body)

@@ -12,9 +12,8 @@ import pathlib
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 
+from dppo_jax import processes
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import PyTree
 from dppo_jax.types import ScoredRollout
@@ -75,10 +74,7 @@ def limit() -> int | None:
     found = min(
         (x.memory_stats() or {}).get('bytes_limit', 0) for x in devices
     )
-  if jax.process_count() > 1:  # All must decide the same.
-    megabytes = np.int32(found >> 20)  # Bytes would not fit 32 bits.
-    found = int(multihost_utils.process_allgather(megabytes).min()) << 20
-  return found or None
+  return min(processes.gather(found)) or None  # All must decide the same.
 
 
 def _of_host(physical: int, root: pathlib.Path = pathlib.Path('/')) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 
 from dppo_jax import lora
 from dppo_jax import memory
+from dppo_jax import processes
 from dppo_jax import report
 from dppo_jax import rollout as rollout_lib
 from dppo_jax import sharding
@@ -60,12 +61,16 @@ class Parts(NamedTuple):
   train_step: train_step_lib.TrainStep
   state: TrainState  # Before the first update.
   prompt_shapes: Prompts
+  own: np.ndarray  # Rows of a rollout that this process scores.
   mesh: Any
   compile_s: float  # Spent on compiling the step.
 
 
 def train(
-    config: Any, parts: Parts, workdir: str, should_stop: Callable[[], bool]
+    config: Any,
+    parts: Parts,
+    workdir: str,
+    should_stop: Callable[[int], bool],
 ) -> bool:
   """Trains until `config.total_steps`.
 
@@ -73,15 +78,19 @@ def train(
     config: of the run.
     parts: built from it.
     workdir: of the run; made, or its own.
-    should_stop: asked after every step whether to save and end.
+    should_stop: asked after every step, whose number it gets, whether to save
+      and end; the same answer on all processes.
 
   Returns:
     False if it was stopped before its last step.
   """
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(parts.scorer))
-    workdir = workdir_lib.prepare(workdir, config)
-    stack.enter_context(workdir_lib.locked(workdir))
+    workdir = pathlib.Path(workdir).expanduser()
+    with processes.failing_together():
+      if processes.is_main():
+        workdir_lib.prepare(workdir, config)
+        stack.enter_context(workdir_lib.locked(workdir))
     checkpoints = Checkpoints(
         workdir / 'checkpoints', keep=config.keep_checkpoints
     )
@@ -93,11 +102,12 @@ def train(
     stack.callback(logbook.flush)
     first = int(state.step) + 1
     bar = stack.enter_context(Progress(
-        config.total_steps, first, is_main_process=jax.process_index() == 0
+        config.total_steps, first, is_main_process=processes.is_main()
     ))
-
     tracer = stack.enter_context(contextlib.closing(Tracer(
-        workdir / 'profile', num_steps=config.profile_steps, first=first
+        workdir / 'profile',
+        num_steps=config.profile_steps if processes.is_main() else 0,
+        first=first,
     )))
 
     for step in range(first, config.total_steps + 1):
@@ -122,10 +132,10 @@ def train(
       healthy = _check_finite(config, step, metrics, checkpoints)
       last = step == config.total_steps
       if step % config.eval.every == 0 or last:
-        _note_samples(logbook, step, backlog.newest())
+        _note_samples(parts, logbook, step, backlog.newest())
         _evaluate(parts, state, logbook, step)
       logbook.add_scalars(step, parts.scorer.take_counts())
-      stopping = should_stop()
+      stopping = should_stop(step)
       due = step % config.checkpoint_every == 0 or last or stopping
       if due and healthy:
         logbook.flush()  # A checkpoint never knows more than the log.
@@ -134,11 +144,7 @@ def train(
         logging.warning('Stopped by a signal; the same command continues.')
         return False
 
-    logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
-    logbook.write_scatter(workdir / 'scatter.json')
-    _export(config, parts, state, workdir)
-  path = report.write_report(workdir)
-  logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
+    _write_results(config, parts, state, logbook, workdir)
   return True
 
 
@@ -177,7 +183,7 @@ def _start(
     writer.truncate_after(-1)  # A run killed before its first checkpoint.
     state = _fill(config, parts, state, blank, backlog, rollout, batch)
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
-    _note_samples(logbook, 0, backlog.newest())
+    _note_samples(parts, logbook, 0, backlog.newest())
     _evaluate(parts, state, logbook, 0)
     logbook.add_scalars(0, parts.scorer.take_counts())
     logbook.flush()
@@ -252,13 +258,13 @@ def latest_state(
 
 
 def blank_rollout(parts: Parts) -> ScoredRollout:
-  """A rollout in which nothing was sampled, on its devices."""
-  return jax.device_put(
-      train_step_lib.blank(
+  """A rollout in which nothing was sampled, made on its devices."""
+  return jax.jit(
+      lambda: train_step_lib.blank(
           parts.rollout_fn, parts.state, parts.prompt_shapes, parts.trainable
       ),
-      sharding.batch(parts.mesh),
-  )
+      out_shardings=sharding.batch(parts.mesh),
+  )()
 
 
 def warm_up(parts, state, blank, batch):
@@ -273,6 +279,8 @@ def warm_up(parts, state, blank, batch):
   logging.info('Compiled the training step in %.1f s.', compile_s)
   for line in memory.describe(parts.model, state, blank, compiled):
     logging.info(line)
+  # Gloo gives up on a group of CPUs that is not complete after 30 seconds.
+  processes.wait_for_all()
   seconds = []
   for _ in range(1 + _NUM_TIMED_CALLS):
     start = time.perf_counter()
@@ -290,17 +298,22 @@ def warm_up(parts, state, blank, batch):
 def score(
     parts: Parts, rollout: Rollout, batch: PromptBatch
 ) -> tuple[ScoredRollout, list[str]]:
-  """Rewards of a rollout, on the devices, and its completions as text."""
-  tokens, mask, truncated = jax.device_get(
-      (rollout.tokens[:, 1:], rollout.token_mask, rollout.truncated)
+  """Rewards of a rollout, on the devices, and own completions as text."""
+  tokens, mask, truncated = processes.rows_of(
+      (rollout.tokens, rollout.token_mask, rollout.truncated), parts.own
   )
   texts, rewards = parts.verify(
-      tokens=tokens,
+      tokens=tokens[:, 1:],
       mask=mask,
       truncated=truncated,
       answers=_repeat(batch.answers, len(tokens)),
   )
-  rewards = jax.device_put(rewards, sharding.batch(parts.mesh))
+  num_rows = len(rollout.truncated)
+  rewards = processes.place(
+      processes.collect(rewards, parts.own, num_rows),
+      sharding.batch(parts.mesh),
+      num_rows,
+  )
   return ScoredRollout(rollout, rewards), texts
 
 
@@ -309,7 +322,9 @@ def policy(parts: Parts, state: TrainState) -> Any:
   return jax.jit(parts.trainable.merge)(state.params, state.frozen)
 
 
-def _note_samples(logbook: Logbook, step: int, newest: Scored) -> None:
+def _note_samples(
+    parts: Parts, logbook: Logbook, step: int, newest: Scored
+) -> None:
   batch, texts, scored = newest
   logbook.add_samples(
       step,
@@ -317,7 +332,7 @@ def _note_samples(logbook: Logbook, step: int, newest: Scored) -> None:
       prompts=_repeat(batch.texts, len(texts)),
       completions=texts,
       answers=_repeat(batch.answers, len(texts)),
-      rewards=np.asarray(scored.rewards),
+      rewards=processes.rows_of(scored.rewards, parts.own),
   )
 
 
@@ -371,24 +386,42 @@ def _check_finite(
   )
 
 
-def _export(
-    config: Any, parts: Parts, state: TrainState, workdir: pathlib.Path
+def _write_results(
+    config: Any,
+    parts: Parts,
+    state: TrainState,
+    logbook: Logbook,
+    workdir: pathlib.Path,
 ) -> None:
-  """The trained model as a Hugging Face folder; adapters for PEFT too."""
-  load.save_pretrained(
-      parts.model,
-      workdir / 'model',
-      params=jax.device_get(policy(parts, state)),
-      tokenizer=parts.tokenizer,
-  )
+  """The trained model as a Hugging Face folder, adapters, and the report."""
+  params = processes.to_main(policy(parts, state))
+  adapters = None
   if parts.trainable.adapters is not None:
-    lora.save_pretrained(
-        parts.model,
-        parts.trainable.adapters(state.params, state.frozen),
-        workdir / 'adapter',
-        alpha=config.lora.alpha,
-        base=config.model.name,
+    adapters = processes.to_main(
+        parts.trainable.adapters(state.params, state.frozen)
     )
+  with processes.failing_together():  # Nobody leaves while one still writes.
+    if not processes.is_main():
+      return
+    load.save_pretrained(
+        parts.model,
+        workdir / 'model',
+        params=params,
+        tokenizer=parts.tokenizer,
+    )
+    if adapters is not None:
+      lora.save_pretrained(
+          parts.model,
+          adapters,
+          workdir / 'adapter',
+          alpha=config.lora.alpha,
+          base=config.model.name,
+      )
+    logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
+    logbook.write_scatter(workdir / 'scatter.json')
+    logbook.flush()
+    path = report.write_report(workdir)
+    logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')
 
 
 def _make_writer(config: Any, workdir: pathlib.Path) -> MetricsWriter:
@@ -397,7 +430,7 @@ def _make_writer(config: Any, workdir: pathlib.Path) -> MetricsWriter:
       tensorboard=config.tensorboard,
       wandb=config.wandb,
       run_config=workdir_lib.to_json(config),
-      is_main_process=jax.process_index() == 0,
+      is_main_process=processes.is_main(),
   )
 
 

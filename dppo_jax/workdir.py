@@ -25,6 +25,10 @@ _FREE = (
     'tensorboard',
     'wandb',
     'eval.every',
+    'mesh.data',
+    'mesh.fsdp',
+    'mesh.tensor',
+    'mesh.expert',
     'scoring.num_workers',
     'scoring.timeout_s',
 )
@@ -119,6 +123,7 @@ def describe_run() -> dict[str, Any]:
       'command': _command(),
       'commit': _commit(),
       'device': f'{jax.device_count()} x {device.device_kind}',
+      'num_processes': jax.process_count(),
       'cpu_count': os.cpu_count(),
       'versions': versions,
   }

@@ -1,6 +1,5 @@
 """Tasks: data, verifiers, prompts."""
 
-import collections
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from dppo_jax import processes
 from dppo_jax import tasks
 from dppo_jax.tasks import arithmetic
 from dppo_jax.tasks import prompts
@@ -550,21 +550,49 @@ def test_a_position_of_another_run_is_refused():
     iterator(numbered(11)).set_state(state)
 
 
-def test_shards_are_disjoint_and_cover_every_row():
-  # 16 rows, 2 hosts: two batches of 4 are an epoch of each.
-  shards = [
-    iterator(numbered(16), shard_index=i, shard_count=2) for i in range(2)
-  ]
-  first, second = (collections.Counter(texts_of(s, 4)) for s in shards)
-  assert not first.keys() & second.keys()
-  assert first + second == {row['prompt']: 2 for row in numbered(16)}
+class Counted:
+  """Rows that note which of them were read."""
+
+  def __init__(self, rows):
+    self.rows, self.read = rows, []
+
+  def __len__(self):
+    return len(self.rows)
+
+  def __getitem__(self, i):
+    self.read.append(i)
+    return self.rows[i]
 
 
-def test_a_shard_that_cannot_be_is_refused():
-  with pytest.raises(ValueError, match='shard_index=2 of shard_count=2'):
-    iterator(numbered(16), shard_index=2, shard_count=2)
-  with pytest.raises(ValueError, match='shard_count=2 is impossible with 1'):
-    iterator(numbered(1), shard_count=2)
+def test_processes_read_their_rows_of_the_batch_that_one_would_read():
+  whole = iterator(numbered(10))
+  sources = [Counted(numbered(10)) for _ in range(2)]
+  first, second = (
+    iterator(
+      source, share=processes.Share(held=np.array(held), own=np.array(own))
+    )
+    # Row 2 is on devices of both, and the second scores it.
+    for source, held, own in zip(
+      sources, ([0, 2], [1, 2, 3]), ([0], [1, 2, 3]), strict=True
+    )
+  )
+  for source in sources:
+    source.read.clear()  # All rows are looked at before the first batch.
+  for _ in range(4):
+    batch, ours, theirs = next(whole), next(first), next(second)
+    assert ours.texts + theirs.texts == batch.texts
+    assert ours.answers + theirs.answers == batch.answers
+    tokens = batch.prompts.tokens
+    np.testing.assert_array_equal(ours.prompts.tokens, tokens[[0, 2]])
+    np.testing.assert_array_equal(theirs.prompts.tokens, tokens[1:])
+  assert [len(source.read) for source in sources] == [4 * 2, 4 * 3]
+  # Whoever continues may be another number of processes.
+  assert first.get_state() == whole.get_state()
+
+
+def test_a_source_without_rows_is_refused():
+  with pytest.raises(ValueError, match='no prompts: the source has 0 rows'):
+    iterator([])
 
 
 def test_evaluation_takes_the_same_distinct_prompts_each_time():

@@ -181,6 +181,17 @@ def test_a_verifier_that_fails_on_a_whole_batch_stops_the_run():
     scorer.score(['b', 'b'], ['x', 'x'])
 
 
+def test_a_verifier_may_fail_on_the_whole_part_of_one_process():
+  others = np.array([0, 1, 0, 3])  # Timeouts, errors, crashes; completions.
+  scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
+  np.testing.assert_array_equal(scorer.score(['b', 'b'], ['x', 'x']), [0, 0])
+  assert scorer.take_counts()['verifier/errors'] == 3
+  others = np.array([0, 2, 1, 3])
+  scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
+  with pytest.raises(ValueError, match='failed on all 4 completions'):
+    scorer.score(['b'], ['x'])
+
+
 @pytest.mark.parametrize('reward', [None, '1', float('inf')])
 def test_a_reward_is_a_finite_number(reward):
   scorer = scoring.Scorer(lambda completion, answer: reward)

@@ -92,6 +92,7 @@ def test_another_algorithm_is_refused(tmp_path):
     ('eval.every', 5),
     ('tensorboard', False),
     ('scoring.num_workers', 2),
+    ('mesh.fsdp', 2),
 ])
 def test_what_does_not_change_the_run_may_change(tmp_path, name, value):
   constant = {'optimizer.schedule': 'constant'}

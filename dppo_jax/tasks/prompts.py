@@ -4,12 +4,13 @@ N prompts of P tokens, padded on the left so that all completions start at the
 same position. P is always `max_prompt_length`: one shape, one compilation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 import numpy as np
 
+from dppo_jax import processes
 from dppo_jax import types
 from dppo_jax.tasks import base
 
@@ -21,9 +22,12 @@ _CHECK_AT_ONCE = 1_000
 
 
 class PromptBatch(NamedTuple):
-  """Prompts as the compiled step takes them, and as people read them."""
+  """Prompts as the compiled step takes them, and as people read them.
 
-  prompts: types.Prompts  # NumPy arrays, [N, P].
+  Of several processes each has the texts and answers of its own rows only.
+  """
+
+  prompts: types.Prompts  # [N, P], NumPy arrays unless they were placed.
   texts: list[str]  # N
   answers: list[str]  # N
 
@@ -283,8 +287,8 @@ class PromptIterator:
   """Endless batches of prompts, in another order each epoch.
 
   The order follows from `seed` alone. No row is dropped: a batch may begin in
-  one epoch and end in the next. With several hosts, host `shard_index` of
-  `shard_count` reads every `shard_count`-th row and no other host does.
+  one epoch and end in the next. Of several processes each reads only its rows
+  of a batch, which is the same for any number of them.
   """
 
   def __init__(
@@ -295,8 +299,8 @@ class PromptIterator:
     num_prompts: int,
     max_prompt_length: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    share: processes.Share | None = None,
+    place: Callable[[types.Prompts], types.Prompts] = lambda prompts: prompts,
     add_special_tokens: bool = True,
   ):
     """Checks all prompts, then opens the pipeline.
@@ -304,11 +308,12 @@ class PromptIterator:
     Args:
       source: rows, usually `task.train`.
       tokenizer: of transformers.
-      num_prompts: N, prompts in a batch of this host.
+      num_prompts: N, prompts in a batch, of all processes.
       max_prompt_length: P.
-      seed: of the order, the same on all hosts.
-      shard_index: this host.
-      shard_count: number of hosts.
+      seed: of the order, the same on all processes.
+      share: this process's rows of a batch; all of them if not given.
+      place: from NumPy arrays of the rows that it holds, to what the compiled
+        step takes.
       add_special_tokens: see `encode`.
 
     Raises:
@@ -318,26 +323,25 @@ class PromptIterator:
 
     if num_prompts < 1:
       raise ValueError(f'num_prompts={num_prompts} must be at least 1.')
-    if not 0 <= shard_index < shard_count <= len(source):
-      raise ValueError(
-        f'shard_index={shard_index} of shard_count={shard_count} is '
-        f'impossible with {len(source)} rows.'
-      )
+    if not len(source):
+      raise ValueError('There are no prompts: the source has 0 rows.')
+    self._source = source
+    self._share = share or processes.Share(*[np.arange(num_prompts)] * 2)
+    self._place = place
     self._tokenizer = tokenizer
     self._encoding = {
       'max_prompt_length': max_prompt_length,
       'add_special_tokens': add_special_tokens,
     }
-    rows = grain.MapDataset.source(source)[shard_index::shard_count]
-    self._check_all(rows)
+    self._check_all(source)
     # What the order depends on; a position means nothing without it.
     self._identity = {
       'num_rows': len(source),
       'num_prompts': num_prompts,
       'seed': seed,
-      'shard_index': shard_index,
-      'shard_count': shard_count,
     }
+    # Batches of numbers of rows: who does not hold a row does not read it.
+    rows = grain.MapDataset.range(len(source))
     # Not endless: the length of an endless one overflows.
     epochs = rows.shuffle(seed=seed).repeat(_NUM_EPOCHS)
     batches = epochs.batch(num_prompts, batch_fn=list)
@@ -356,7 +360,15 @@ class PromptIterator:
     return self
 
   def __next__(self) -> PromptBatch:
-    return _make_batch(next(self._batches), self._tokenizer, **self._encoding)
+    numbers = next(self._batches)
+    rows = {i: self._source[numbers[i]] for i in self._share.held}
+    texts = [row['prompt'] for row in rows.values()]
+    own = [rows[i] for i in self._share.own]
+    return PromptBatch(
+      self._place(encode(texts, self._tokenizer, **self._encoding)),
+      [row['prompt'] for row in own],
+      [row['answer'] for row in own],
+    )
 
   def get_state(self) -> dict[str, Any]:
     """The position between two batches; goes through JSON."""

@@ -102,8 +102,22 @@ class Scorer:
   """
 
   def __init__(
-    self, score: ScoreFn, num_workers: int = 0, timeout_s: float = 10.0
+    self,
+    score: ScoreFn,
+    num_workers: int = 0,
+    timeout_s: float = 10.0,
+    *,
+    total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
   ):
+    """Starts the workers.
+
+    Args:
+      score: the verifier.
+      num_workers: see above.
+      timeout_s: see above.
+      total: adds up counts over the processes of a run, which call `score` at
+        the same time, each with its part of a batch.
+    """
     if num_workers < 0:
       raise ValueError(f'num_workers={num_workers} must be 0 or more.')
     if timeout_s <= 0:
@@ -119,6 +133,7 @@ class Scorer:
     self._counted = (0, 0, 0)
     self._last_failure = ''
     self._score = score
+    self._total = total
     self._timeout_s = timeout_s
     self._pool = _make_pool(num_workers, score) if num_workers else None
 
@@ -141,15 +156,19 @@ class Scorer:
         f'{len(completions)} completions but {len(answers)} answers.'
       )
     calls = self._calls(list(zip(completions, answers, strict=True)))
-    before = self.crashes + self.errors
+    before = self._counts()
     rewards = [
       self._reward(call, answer)
       for call, answer in zip(calls, answers, strict=True)
     ]
-    if rewards and self.crashes + self.errors - before == len(rewards):
+    new = [now - then for now, then in zip(self._counts(), before)]
+    *new, count = self._total(np.array([*new, len(rewards)], np.int32)).tolist()
+    self.timeouts, self.errors, self.crashes = map(sum, zip(before, new))
+    _, errors, crashes = new
+    if errors + crashes == count > 0:
       raise ValueError(
-        f'The verifier failed on all {len(rewards)} completions of a batch; '
-        f'the last time: {self._last_failure}.'
+        f'The verifier failed on all {count} completions of a batch; the last '
+        f'time: {self._last_failure}.'
       )
     return np.array(rewards, np.float32)
 
@@ -203,11 +222,14 @@ class Scorer:
 
   def take_counts(self) -> dict[str, float]:
     """What went wrong since the last call, as metrics."""
-    counts = (self.timeouts, self.errors, self.crashes)
+    counts = self._counts()
     new = [now - then for now, then in zip(counts, self._counted)]
     self._counted = counts
     names = ('timeouts', 'errors', 'crashes')
     return {f'verifier/{n}': float(x) for n, x in zip(names, new)}
+
+  def _counts(self) -> tuple[int, int, int]:
+    return self.timeouts, self.errors, self.crashes
 
   def close(self) -> None:
     """Ends the workers. Closing twice does nothing."""
