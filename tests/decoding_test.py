@@ -4,14 +4,11 @@ import dataclasses
 import functools
 import heapq
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
@@ -20,7 +17,6 @@ from dppo_jax import sampling
 from dppo_jax import sharding
 from dppo_jax.models import layers
 
-HERE = pathlib.Path(__file__).resolve().parent
 NUM_PROMPTS, G, C = 8, 4, 12
 NUM_ROWS = NUM_PROMPTS * G
 # One token of 64, so that lengths differ more than with the usual eight.
@@ -193,20 +189,10 @@ def on_eight_devices():
 
 @pytest.mark.slow
 def test_over_a_mesh_tokens_are_the_same_and_no_loop_moves_weights_or_waits():
-  done = subprocess.run(
-      [sys.executable, '-c',
-       'import decoding_test; decoding_test.on_eight_devices()'],
-      cwd=HERE.parent,
-      env=os.environ | {
-          'JAX_PLATFORMS': 'cpu',
-          'PYTHONPATH': os.pathsep.join(map(str, (HERE.parent, HERE))),
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      },
-      capture_output=True,
-      text=True,
+  printed = many_devices.run(
+      'import decoding_test; decoding_test.on_eight_devices()'
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  lines = [json.loads(x) for x in done.stdout.splitlines()]
+  lines = [json.loads(x) for x in printed]
   assert len(lines) == 6
   expected = sample(0)
   for line in lines:

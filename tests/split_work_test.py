@@ -2,16 +2,13 @@
 
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
 import types
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
@@ -23,7 +20,6 @@ from dppo_jax import sharding
 from dppo_jax import train_step
 from dppo_jax.types import ScoredRollout
 
-HERE = pathlib.Path(__file__).resolve().parent
 MESHES = {
     'data': (8, 1, 1, 1), 'fsdp': (1, 8, 1, 1), 'tensor': (2, 2, 2, 1)
 }
@@ -113,20 +109,10 @@ def on_eight_devices():
 
 @pytest.fixture(scope='module')
 def eight_devices():
-  done = subprocess.run(
-      [sys.executable, '-c',
-       'import split_work_test; split_work_test.on_eight_devices()'],
-      cwd=HERE.parent,
-      env=os.environ | {
-          'JAX_PLATFORMS': 'cpu',
-          'PYTHONPATH': os.pathsep.join(map(str, (HERE.parent, HERE))),
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      },
-      capture_output=True,
-      text=True,
+  printed = many_devices.run(
+      'import split_work_test; split_work_test.on_eight_devices()'
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  lines = map(json.loads, done.stdout.splitlines())
+  lines = map(json.loads, printed)
   return {line.pop('name'): line for line in lines}
 
 

@@ -4,15 +4,11 @@ import functools
 import itertools
 import json
 import logging
-import os
-import pathlib
 import re
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
@@ -21,8 +17,6 @@ from dppo_jax import optim
 from dppo_jax import sharding
 from dppo_jax import train_step
 from dppo_jax.types import ScoredRollout
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # What report.html plots.
 REPORTED = (
@@ -341,18 +335,11 @@ ONE_STEP = """
 
 
 def run_on(num_devices, data_dir, mesh, rank=0, num_slots=0):
-  flags = (
-      f'--xla_force_host_platform_device_count={num_devices} '
-      '--xla_backend_optimization_level=0'  # Half of the compile time.
+  printed = many_devices.run(
+      ONE_STEP, data_dir, json.dumps(mesh), rank, num_slots,
+      num_devices=num_devices, optimized=False,
   )
-  done = subprocess.run(
-      [sys.executable, '-c', textwrap.dedent(ONE_STEP), str(data_dir),
-       json.dumps(mesh), str(rank), str(num_slots)],
-      cwd=ROOT, capture_output=True, text=True, check=False,
-      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(printed[-1])
 
 
 @pytest.fixture(scope='module')
