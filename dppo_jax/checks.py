@@ -34,12 +34,16 @@ _SAMPLER_DTYPES = (*_DTYPES, 'float16')
 _KEPT_DTYPES = ('', *_SAMPLER_DTYPES, *quantization.SCALED)
 
 
-def check(config: Any, *, num_batch_shards: int) -> None:
+def check(
+    config: Any, *, num_batch_shards: int, num_sampling_shards: int = 0
+) -> None:
   """Raises a ValueError for the first thing that cannot work.
 
   Args:
     config: of a run.
     num_batch_shards: devices over which a batch is split.
+    num_sampling_shards: devices over which the sampler's rows are split; as
+      many if 0.
   """
   for name in _POSITIVE:
     value = _get(config, name)
@@ -81,7 +85,7 @@ def check(config: Any, *, num_batch_shards: int) -> None:
   _check_dual(config)
   _check_packing(config)
   _check_replay(config)
-  _check_sizes(config, num_batch_shards)
+  _check_sizes(config, num_batch_shards, num_sampling_shards)
 
 
 def check_verifier(config: Any, *, may_hang: bool) -> None:
@@ -318,7 +322,7 @@ def _check_replay(config):
     )
 
 
-def _check_sizes(config, num_batch_shards):
+def _check_sizes(config, num_batch_shards, num_sampling_shards):
   replayed = num_replayed_groups(config)
   available = config.num_prompts + replayed
   if not 0 <= config.num_groups <= available:
@@ -359,17 +363,22 @@ def _check_sizes(config, num_batch_shards):
       'eval.num_samples',
   )
   micro_batch = 0 if config.learner.row_length else batch // parts
-  for name, rows in (
-      ('num_prompts', config.num_prompts),
-      ('sampling.num_slots', config.sampling.num_slots),
-      ('eval.num_slots', config.eval.num_slots),
-      ('num_prompts * group_size of a micro-batch', micro_batch),
+  sampling_shards = num_sampling_shards or num_batch_shards
+  learner = 'devices of mesh axes data and fsdp'
+  sampler = 'devices, or groups of them, that sample side by side'
+  for name, rows, shards, whose in (
+      ('num_prompts', config.num_prompts, num_batch_shards, learner),
+      ('num_prompts * group_size of a micro-batch', micro_batch,
+       num_batch_shards, learner),
+      ('num_prompts', config.num_prompts, sampling_shards, sampler),
+      ('sampling.num_slots', config.sampling.num_slots, sampling_shards,
+       sampler),
+      ('eval.num_slots', config.eval.num_slots, sampling_shards, sampler),
   ):
-    if rows % num_batch_shards:
+    if rows % shards:
       raise ValueError(
-          f'config.{name}={rows} is not divisible by the {num_batch_shards} '
-          'devices of mesh axes data and fsdp; '
-          f'{_nearest(rows, num_batch_shards)}.'
+          f'config.{name}={rows} is not divisible by the {shards} {whose}; '
+          f'{_nearest(rows, shards)}.'
       )
 
 

@@ -84,7 +84,13 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   """
   _use_compilation_cache(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
-  checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
+  checks.check(
+      config,
+      num_batch_shards=sharding.num_row_shards(mesh),
+      num_sampling_shards=sharding.num_row_shards(
+          sharding.sampling_mesh(mesh, **config.sampling.mesh)
+      ),
+  )
   method = make_method(config)
   task = _build(tasks, config.task)
   checks.check_verifier(config, may_hang=may_hang(task.score))
@@ -194,9 +200,14 @@ def make_program(
       config, model, tokenizer, method.divergence, mesh
   )
   place = functools.partial(
-      jax.lax.with_sharding_constraint, shardings=sharding.batch(mesh)
+      jax.lax.with_sharding_constraint, shardings=sharding.tokens(mesh)
   )
-  spread = model.replace(place=place)  # The sampler has its own rows already.
+  # The sampler has its own rows already, and whole ones.
+  spread = model.replace(
+      place=place,
+      parts=mesh.shape['sequence'],
+      split=sharding.by_queries(mesh),
+  )
   arrange = _make_arrange(config, mesh)
   learn = _make_learner(config, spread, method, trainable, arrange, place)
   replay = _make_replay(config, spread, arrange)
@@ -307,6 +318,7 @@ def configured(config: Any, model: CausalLM) -> CausalLM:
 
 def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
   settings = config.sampling.to_dict()
+  sampling_mesh = sharding.sampling_mesh(mesh, **settings.pop('mesh'))
   num_slots = settings.pop('num_slots')
   sampler = sampling.make_sampler(
       model,
@@ -315,12 +327,15 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
       eos_ids=end_ids(tokenizer, config.stop),
       pad_id=tokenizer.pad_token_id,
       record=divergence.record,
-      num_slots=num_slots // sharding.num_row_shards(mesh),
+      num_slots=num_slots // sharding.num_row_shards(sampling_mesh),
       record_routing=config.model.router_replay,
       **settings,
   )
   return rollout_lib.make_rollout_fn(
-      sharding.by_rows(sampler, mesh), group_size=config.group_size
+      sharding.on_its_own_mesh(
+          sampler, mesh=sampling_mesh, learner_mesh=mesh
+      ),
+      group_size=config.group_size,
   )
 
 
@@ -430,6 +445,7 @@ def _make_learner(
 
 def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
   settings = config.eval
+  sampling_mesh = sharding.sampling_mesh(mesh, **config.sampling.mesh)
   sampler = sampling.make_sampler(
       model,
       group_size=settings.num_samples,
@@ -440,7 +456,7 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       top_p=settings.top_p,
       top_k=settings.top_k,
       dtype=config.sampling.dtype,
-      num_slots=settings.num_slots // sharding.num_row_shards(mesh),
+      num_slots=settings.num_slots // sharding.num_row_shards(sampling_mesh),
   )
   [batch] = evaluation_batches(
       task.test,
@@ -450,12 +466,14 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       add_special_tokens=task.chat is None,
   )
   return evaluate.make_evaluate_fn(
-      sampler=sharding.by_rows(sampler, mesh),
+      sampler=sharding.on_its_own_mesh(
+          sampler, mesh=sampling_mesh, learner_mesh=mesh
+      ),
       batch=batch,
       num_samples=settings.num_samples,
       verify=verify,
       key=key,
-      mesh=mesh,
+      mesh=sampling_mesh,
   )
 
 

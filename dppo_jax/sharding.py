@@ -1,8 +1,9 @@
 """The mesh, and which axis of which array goes over it.
 
 Mesh axes: `data` copies parameters, `fsdp` splits them and the batch, `tensor`
-splits heads, widths and vocabulary, `expert` splits experts. Batches go over
-`data` and `fsdp`.
+splits heads, widths and vocabulary, `expert` splits experts, `sequence` splits
+the tokens of the learner's rows. Batches go over `data` and `fsdp`. The sampler
+may use the same devices as another mesh.
 """
 
 from collections.abc import Callable
@@ -11,15 +12,19 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
+from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dppo_jax.types import PyTree
 
-AXES = ('data', 'fsdp', 'tensor', 'expert')
+AXES = ('data', 'fsdp', 'tensor', 'expert', 'sequence')
 ROW_AXES = ('data', 'fsdp')
 BATCH = P(ROW_AXES)
+TOKENS = P(ROW_AXES, 'sequence')
 
 # Path below the parameters -> axes; layers are stacked on a leading axis.
 RULES = (
@@ -48,13 +53,17 @@ RULES = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int):
+def make_mesh(
+    *, data: int, fsdp: int, tensor: int, expert: int, sequence: int = 1
+):
   """A mesh over all devices; one size may be -1 for "the rest".
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
-  sizes = dict(zip(AXES, (data, fsdp, tensor, expert), strict=True))
+  sizes = dict(
+      zip(AXES, (data, fsdp, tensor, expert, sequence), strict=True)
+  )
   count = jax.device_count()
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -70,9 +79,50 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int):
   )
 
 
+def sampling_mesh(mesh, *, tensor: int, expert: int):
+  """The mesh of the sampler: the same devices in the same order.
+
+  What `tensor` and `expert` leave goes to rows, `sequence` too: a token at a
+  time has nothing to split there.
+
+  Args:
+    mesh: of the learner.
+    tensor: over how many devices the sampler splits heads and widths; 0 for as
+      many as the learner.
+    expert: the same for experts.
+
+  Raises:
+    ValueError: if they do not divide the number of devices.
+  """
+  split = {
+      'tensor': tensor or mesh.shape['tensor'],
+      'expert': expert or mesh.shape['expert'],
+  }
+  if mesh.shape['sequence'] == 1 and split == {
+      axis: mesh.shape[axis] for axis in split
+  }:
+    return mesh
+  rows, rest = divmod(mesh.size, math.prod(split.values()))
+  if rest or min(split.values()) < 1:
+    raise ValueError(
+        f'config.sampling.mesh {split} does not divide the {mesh.size} devices '
+        'of config.mesh; 0 takes what config.mesh has.'
+    )
+  sizes = dict.fromkeys(AXES, 1) | split | {'data': rows}
+  types = (AxisType.Auto,) * len(AXES)
+  if isinstance(mesh, AbstractMesh):
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=types)
+  return Mesh(mesh.devices.reshape(*sizes.values()), AXES, axis_types=types)
+
+
 def batch(mesh) -> NamedSharding:
   """Leading axis over `data` and `fsdp`."""
   return NamedSharding(mesh, BATCH)
+
+
+def tokens(mesh) -> NamedSharding:
+  """As `batch`, and the second axis over `sequence`: the learner's rows."""
+  return NamedSharding(mesh, TOKENS)
 
 
 def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
@@ -106,6 +156,65 @@ def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
         axis_names=set(ROW_AXES),
         check_vma=False,
     )(params, prompts, keys)
+
+  return sample_all
+
+
+def by_queries(mesh):
+  """Attention of each part of a row to the whole of it; None if not split.
+
+  Returns:
+    `split(attend)` of an `attend(queries, keys, rest)` for any queries of a
+    row: trees of [B, T, ...], and a tree that all share. Every device has its
+    own queries; the keys are gathered, and their gradients summed and scattered
+    again.
+  """
+  parts = mesh.shape['sequence']
+  if parts == 1:
+    return None
+  spec = P(None, 'sequence')
+
+  def split(attend):
+    def of_part(queries, keys, rest):
+      gather = lambda x: jax.lax.all_gather(x, 'sequence', axis=1, tiled=True)
+      return attend(queries, jax.tree.map(gather, keys), rest)
+
+    def attend_all(queries, keys, rest):
+      length = jax.tree.leaves(queries)[0].shape[1]
+      # Zeros are padding: segment 0.
+      pad = lambda x: jnp.pad(
+          x, [(0, 0), (0, -length % parts)] + [(0, 0)] * (x.ndim - 2)
+      )
+      out = jax.shard_map(
+          of_part,
+          mesh=mesh,
+          in_specs=(spec, spec, P()),
+          out_specs=spec,
+          axis_names={'sequence'},
+          check_vma=False,
+      )(*jax.tree.map(pad, (queries, keys)), rest)
+      return out[:, :length]
+
+    return attend_all
+
+  return split
+
+
+def on_its_own_mesh(
+    sample: Callable[..., Any], *, mesh, learner_mesh
+) -> Callable[..., Any]:
+  """`by_rows` with parameters and rows of the learner's mesh, brought to `mesh`.
+
+  One resharding of the parameters for a rollout, before its loop.
+  """
+  sample_rows = by_rows(sample, mesh)
+  if mesh == learner_mesh:
+    return sample_rows
+
+  def sample_all(params, prompts, keys):
+    move = jax.lax.with_sharding_constraint
+    params = move(params, of_params(params, mesh))
+    return sample_rows(params, *move((prompts, keys), batch(mesh)))
 
   return sample_all
 

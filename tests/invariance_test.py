@@ -69,6 +69,8 @@ def whole_gradient(params, rows, gradient):
 class Above:
   """`models.causal_lm.CausalLM` of the parameters that `above` returns."""
 
+  parts = 1
+
   def trunk(self, params, tokens, **where):
     del tokens, where
     return params['hidden'], None

@@ -227,7 +227,7 @@ def test_metrics_are_those_of_the_rollout_learned_from(parts, three_steps):
 def test_parameters_and_moments_are_split_alike():
   # Shapes only, as on a pod: no device is touched.
   devices = jax.sharding.AbstractMesh(
-      (2, 2, 2, 1), sharding.AXES,
+      (2, 2, 2, 1, 1), sharding.AXES,
   )
   optimizer = optim.build('adamw', total_updates=1)
   make = lambda: train_step.init_state(
@@ -248,7 +248,7 @@ def test_parameters_and_moments_are_split_alike():
 
 
 def test_an_axis_that_does_not_divide_is_not_split():
-  mesh = jax.sharding.AbstractMesh((1, 3, 4, 1), sharding.AXES)
+  mesh = jax.sharding.AbstractMesh((1, 3, 4, 1, 1), sharding.AXES)
   tree = {'embed': {'embedding': jax.ShapeDtypeStruct((64, 32), 'float32')}}
   spec = sharding.of_params(tree, mesh)['embed']['embedding'].spec
   # 64 tokens over 4, 32 numbers not over 3.
