@@ -10,6 +10,7 @@ from collections.abc import Callable
 import contextlib
 import functools
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -86,10 +87,10 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   mesh = sharding.make_mesh(**config.mesh)
   checks.check(
       config,
-      num_batch_shards=sharding.num_row_shards(mesh),
-      num_sampling_shards=sharding.num_row_shards(
-          sharding.sampling_mesh(mesh, **config.sampling.mesh)
-      ),
+      num_batch_shards=sharding.num_batch_shards(mesh),
+      num_row_shards=math.lcm(*map(sharding.num_row_shards, (
+          mesh, sharding.sampling_mesh(mesh, **config.sampling.mesh)
+      ))),
   )
   method = make_method(config)
   task = _build(tasks, config.task)
@@ -120,7 +121,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       lambda config: make_program(config, mesh, method, model, tokenizer),
       lambda x: x.train_step.lower(*abstract_arguments(config, mesh, x)),
       limit=memory.limit(),
-      num_batch_shards=sharding.num_row_shards(mesh),
+      num_batch_shards=sharding.num_batch_shards(mesh),
       to_train=to_train,
   )
   params = load.from_pretrained(
@@ -369,7 +370,7 @@ def _make_arrange(config: Any, mesh: Any) -> packing.ArrangeFn:
       row_length=config.learner.row_length,
       prompt_length=config.max_prompt_length,
       group_size=config.group_size,
-      row_multiple=sharding.num_row_shards(mesh),
+      row_multiple=sharding.num_batch_shards(mesh),
   )
 
 

@@ -2,8 +2,8 @@
 
 Mesh axes: `data` copies parameters, `fsdp` splits them and the batch, `tensor`
 splits heads, widths and vocabulary, `expert` splits experts, `sequence` splits
-the tokens of the learner's rows. Batches go over `data` and `fsdp`. The sampler
-may use the same devices as another mesh.
+the tokens of the rows that are being learned. Whole rows go over `data`, `fsdp`
+and `sequence`. The sampler may use the same devices as another mesh.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,10 @@ from jax.sharding import PartitionSpec as P
 from dppo_jax.types import PyTree
 
 AXES = ('data', 'fsdp', 'tensor', 'expert', 'sequence')
-ROW_AXES = ('data', 'fsdp')
+BATCH_AXES = ('data', 'fsdp')
+ROW_AXES = (*BATCH_AXES, 'sequence')
 BATCH = P(ROW_AXES)
-TOKENS = P(ROW_AXES, 'sequence')
+TOKENS = P(BATCH_AXES, 'sequence')
 
 # Path below the parameters -> axes; layers are stacked on a leading axis.
 RULES = (
@@ -82,8 +83,7 @@ def make_mesh(
 def sampling_mesh(mesh, *, tensor: int, expert: int):
   """The mesh of the sampler: the same devices in the same order.
 
-  What `tensor` and `expert` leave goes to rows, `sequence` too: a token at a
-  time has nothing to split there.
+  What `tensor` and `expert` leave goes to rows.
 
   Args:
     mesh: of the learner.
@@ -98,9 +98,7 @@ def sampling_mesh(mesh, *, tensor: int, expert: int):
       'tensor': tensor or mesh.shape['tensor'],
       'expert': expert or mesh.shape['expert'],
   }
-  if mesh.shape['sequence'] == 1 and split == {
-      axis: mesh.shape[axis] for axis in split
-  }:
+  if all(mesh.shape[axis] == size for axis, size in split.items()):
     return mesh
   rows, rest = divmod(mesh.size, math.prod(split.values()))
   if rest or min(split.values()) < 1:
@@ -116,12 +114,12 @@ def sampling_mesh(mesh, *, tensor: int, expert: int):
 
 
 def batch(mesh) -> NamedSharding:
-  """Leading axis over `data` and `fsdp`."""
+  """Leading axis over `data`, `fsdp` and `sequence`: whole rows."""
   return NamedSharding(mesh, BATCH)
 
 
 def tokens(mesh) -> NamedSharding:
-  """As `batch`, and the second axis over `sequence`: the learner's rows."""
+  """Rows over `data` and `fsdp`, their tokens over `sequence`."""
   return NamedSharding(mesh, TOKENS)
 
 
@@ -135,7 +133,7 @@ def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
 
   Args:
     sample: from `sampling.make_sampler`; rows only know their own prompt.
-    mesh: its axes `data` and `fsdp` must divide the number of prompts.
+    mesh: its axes of rows must divide the number of prompts.
   """
   if num_row_shards(mesh) == 1:
     return sample
@@ -203,9 +201,9 @@ def by_queries(mesh):
 def on_its_own_mesh(
     sample: Callable[..., Any], *, mesh, learner_mesh
 ) -> Callable[..., Any]:
-  """`by_rows` with parameters and rows of the learner's mesh, brought to `mesh`.
+  """`by_rows` of what is brought from the learner's mesh to `mesh`.
 
-  One resharding of the parameters for a rollout, before its loop.
+  The parameters move once for a rollout, before its loop.
   """
   sample_rows = by_rows(sample, mesh)
   if mesh == learner_mesh:
@@ -220,8 +218,13 @@ def on_its_own_mesh(
 
 
 def num_row_shards(mesh) -> int:
-  """Over how many groups of devices a batch is split."""
+  """Over how many groups of devices whole rows are split."""
   return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def num_batch_shards(mesh) -> int:
+  """Over how many of them the rows of a micro-batch are."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def in_slots(mesh) -> NamedSharding:

@@ -7,7 +7,6 @@ completions of each, P prompt tokens, C completion tokens.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -152,6 +151,7 @@ def attend_in_blocks(
     *,
     scale: float,
     cap: float | None,
+    parts: int = 1,
     split: SplitFn | None = None,
 ) -> AttendFn:
   """As `attend_within_row`, without an array of [T, T].
@@ -164,8 +164,9 @@ def attend_in_blocks(
     window: [] int32, see `LayerKind`; None for none.
     scale: of the scores.
     cap: see `softcap`; of the scores.
-    split: shares the queries of a row among devices, see
-      `sharding.by_queries`; every query then looks at all keys.
+    parts: of a row, on as many devices.
+    split: shares the queries of a row among them, see `sharding.by_queries`;
+      every query then looks at all keys.
   """
 
   def of_block(queries, keys, window):
@@ -177,11 +178,11 @@ def attend_in_blocks(
     )
 
   def of_all(queries, keys, window):
-    """A block after the other."""
+    """A block after the other; BLOCK queries on all devices together."""
     block = jax.checkpoint(of_block, prevent_cse=False)
     out = jax.lax.map(
         lambda queries: block(queries, keys, window),
-        jax.tree.map(_in_blocks, queries),
+        jax.tree.map(lambda x: _in_blocks(x, BLOCK // parts), queries),
     )  # [number of blocks, B, n, H, E]
     out = jnp.moveaxis(out, 0, 1).reshape(len(queries.q), -1, *out.shape[3:])
     return out[:, : queries.q.shape[1]]
@@ -193,23 +194,20 @@ def attend_in_blocks(
       return split(of_all)(queries, keys, window), (k, v)
     length = q.shape[1]
     stretch = -(-length // (NUM_STRETCHES * BLOCK)) * BLOCK
+    cut = lambda tree, *ends: jax.tree.map(lambda x: x[:, slice(*ends)], tree)
     outs = [
-        of_all(
-            jax.tree.map(lambda x: x[:, start : start + stretch], queries),
-            jax.tree.map(lambda x: x[:, : start + stretch], keys),
-            window,
-        )
-        for start in range(0, length, stretch)
+        of_all(cut(queries, i, i + stretch), cut(keys, i + stretch), window)
+        for i in range(0, length, stretch)
     ]
     return jnp.concatenate(outs, axis=1), (k, v)
 
   return attend
 
 
-def _in_blocks(x):
-  """[B, n, ...] -> [number of blocks, B, BLOCK or less, ...], 0 at the end."""
+def _in_blocks(x, largest):
+  """[B, n, ...] -> [blocks, B, `largest` or less, ...], 0 at the end."""
   length = x.shape[1]
-  count = -(-length // BLOCK)
+  count = -(-length // largest)
   size = -(-length // count)
   x = jnp.pad(
       x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)

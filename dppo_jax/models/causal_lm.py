@@ -360,7 +360,7 @@ class CausalLM:
     if not self._in_blocks(where):
       return attention.attend_within_row(sight, **self._scores())
     return attention.attend_in_blocks(
-        where, sight, split=self.split, **self._scores()
+        where, sight, parts=self.parts, split=self.split, **self._scores()
     )
 
   def _in_blocks(self, where: attention.Where) -> bool:
