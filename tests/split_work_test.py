@@ -3,11 +3,14 @@
 import json
 import re
 
+import jax
 import many_devices
 import numpy as np
 import pytest
 import tiny_model
 import whole_step
+
+from dppo_jax import main
 
 MESHES = {
     'data': {'data': 8},
@@ -35,6 +38,36 @@ def facts(mesh, row_length):
       'flops': compiled.cost_analysis()['flops'],
       'rows': max(map(int, dots)),  # Of an activation: tokens.
   }
+
+
+def bytes_of_long_rows(mesh, **options):
+  """Temporary memory of a device that learns from rows of 8,192 tokens."""
+  config = whole_step.make_config(**{
+      'num_prompts': 8,
+      'group_size': 2,
+      'max_prompt_length': 1025,
+      'max_completion_length': 7168,
+      'learner__num_minibatches': 1,
+      'learner__chunk_size': 1024,
+      'model__remat': 'full',
+      **options,
+  })
+  mesh = whole_step.make_mesh(**mesh)
+  program = whole_step.make_program(config, mesh, tiny_model.MODEL)
+  state, scored, _ = main.abstract_arguments(config, mesh, program)
+  with tiny_model.quick_compilation():
+    compiled = jax.jit(program.learn).lower(
+        state, scored, jax.random.key(0)
+    ).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def long_rows_on_eight_devices():
+  # A micro-batch is a row on each device, or one row on all of them.
+  print(json.dumps([
+      bytes_of_long_rows({'fsdp': 8}, learner__num_microbatches=2),
+      bytes_of_long_rows({'sequence': 8}, learner__num_microbatches=16),
+  ]))
 
 
 def on_eight_devices():
@@ -89,3 +122,12 @@ def test_packed_rows_on_a_mesh_teach_what_one_device_learns(
   assert max(map(abs, losses[0])) > 1e-3
   np.testing.assert_allclose(*losses, atol=1e-5)
   np.testing.assert_allclose(many['parameters'], one['parameters'], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_rows_split_by_tokens_need_a_part_of_the_memory():
+  [line] = many_devices.run(
+      'import split_work_test; split_work_test.long_rows_on_eight_devices()'
+  )
+  whole, split = json.loads(line)
+  assert split < whole / 5
