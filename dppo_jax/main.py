@@ -14,6 +14,7 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -85,12 +86,11 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   """
   _use_compilation_cache(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
+  meshes = mesh, sharding.sampling_mesh(mesh, **config.sampling.mesh)
   checks.check(
       config,
       num_batch_shards=sharding.num_batch_shards(mesh),
-      num_row_shards=math.lcm(*map(sharding.num_row_shards, (
-          mesh, sharding.sampling_mesh(mesh, **config.sampling.mesh)
-      ))),
+      num_row_shards=math.lcm(*map(sharding.num_row_shards, meshes)),
   )
   method = make_method(config)
   task = _build(tasks, config.task)
@@ -100,6 +100,11 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       task, tokenizer, max_prompt_length=config.max_prompt_length
   )
   model = _architecture(config)
+  for whole in dict.fromkeys(
+      x for m in meshes
+      for x in sharding.undivided(abstract_params(config, model), m)
+  ):
+    logging.warning('Not split, as it does not divide: %s', whole)
   scorer = Scorer(task.score, **config.scoring)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval, key_adapters = jax.random.split(

@@ -246,13 +246,37 @@ def of_params(tree: PyTree, mesh) -> PyTree:
   """
 
   def shard(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    for pattern, spec in RULES:
-      if re.search(pattern, name) and len(spec) <= len(leaf.shape):
-        return NamedSharding(mesh, _that_divides(spec, leaf.shape, mesh))
-    return replicated(mesh)
+    spec = _rule(_name(path), leaf.shape)
+    return NamedSharding(mesh, _that_divides(spec, leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(shard, tree)
+
+
+def undivided(tree: PyTree, mesh) -> list[str]:
+  """Axes of parameters that a rule would split, and that stay whole.
+
+  Returns:
+    'embed/embedding: 61 over tensor=8' for each that its mesh axis does not
+    divide.
+  """
+  return [
+      f'{_name(path)}: {size} over {axis}={mesh.shape[axis]}'
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      for axis, size in zip(_rule(_name(path), leaf.shape), leaf.shape)
+      if axis is not None and size % mesh.shape[axis]
+  ]
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _rule(name: str, shape: tuple[int, ...]) -> P:
+  """The first that fits the path; P() if none does."""
+  for pattern, spec in RULES:
+    if re.search(pattern, name) and len(spec) <= len(shape):
+      return spec
+  return P()
 
 
 def _that_divides(spec: P, shape: tuple[int, ...], mesh) -> P:

@@ -255,6 +255,33 @@ def test_an_axis_that_does_not_divide_is_not_split():
   assert spec == jax.sharding.PartitionSpec('tensor', None)
 
 
+def test_what_is_not_split_is_named():
+  mesh = jax.sharding.AbstractMesh((1, 3, 4, 1, 1), sharding.AXES)
+  tree = {'embed': {'embedding': jax.ShapeDtypeStruct((64, 32), 'float32')}}
+  assert sharding.undivided(tree, mesh) == [
+      'embed/embedding: 32 over fsdp=3'
+  ]
+
+
+@pytest.mark.parametrize('own, sizes', [
+    ({}, (2, 2, 2, 1, 1)),
+    ({'tensor': 4}, (2, 1, 4, 1, 1)),
+    ({'tensor': 1, 'expert': 8}, (1, 1, 1, 8, 1)),
+])
+def test_the_sampler_takes_the_rest_of_the_devices_for_rows(own, sizes):
+  mesh = jax.sharding.AbstractMesh((2, 2, 2, 1, 1), sharding.AXES)
+  found = sharding.sampling_mesh(mesh, **{'tensor': 0, 'expert': 0} | own)
+  assert tuple(found.shape[axis] for axis in sharding.AXES) == sizes
+  assert (found is mesh) == (not own)
+
+
+@pytest.mark.parametrize('tensor', [3, 16, -1])
+def test_a_sampler_that_does_not_divide_the_devices_is_refused(tensor):
+  mesh = jax.sharding.AbstractMesh((2, 2, 2, 1, 1), sharding.AXES)
+  with pytest.raises(ValueError, match=f'sampling.mesh.*{tensor}.*8 devices'):
+    sharding.sampling_mesh(mesh, tensor=tensor, expert=1)
+
+
 @pytest.mark.parametrize('sizes', [
     {'data': 2, 'fsdp': 1}, {'data': -1, 'fsdp': 3}, {'data': -1, 'fsdp': -1},
     {'data': 0, 'fsdp': 1},
