@@ -313,6 +313,7 @@ ONE_STEP = """
     config.mesh.update(json.loads(sys.argv[2]))
     config.lora.rank = int(sys.argv[3])
     config.sampling.num_slots = int(sys.argv[4])
+    config.sampling.mesh.tensor = int(sys.argv[5])
     reader, parts_read = weights._reader, []
     def spied(parameter, *rest):
       read = reader(parameter, *rest)
@@ -361,9 +362,9 @@ ONE_STEP = """
 """
 
 
-def run_on(num_devices, data_dir, mesh, rank=0, num_slots=0):
+def run_on(num_devices, data_dir, mesh, rank=0, num_slots=0, own_tensor=0):
   printed = many_devices.run(
-      ONE_STEP, data_dir, json.dumps(mesh), rank, num_slots,
+      ONE_STEP, data_dir, json.dumps(mesh), rank, num_slots, own_tensor,
       num_devices=num_devices, optimized=False,
   )
   return json.loads(printed[-1])
@@ -378,19 +379,20 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, rank, num_slots, kernel', [
+@pytest.mark.parametrize('mesh, rank, num_slots, own_tensor, kernel', [
     # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.
-    ({'data': 8}, 0, 0, [4, 160, 480]),
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, 12, [4, 80, 240]),
-    # Of an adapter from 160 to a rank of 4, fsdp splits the 160.
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, 0, [4, 80, 4]),
+    ({'data': 8}, 0, 0, 0, [4, 160, 480]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, 12, 0, [4, 80, 240]),
+    # Of an adapter from 160 to a rank of 4, fsdp splits the 160. The sampler
+    # and the evaluation have whole heads.
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, 0, 1, [4, 80, 4]),
 ], ids=['data', 'all', 'adapters'])
 def test_eight_devices_compute_what_one_does(
-    one_device, mesh, rank, num_slots, kernel
+    one_device, mesh, rank, num_slots, own_tensor, kernel
 ):
   data_dir, run_on_one = one_device
   expected = run_on_one(rank)
-  actual = run_on(8, data_dir, mesh, rank, num_slots)
+  actual = run_on(8, data_dir, mesh, rank, num_slots, own_tensor)
   assert (expected['devices'], actual['devices']) == (1, 8)
   assert actual['kernel'] == kernel
   # No device's part, much less the whole, is ever read for another.
