@@ -158,14 +158,19 @@ def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
   return sample_all
 
 
-def by_queries(mesh):
-  """Attention of each part of a row to the whole of it; None if not split.
+def by_queries(mesh) -> Callable[..., Any] | None:
+  """Attention of each part of a row to the whole of it.
+
+  Every device has its own queries; the keys are gathered before, and their
+  gradients summed and scattered after, once a layer and not once a block.
+
+  Args:
+    mesh: over whose axis `sequence` a row is split.
 
   Returns:
-    `split(attend)` of an `attend(queries, keys, rest)` for any queries of a
-    row: trees of [B, T, ...], and a tree that all share. Every device has its
-    own queries; the keys are gathered, and their gradients summed and scattered
-    again.
+    `split(attend)`, for an `attend(queries, keys, rest)` of any queries of a
+    row: trees of [B, T, ...], and a tree that all share. None if a device has
+    whole rows.
   """
   parts = mesh.shape['sequence']
   if parts == 1:
