@@ -96,6 +96,9 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       # Completions decoded at a time, over all devices: when one ends, the next
       # takes its slot. 0 decodes all at once, until the longest has ended.
       'num_slots': 0,
+      # Devices over which the sampler splits heads and experts; the others
+      # share rows. 0 as in mesh below.
+      'mesh': {'tensor': 0, 'expert': 0},
   }
   config.learner = {
       'num_epochs': 1,
@@ -122,8 +125,14 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'num_slots': 0,  # As sampling.num_slots.
   }
 
-  # Where it runs and what it writes.
-  config.mesh = {'data': -1, 'fsdp': 1, 'tensor': 1, 'expert': 1}
+  # Where it runs and what it writes. Devices along each axis, -1 for the rest.
+  config.mesh = {
+      'data': -1,  # Rows; each has all parameters.
+      'fsdp': 1,  # Rows; each has a part of every parameter.
+      'tensor': 1,  # Heads, widths, vocabulary.
+      'expert': 1,  # Experts.
+      'sequence': 1,  # Tokens of the learner's rows, for long ones.
+  }
   config.checkpoint_every = 20  # Steps; also after the last.
   config.keep_checkpoints = 3
   config.tensorboard = True

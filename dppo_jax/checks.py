@@ -31,15 +31,20 @@ _POSITIVE = (
 _DTYPES = ('float32', 'bfloat16')
 # The learner's gradients would need a loss scale for float16.
 _SAMPLER_DTYPES = (*_DTYPES, 'float16')
+_ROW_AXES = 'data, fsdp and sequence (and of sampling.mesh)'
 _KEPT_DTYPES = ('', *_SAMPLER_DTYPES, *quantization.SCALED)
 
 
-def check(config: Any, *, num_batch_shards: int) -> None:
+def check(
+    config: Any, *, num_batch_shards: int, num_row_shards: int = 0
+) -> None:
   """Raises a ValueError for the first thing that cannot work.
 
   Args:
     config: of a run.
-    num_batch_shards: devices over which a batch is split.
+    num_batch_shards: devices over which a micro-batch is split.
+    num_row_shards: devices over which whole rows are split, while sampling
+      too; as many if 0.
   """
   for name in _POSITIVE:
     value = _get(config, name)
@@ -81,7 +86,7 @@ def check(config: Any, *, num_batch_shards: int) -> None:
   _check_dual(config)
   _check_packing(config)
   _check_replay(config)
-  _check_sizes(config, num_batch_shards)
+  _check_sizes(config, num_batch_shards, num_row_shards)
 
 
 def check_verifier(config: Any, *, may_hang: bool) -> None:
@@ -318,7 +323,7 @@ def _check_replay(config):
     )
 
 
-def _check_sizes(config, num_batch_shards):
+def _check_sizes(config, num_batch_shards, num_row_shards):
   replayed = num_replayed_groups(config)
   available = config.num_prompts + replayed
   if not 0 <= config.num_groups <= available:
@@ -359,17 +364,18 @@ def _check_sizes(config, num_batch_shards):
       'eval.num_samples',
   )
   micro_batch = 0 if config.learner.row_length else batch // parts
-  for name, rows in (
-      ('num_prompts', config.num_prompts),
-      ('sampling.num_slots', config.sampling.num_slots),
-      ('eval.num_slots', config.eval.num_slots),
-      ('num_prompts * group_size of a micro-batch', micro_batch),
+  row_shards = num_row_shards or num_batch_shards
+  for name, rows, shards, axes in (
+      ('num_prompts', config.num_prompts, row_shards, _ROW_AXES),
+      ('sampling.num_slots', config.sampling.num_slots, row_shards, _ROW_AXES),
+      ('eval.num_slots', config.eval.num_slots, row_shards, _ROW_AXES),
+      ('num_prompts * group_size of a micro-batch', micro_batch,
+       num_batch_shards, 'data and fsdp'),
   ):
-    if rows % num_batch_shards:
+    if rows % shards:
       raise ValueError(
-          f'config.{name}={rows} is not divisible by the {num_batch_shards} '
-          'devices of mesh axes data and fsdp; '
-          f'{_nearest(rows, num_batch_shards)}.'
+          f'config.{name}={rows} is not divisible by the {shards} devices of '
+          f'mesh axes {axes}; {_nearest(rows, shards)}.'
       )
 
 

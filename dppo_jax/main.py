@@ -6,13 +6,15 @@ A run that was stopped, however, continues when it is started again with the
 same command.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import contextlib
 import functools
 import json
+import math
 import pathlib
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -86,7 +88,12 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   _use_compilation_cache(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
   rows = sharding.batch(mesh)
-  checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
+  meshes = mesh, sharding.sampling_mesh(mesh, **config.sampling.mesh)
+  checks.check(
+      config,
+      num_batch_shards=sharding.num_batch_shards(mesh),
+      num_row_shards=math.lcm(*map(sharding.num_row_shards, meshes)),
+  )
   method = make_method(config)
   task = _build(tasks, config.task)
   checks.check_verifier(config, may_hang=may_hang(task.score))
@@ -95,6 +102,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       task, tokenizer, max_prompt_length=config.max_prompt_length
   )
   model = _architecture(config)
+  _warn_of_undivided(abstract_params(config, model), meshes)
   scorer = Scorer(task.score, **config.scoring, total=processes.total)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval, key_adapters = jax.random.split(
@@ -119,7 +127,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       lambda config: make_program(config, mesh, method, model, tokenizer),
       lambda x: x.train_step.lower(*abstract_arguments(config, mesh, x)),
       limit=memory.limit(),
-      num_batch_shards=sharding.num_row_shards(mesh),
+      num_batch_shards=sharding.num_batch_shards(mesh),
       to_train=to_train,
   )
   params = load.from_pretrained(
@@ -148,6 +156,13 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       mesh=mesh,
       compile_s=compile_s,
   )
+
+
+def _warn_of_undivided(params: PyTree, meshes: Iterable[Any]) -> None:
+  """Says which axes of parameters stay whole where a rule would split them."""
+  names = [x for mesh in meshes for x in sharding.undivided(params, mesh)]
+  for name in dict.fromkeys(names):
+    logging.warning('Not split, as it does not divide: %s', name)
 
 
 def _use_compilation_cache(folder: str) -> None:
@@ -200,9 +215,14 @@ def make_program(
       config, model, tokenizer, method.divergence, mesh
   )
   place = functools.partial(
-      jax.lax.with_sharding_constraint, shardings=sharding.batch(mesh)
+      jax.lax.with_sharding_constraint, shardings=sharding.tokens(mesh)
   )
-  spread = model.replace(place=place)  # The sampler has its own rows already.
+  # The sampler has its own rows already, and whole ones.
+  spread = model.replace(
+      place=place,
+      parts=mesh.shape['sequence'],
+      split=sharding.by_queries(mesh),
+  )
   arrange = _make_arrange(config, mesh)
   learn = _make_learner(config, spread, method, trainable, arrange, place)
   replay = _make_replay(config, spread, arrange)
@@ -313,6 +333,7 @@ def configured(config: Any, model: CausalLM) -> CausalLM:
 
 def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
   settings = config.sampling.to_dict()
+  sampling_mesh = sharding.sampling_mesh(mesh, **settings.pop('mesh'))
   num_slots = settings.pop('num_slots')
   sampler = sampling.make_sampler(
       model,
@@ -321,12 +342,15 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
       eos_ids=end_ids(tokenizer, config.stop),
       pad_id=tokenizer.pad_token_id,
       record=divergence.record,
-      num_slots=num_slots // sharding.num_row_shards(mesh),
+      num_slots=num_slots // sharding.num_row_shards(sampling_mesh),
       record_routing=config.model.router_replay,
       **settings,
   )
   return rollout_lib.make_rollout_fn(
-      sharding.by_rows(sampler, mesh), group_size=config.group_size
+      sharding.on_its_own_mesh(
+          sampler, mesh=sampling_mesh, learner_mesh=mesh
+      ),
+      group_size=config.group_size,
   )
 
 
@@ -360,7 +384,7 @@ def _make_arrange(config: Any, mesh: Any) -> packing.ArrangeFn:
       row_length=config.learner.row_length,
       prompt_length=config.max_prompt_length,
       group_size=config.group_size,
-      row_multiple=sharding.num_row_shards(mesh),
+      row_multiple=sharding.num_batch_shards(mesh),
   )
 
 
@@ -436,6 +460,7 @@ def _make_learner(
 
 def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
   settings = config.eval
+  sampling_mesh = sharding.sampling_mesh(mesh, **config.sampling.mesh)
   sampler = sampling.make_sampler(
       model,
       group_size=settings.num_samples,
@@ -446,7 +471,7 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       top_p=settings.top_p,
       top_k=settings.top_k,
       dtype=config.sampling.dtype,
-      num_slots=settings.num_slots // sharding.num_row_shards(mesh),
+      num_slots=settings.num_slots // sharding.num_row_shards(sampling_mesh),
   )
   [batch] = evaluation_batches(
       task.test,
@@ -456,12 +481,14 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       add_special_tokens=task.chat is None,
   )
   return evaluate.make_evaluate_fn(
-      sampler=sharding.by_rows(sampler, mesh),
+      sampler=sharding.on_its_own_mesh(
+          sampler, mesh=sampling_mesh, learner_mesh=mesh
+      ),
       batch=batch,
       num_samples=settings.num_samples,
       verify=verify,
       key=key,
-      mesh=mesh,
+      mesh=sampling_mesh,
   )
 
 

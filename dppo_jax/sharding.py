@@ -1,8 +1,9 @@
 """The mesh, and which axis of which array goes over it.
 
 Mesh axes: `data` copies parameters, `fsdp` splits them and the batch, `tensor`
-splits heads, widths and vocabulary, `expert` splits experts. Batches go over
-`data` and `fsdp`.
+splits heads, widths and vocabulary, `expert` splits experts, `sequence` splits
+the tokens of the rows that are being learned. Whole rows go over `data`, `fsdp`
+and `sequence`. The sampler may use the same devices as another mesh.
 """
 
 from collections.abc import Callable
@@ -11,15 +12,20 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
+from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dppo_jax.types import PyTree
 
-AXES = ('data', 'fsdp', 'tensor', 'expert')
-ROW_AXES = ('data', 'fsdp')
+AXES = ('data', 'fsdp', 'tensor', 'expert', 'sequence')
+BATCH_AXES = ('data', 'fsdp')
+ROW_AXES = (*BATCH_AXES, 'sequence')
 BATCH = P(ROW_AXES)
+TOKENS = P(BATCH_AXES, 'sequence')
 
 # Path below the parameters -> axes; layers are stacked on a leading axis.
 RULES = (
@@ -48,13 +54,17 @@ RULES = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int):
+def make_mesh(
+    *, data: int, fsdp: int, tensor: int, expert: int, sequence: int = 1
+):
   """A mesh over all devices; one size may be -1 for "the rest".
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
-  sizes = dict(zip(AXES, (data, fsdp, tensor, expert), strict=True))
+  sizes = dict(
+      zip(AXES, (data, fsdp, tensor, expert, sequence), strict=True)
+  )
   count = jax.device_count()
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -70,9 +80,47 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int):
   )
 
 
+def sampling_mesh(mesh, *, tensor: int, expert: int):
+  """The mesh of the sampler: the same devices in the same order.
+
+  What `tensor` and `expert` leave goes to rows.
+
+  Args:
+    mesh: of the learner.
+    tensor: over how many devices the sampler splits heads and widths; 0 for as
+      many as the learner.
+    expert: the same for experts.
+
+  Raises:
+    ValueError: if they do not divide the number of devices.
+  """
+  split = {
+      'tensor': tensor or mesh.shape['tensor'],
+      'expert': expert or mesh.shape['expert'],
+  }
+  if all(mesh.shape[axis] == size for axis, size in split.items()):
+    return mesh
+  rows, rest = divmod(mesh.size, math.prod(split.values()))
+  if rest or min(split.values()) < 1:
+    raise ValueError(
+        f'config.sampling.mesh {split} does not divide the {mesh.size} devices '
+        'of config.mesh; 0 takes what config.mesh has.'
+    )
+  sizes = dict.fromkeys(AXES, 1) | split | {'data': rows}
+  types = (AxisType.Auto,) * len(AXES)
+  if isinstance(mesh, AbstractMesh):
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=types)
+  return Mesh(mesh.devices.reshape(*sizes.values()), AXES, axis_types=types)
+
+
 def batch(mesh) -> NamedSharding:
-  """Leading axis over `data` and `fsdp`."""
+  """Leading axis over `data`, `fsdp` and `sequence`: whole rows."""
   return NamedSharding(mesh, BATCH)
+
+
+def tokens(mesh) -> NamedSharding:
+  """Rows over `data` and `fsdp`, their tokens over `sequence`."""
+  return NamedSharding(mesh, TOKENS)
 
 
 def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
@@ -85,7 +133,7 @@ def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
 
   Args:
     sample: from `sampling.make_sampler`; rows only know their own prompt.
-    mesh: its axes `data` and `fsdp` must divide the number of prompts.
+    mesh: its axes of rows must divide the number of prompts.
   """
   if num_row_shards(mesh) == 1:
     return sample
@@ -110,9 +158,78 @@ def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
   return sample_all
 
 
+def by_queries(mesh) -> Callable[..., Any] | None:
+  """Attention of each part of a row to the whole of it.
+
+  Every device has its own queries; the keys are gathered before, and their
+  gradients summed and scattered after, once a layer and not once a block.
+
+  Args:
+    mesh: over whose axis `sequence` a row is split.
+
+  Returns:
+    `split(attend)`, for an `attend(queries, keys, rest)` of any queries of a
+    row: trees of [B, T, ...], and a tree that all share. None if a device has
+    whole rows.
+  """
+  parts = mesh.shape['sequence']
+  if parts == 1:
+    return None
+  spec = P(None, 'sequence')
+
+  def split(attend):
+    def of_part(queries, keys, rest):
+      gather = lambda x: jax.lax.all_gather(x, 'sequence', axis=1, tiled=True)
+      return attend(queries, jax.tree.map(gather, keys), rest)
+
+    def attend_all(queries, keys, rest):
+      length = jax.tree.leaves(queries)[0].shape[1]
+      # Zeros are padding: segment 0.
+      pad = lambda x: jnp.pad(
+          x, [(0, 0), (0, -length % parts)] + [(0, 0)] * (x.ndim - 2)
+      )
+      out = jax.shard_map(
+          of_part,
+          mesh=mesh,
+          in_specs=(spec, spec, P()),
+          out_specs=spec,
+          axis_names={'sequence'},
+          check_vma=False,
+      )(*jax.tree.map(pad, (queries, keys)), rest)
+      return out[:, :length]
+
+    return attend_all
+
+  return split
+
+
+def on_its_own_mesh(
+    sample: Callable[..., Any], *, mesh, learner_mesh
+) -> Callable[..., Any]:
+  """`by_rows` of what is brought from the learner's mesh to `mesh`.
+
+  The parameters move once for a rollout, before its loop.
+  """
+  sample_rows = by_rows(sample, mesh)
+  if mesh == learner_mesh:
+    return sample_rows
+
+  def sample_all(params, prompts, keys):
+    move = jax.lax.with_sharding_constraint
+    params = move(params, of_params(params, mesh))
+    return sample_rows(params, *move((prompts, keys), batch(mesh)))
+
+  return sample_all
+
+
 def num_row_shards(mesh) -> int:
-  """Over how many groups of devices a batch is split."""
+  """Over how many groups of devices whole rows are split."""
   return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def num_batch_shards(mesh) -> int:
+  """Over how many of them the rows of a micro-batch are."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def in_slots(mesh) -> NamedSharding:
@@ -134,13 +251,37 @@ def of_params(tree: PyTree, mesh) -> PyTree:
   """
 
   def shard(path, leaf):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    for pattern, spec in RULES:
-      if re.search(pattern, name) and len(spec) <= len(leaf.shape):
-        return NamedSharding(mesh, _that_divides(spec, leaf.shape, mesh))
-    return replicated(mesh)
+    spec = _rule(_name(path), leaf.shape)
+    return NamedSharding(mesh, _that_divides(spec, leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(shard, tree)
+
+
+def undivided(tree: PyTree, mesh) -> list[str]:
+  """Axes of parameters that a rule would split, and that stay whole.
+
+  Returns:
+    'embed/embedding: 61 over tensor=8' for each that its mesh axis does not
+    divide.
+  """
+  return [
+      f'{_name(path)}: {size} over {axis}={mesh.shape[axis]}'
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      for axis, size in zip(_rule(_name(path), leaf.shape), leaf.shape)
+      if axis is not None and size % mesh.shape[axis]
+  ]
+
+
+def _name(path) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _rule(name: str, shape: tuple[int, ...]) -> P:
+  """The first that fits the path; P() if none does."""
+  for pattern, spec in RULES:
+    if re.search(pattern, name) and len(spec) <= len(shape):
+      return spec
+  return P()
 
 
 def _that_divides(spec: P, shape: tuple[int, ...], mesh) -> P:

@@ -6,6 +6,7 @@ sequences, T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
@@ -79,7 +80,7 @@ def _make_head_map(model, *, temperature, chunk_size, prompt_length):
   first = max(prompt_length - 1, 0)  # Index of the first sampled token.
 
   def head_map(fn, params, hidden, rows, *extra):
-    def body(params, hidden, targets, *extra):
+    def of_tokens(params, hidden, targets, *extra):
       logits = sampling.process_logits(
           model.head(params, hidden), temperature=temperature
       )
@@ -89,10 +90,13 @@ def _make_head_map(model, *, temperature, chunk_size, prompt_length):
         lambda x: x[:, first:],
         (rows.token_mask, hidden, rows.targets, *extra),
     )
+    body = functools.partial(_over_tokens, of_tokens)
+    if model.parts > 1:
+      body = functools.partial(_over_rows, of_tokens, place=model.place)
     if not chunk_size or chunk_size >= mask.size:
-      out = _unflatten(body(params, *_flatten(trees)), mask.shape)
+      out = body(params, trees)
     else:
-      out = _in_chunks(body, params, mask, trees, chunk_size)
+      out = _in_chunks(body, params, mask, trees, chunk_size, model.parts)
     return jax.tree.map(
         lambda x: jnp.pad(x, [(0, 0), (first, 0)] + [(0, 0)] * (x.ndim - 2)),
         out,
@@ -197,28 +201,31 @@ def make_target_fn(
   return target_fn
 
 
-def _in_chunks(body, params, mask, trees, chunk_size):
+def _in_chunks(body, params, mask, trees, chunk_size, parts):
   """Maps over some columns of all rows at a time, so no [b, T, V] exists.
 
-  Columns, so that rows may be anywhere on a mesh. A chunk without a sampled
-  token costs nothing and gives zeros.
+  Columns, so that rows may be anywhere on a mesh; of each of its parts, where a
+  row is on several devices. A chunk without a sampled token costs nothing and
+  gives zeros.
   """
   num_rows, length = mask.shape
-  width = max(chunk_size // num_rows, 1)
-  num_chunks = -(-length // width)
-  extra = num_chunks * width - length  # Zeros, cut off again at the end.
+  width = max(chunk_size // (num_rows * parts), 1)  # Of a part.
+  num_chunks = -(-length // (width * parts))
+  # Zeros, cut off again at the end.
+  extra = num_chunks * parts * width - length
 
-  def split(x):  # [b, T, ...] -> [number of chunks, b, width, ...]
+  def split(x):  # [b, T, ...] -> [number of chunks, b, parts * width, ...]
     x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(num_rows, num_chunks, width, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+    x = x.reshape(num_rows, parts, num_chunks, width, *x.shape[2:])
+    x = jnp.moveaxis(x, 2, 0)
+    return x.reshape(num_chunks, num_rows, -1, *x.shape[4:])
 
   def of_chunk(params, mask, trees):
-    run = lambda: body(params, *_flatten(trees))
+    run = lambda: body(params, trees)
     skip = lambda: jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run)
     )
-    return _unflatten(jax.lax.cond(jnp.any(mask), run, skip), mask.shape)
+    return jax.lax.cond(jnp.any(mask), run, skip)
 
   of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
   # The head's gradient is a sum over chunks, which bfloat16 would round.
@@ -233,18 +240,23 @@ def _in_chunks(body, params, mask, trees, chunk_size):
       jax.tree.map(split, (mask, trees)),
   )
 
-  def join(x):  # [number of chunks, b, width, ...] -> [b, T, ...]
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(num_rows, -1, *x.shape[3:])[:, :length]
+  def join(x):  # [number of chunks, b, parts * width, ...] -> [b, T, ...]
+    x = x.reshape(num_chunks, num_rows, parts, width, *x.shape[3:])
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(num_rows, -1, *x.shape[4:])[:, :length]
 
   return jax.tree.map(join, out)
 
 
-def _flatten(tree):
-  """[b, T, ...] -> [b * T, ...]."""
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+def _over_tokens(body, params, trees):
+  """`body` of [b * T, ...], for trees of [b, T, ...]."""
+  shape = jax.tree.leaves(trees)[0].shape[:2]
+  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trees)
+  return jax.tree.map(
+      lambda x: x.reshape(*shape, *x.shape[1:]), body(params, *flat)
+  )
 
 
-def _unflatten(tree, shape):
-  """[b * T, ...] -> [b, T, ...]."""
-  return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), tree)
+def _over_rows(body, params, trees, *, place):
+  """The same row by row: tokens of rows that are split stay where they are."""
+  return jax.vmap(lambda trees: body(params, *trees))(place(trees))

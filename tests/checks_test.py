@@ -139,6 +139,16 @@ def test_sizes_that_the_devices_do_not_divide_are_named(change, message):
     checks.check(config, num_batch_shards=8)
 
 
+def test_prompts_divide_over_the_devices_that_sample():
+  # Rows split by tokens: two rows of a micro-batch, eight of a rollout.
+  config = default.get_config()
+  config.num_prompts = 12
+  checks.check(config, num_batch_shards=2)
+  message = 'config.num_prompts=12 .* 8 devices .*sequence.* try 8 or 16'
+  with pytest.raises(ValueError, match=message):
+    checks.check(config, num_batch_shards=2, num_row_shards=8)
+
+
 def test_packed_rows_hold_the_longest_completion_and_come_in_parts():
   many = {'learner.num_microbatches': 8}
   refused(

@@ -4,23 +4,20 @@ import dataclasses
 import functools
 import heapq
 import json
-import os
-import pathlib
-import re
-import subprocess
-import sys
 
+import collectives
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
+import whole_step
 
 from dppo_jax import sampling
 from dppo_jax import sharding
 from dppo_jax.models import layers
 
-HERE = pathlib.Path(__file__).resolve().parent
 NUM_PROMPTS, G, C = 8, 4, 12
 NUM_ROWS = NUM_PROMPTS * G
 # One token of 64, so that lengths differ more than with the usual eight.
@@ -39,9 +36,11 @@ def record_logprobs(logits, tokens):
   return jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
 
 
-def make_sampler(num_slots, *, config=tiny_model.CONFIG, **options):
+def make_sampler(
+    num_slots, *, model=tiny_model.MODEL, config=tiny_model.CONFIG, **options
+):
   return sampling.make_sampler(
-      tiny_model.MODEL.replace(config=config),
+      model.replace(config=config),
       **{
           'group_size': G,
           'max_completion_length': C,
@@ -146,33 +145,14 @@ def test_each_layer_costs_the_memory_of_its_cache_and_no_copy_of_it(num_slots):
 # --- on eight devices --------------------------------------------------------
 
 
-def collectives_in_loops(hlo):
-  """Names of the collectives that a loop of a compiled program calls."""
-  bodies = dict(re.findall(r'^%?([\w.-]+) .*?\{\n(.*?)^\}', hlo, re.M | re.S))
-  assert len(bodies) > 3
-  called = lambda text: re.findall(
-      r'(?:to_apply|body|condition|calls|computations?)=\{?%?([\w.-]+)', text
-  )
-  reached = set(re.findall(r'(?:body|condition)=%?([\w.-]+)', hlo))
-  assert reached
-  for _ in range(len(bodies)):
-    reached |= {name for x in reached for name in called(bodies.get(x, ''))}
-  return [
-      name
-      for x in sorted(reached)
-      for name in re.findall(
-          r'(all-gather|all-reduce|all-to-all|collective-permute'
-          r'|reduce-scatter)(?:-start)?\(', bodies.get(x, '')
-      )
-  ]
-
-
 def on_eight_devices():
   """Prints what a sampler over a mesh draws, and what its loops wait for."""
   prompts = tiny_model.prompts(NUM_PROMPTS)
   keys = sampling.row_keys(jax.random.key(3), NUM_ROWS)
-  for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
-    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, (*sizes, 1))))
+  for sizes in (
+      {'data': 8}, {'data': 2, 'fsdp': 4}, {'data': 2, 'fsdp': 2, 'tensor': 2}
+  ):
+    mesh = whole_step.make_mesh(**sizes)
     params = jax.device_put(
         tiny_model.params(), sharding.of_params(tiny_model.params(), mesh)
     )
@@ -187,34 +167,108 @@ def on_eight_devices():
           'devices': len(out.tokens.sharding.device_set),
           'tokens': np.asarray(out.tokens).tolist(),
           'num_steps': int(out.num_steps),
-          'collectives': collectives_in_loops(program.as_text()),
+          'collectives': collectives.in_loops(program.as_text()),
       }))
 
 
 @pytest.mark.slow
 def test_over_a_mesh_tokens_are_the_same_and_no_loop_moves_weights_or_waits():
-  done = subprocess.run(
-      [sys.executable, '-c',
-       'import decoding_test; decoding_test.on_eight_devices()'],
-      cwd=HERE.parent,
-      env=os.environ | {
-          'JAX_PLATFORMS': 'cpu',
-          'PYTHONPATH': os.pathsep.join(map(str, (HERE.parent, HERE))),
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      },
-      capture_output=True,
-      text=True,
+  printed = many_devices.run(
+      'import decoding_test; decoding_test.on_eight_devices()'
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  lines = [json.loads(x) for x in done.stdout.splitlines()]
+  lines = [json.loads(x) for x in printed]
   assert len(lines) == 6
   expected = sample(0)
   for line in lines:
     assert line['devices'] == 8
     np.testing.assert_array_equal(line['tokens'], expected.tokens)
-    if line['sizes'][2] == 1:
-      assert not line['collectives']
-    else:  # The sums of tensor parallelism, and nothing of the weights' size.
-      assert set(line['collectives']) <= {'all-reduce', 'all-gather'}
+    assert bool(line['collectives']) == ('tensor' in line['sizes'])
     if not line['num_slots']:
       assert line['num_steps'] == expected.num_steps
+
+
+# A kernel of a layer has 256 * 256 numbers, more than any activation.
+WIDE = {
+    'vocab_size': 128, 'hidden_size': 256, 'intermediate_size': 512,
+    'num_attention_heads': 8, 'num_key_value_heads': 8, 'head_dim': 32,
+}
+DENSE = dataclasses.replace(tiny_model.CONFIG, **WIDE)
+WITH_EXPERTS = dataclasses.replace(
+    tiny_model.WITH_EXPERTS.config, **WIDE, num_experts=8,
+    moe_intermediate_size=256,
+)
+# The model, the learner's mesh, and what the sampler has of its own.
+LAYOUTS = {
+    'fsdp': (DENSE, {'fsdp': 8}, {}),
+    'sequence': (DENSE, {'fsdp': 2, 'sequence': 4}, {}),
+    'tensor': (DENSE, {'tensor': 8}, {}),
+    'all': (DENSE, {'data': 2, 'fsdp': 2, 'tensor': 2}, {}),
+    'fsdp, then tensor': (DENSE, {'fsdp': 8}, {'tensor': 2}),
+    'expert': (WITH_EXPERTS, {'fsdp': 2, 'expert': 4}, {}),
+    'fsdp, then expert': (WITH_EXPERTS, {'fsdp': 8}, {'expert': 4}),
+}
+
+
+def loops_on_eight_devices():
+  """Prints what the loops over a prompt's layers and over tokens move."""
+  for name, (config, sizes, own) in LAYOUTS.items():
+    mesh = whole_step.make_mesh(**sizes)
+    sampling_mesh = sharding.sampling_mesh(
+        mesh, **{'tensor': 0, 'expert': 0} | own
+    )
+    model = tiny_model.WITH_EXPERTS if config.num_experts else tiny_model.MODEL
+    params = jax.eval_shape(
+        model.replace(config=config).init, jax.random.key(0)
+    )
+    sampler = sharding.on_its_own_mesh(
+        make_sampler(0, model=model, config=config, group_size=1),
+        mesh=sampling_mesh, learner_mesh=mesh,
+    )
+    rows = sharding.batch(mesh)
+    jitted = jax.jit(
+        sampler, in_shardings=(sharding.of_params(params, mesh), rows, rows)
+    )
+    with tiny_model.quick_compilation():
+      text = jitted.lower(
+          params,
+          tiny_model.prompts(NUM_PROMPTS),
+          sampling.row_keys(jax.random.key(3), NUM_PROMPTS),
+      ).compile().as_text()
+    tensor = sampling_mesh.shape['tensor']
+    num_rows = NUM_PROMPTS // sharding.num_row_shards(sampling_mesh)
+    print(json.dumps({
+        'name': name,
+        'rows': num_rows,
+        'collectives': collectives.in_loops(text),
+        # Keys [B, K, E, C]: of a device's rows and heads, not of all heads.
+        'split': f'[{num_rows},{8 // tensor},32,{C}]' in text,
+        'whole': tensor > 1 and f'[{num_rows},8,32,{C}]' in text,
+    }))
+
+
+@pytest.fixture(scope='module')
+def loops():
+  printed = many_devices.run(
+      'import decoding_test; decoding_test.loops_on_eight_devices()'
+  )
+  return {line.pop('name'): line for line in map(json.loads, printed)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_loops_of_the_sampler_move_activations_and_never_weights(loops, name):
+  config, sizes, own = LAYOUTS[name]
+  moved = loops[name]['collectives']
+  assert loops[name]['split'] and not loops[name]['whole']
+  # Splitting rows moves nothing.
+  split = (sizes | own).keys() & {'tensor', 'expert'}
+  assert bool(moved) == bool(split)
+  # Sums of activations, and how many tokens go to each expert.
+  assert all(
+      kind == 'all-reduce' or size <= config.num_experts for kind, size in moved
+  )
+  # Of all tokens of the prompts, for each of the experts of a token.
+  tokens = loops[name]['rows'] * tiny_model.PROMPT_LENGTH
+  activations = tokens * 256 * max(config.num_experts_per_tok, 1)
+  assert activations < 256 * 256
+  assert all(size <= activations for _, size in moved)

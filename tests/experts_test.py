@@ -104,7 +104,7 @@ def test_weights_of_the_chosen_are_softmax_over_all_or_over_them(normalize):
 
 
 def test_experts_go_over_their_own_axis_of_the_mesh():
-  mesh = jax.sharding.AbstractMesh((1, 2, 2, 2), sharding.AXES)
+  mesh = jax.sharding.AbstractMesh((1, 2, 2, 2, 1), sharding.AXES)
   tree = jax.eval_shape(
       CausalLM(config=CONFIG, family=mixtral).init, jax.random.key(0)
   )

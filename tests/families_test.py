@@ -5,15 +5,12 @@ The references are in `golden/`; `parity_test.py` compares with torch itself.
 
 import dataclasses
 import functools
-import os
 import pathlib
-import subprocess
-import sys
-import textwrap
 
 from golden import make_family_logits as golden
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -241,17 +238,5 @@ SHARDED = """
 
 
 def test_a_model_is_read_straight_into_its_shards(folder):
-  done = subprocess.run(
-      [
-          sys.executable, '-c', textwrap.dedent(SHARDED),
-          str(folder('mixtral', 'untied')),
-      ],
-      env=os.environ | {
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-          'JAX_PLATFORMS': 'cpu',
-      },
-      capture_output=True,
-      text=True,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert done.stdout.split()[-1] == 'done'
+  lines = many_devices.run(SHARDED, folder('mixtral', 'untied'))
+  assert lines[-1] == 'done'

@@ -10,14 +10,11 @@ and C completion tokens, T predicted ones, D width, V vocabulary.
 
 import functools
 import json
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
@@ -33,7 +30,6 @@ from dppo_jax import sharding
 from dppo_jax import target
 from dppo_jax.types import ScoredRollout
 
-HERE = pathlib.Path(__file__).resolve().parent
 NUM_ROWS = tiny_model.NUM_PROMPTS * tiny_model.GROUP_SIZE
 
 
@@ -72,6 +68,8 @@ def whole_gradient(params, rows, gradient):
 
 class Above:
   """`models.causal_lm.CausalLM` of the parameters that `above` returns."""
+
+  parts = 1
 
   def trunk(self, params, tokens, **where):
     del tokens, where
@@ -238,20 +236,10 @@ def on_eight_devices():
 
 @pytest.fixture(scope='module')
 def eight_devices():
-  done = subprocess.run(
-      [sys.executable, '-c',
-       'import invariance_test; invariance_test.on_eight_devices()'],
-      cwd=HERE.parent,
-      env=os.environ | {
-          'JAX_PLATFORMS': 'cpu',
-          'PYTHONPATH': os.pathsep.join(map(str, (HERE.parent, HERE))),
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      },
-      capture_output=True,
-      text=True,
+  printed = many_devices.run(
+      'import invariance_test; invariance_test.on_eight_devices()'
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  lines = map(json.loads, done.stdout.splitlines())
+  lines = map(json.loads, printed)
   return {line.pop('name'): line for line in lines}
 
 

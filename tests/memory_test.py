@@ -24,7 +24,7 @@ def placed(tree, shardings):
 
 
 def test_a_device_holds_its_shards_only():
-  mesh = jax.sharding.AbstractMesh((1, 2, 4, 1), sharding.AXES)
+  mesh = jax.sharding.AbstractMesh((1, 2, 4, 1, 1), sharding.AXES)
   tree = {
       'split': jax.ShapeDtypeStruct((8, 16), jnp.float32),
       'copied': jax.ShapeDtypeStruct((10,), jnp.bfloat16),

@@ -3,15 +3,11 @@
 import dataclasses
 import functools
 import json
-import os
-import pathlib
-import subprocess
-import sys
-import textwrap
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
@@ -466,19 +462,10 @@ ONE_STEP = """
 
 
 def run_on(num_devices, mesh):
-  folder = pathlib.Path(__file__).parent
-  done = subprocess.run(
-      [sys.executable, '-c', textwrap.dedent(ONE_STEP), json.dumps(mesh)],
-      cwd=folder.parent, capture_output=True, text=True, check=False,
-      env=os.environ | {
-          'JAX_PLATFORMS': 'cpu',
-          'PYTHONPATH': os.pathsep.join([str(folder), str(folder.parent)]),
-          'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-          f'--xla_force_host_platform_device_count={num_devices}',
-      },
+  printed = many_devices.run(
+      ONE_STEP, json.dumps(mesh), num_devices=num_devices, optimized=False
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(printed[-1])
 
 
 @pytest.mark.slow

@@ -5,10 +5,7 @@ there. Here the compiler sees one array, so nothing may change. Eight devices of
 a CPU need a process of their own.
 """
 
-import os
-import subprocess
-import sys
-import textwrap
+import many_devices
 
 SCRIPT = """
     import jax
@@ -50,14 +47,4 @@ SCRIPT = """
 
 
 def test_every_divergence_is_the_same_when_the_vocabulary_is_split():
-  done = subprocess.run(
-      [sys.executable, '-c', textwrap.dedent(SCRIPT)],
-      env=os.environ | {
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-          'JAX_PLATFORMS': 'cpu',
-      },
-      capture_output=True,
-      text=True,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  assert 'topk_tv' in done.stdout.split()
+  assert 'topk_tv' in many_devices.run(SCRIPT)

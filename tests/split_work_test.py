@@ -1,31 +1,21 @@
 """Each device of a mesh computes its part of a step, and only its part."""
 
 import json
-import math
-import os
-import pathlib
 import re
-import subprocess
-import sys
-import types
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import AxisType
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
 import whole_step
 
-from configs import default
 from dppo_jax import main
-from dppo_jax import sharding
-from dppo_jax import train_step
-from dppo_jax.types import ScoredRollout
 
-HERE = pathlib.Path(__file__).resolve().parent
 MESHES = {
-    'data': (8, 1, 1, 1), 'fsdp': (1, 8, 1, 1), 'tensor': (2, 2, 2, 1)
+    'data': {'data': 8},
+    'fsdp': {'fsdp': 8},
+    'tensor': {'data': 2, 'fsdp': 2, 'tensor': 2},
 }
 SIZES = {
     'num_prompts': 32,
@@ -35,7 +25,6 @@ SIZES = {
     'learner__num_microbatches': 2,
     'learner__chunk_size': 512,
 }
-KEY = jax.random.key(5)
 LAYOUTS = {'as sampled': 0, 'packed': 128}
 
 
@@ -51,60 +40,47 @@ def facts(mesh, row_length):
   }
 
 
-def learned(mesh, row_length):
-  """Tokens, losses and summed parameters of three steps."""
-  config = default.get_config('dppo_topk_tv')
-  config.num_prompts, config.group_size = 4, 4
-  config.max_prompt_length = tiny_model.PROMPT_LENGTH
-  config.max_completion_length = tiny_model.COMPLETION_LENGTH
-  config.learner.num_minibatches = 2
-  config.learner.num_microbatches = 2 if row_length else 1
-  config.learner.row_length = row_length
-  config.optimizer.learning_rate = 3e-3
-  mesh = jax.make_mesh(
-      mesh, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES),
-      devices=jax.devices()[: math.prod(mesh)],
-  )
-  program = main.make_program(
-      config, mesh, main.make_method(config), tiny_model.MODEL,
-      types.SimpleNamespace(eos_token_id=3, pad_token_id=0),
-  )
+def bytes_of_long_rows(mesh, **options):
+  """Temporary memory of a device that learns from rows of 8,192 tokens."""
+  config = whole_step.make_config(**{
+      'num_prompts': 8,
+      'group_size': 2,
+      'max_prompt_length': 1025,
+      'max_completion_length': 7168,
+      'learner__num_minibatches': 1,
+      'learner__chunk_size': 1024,
+      'model__remat': 'full',
+      **options,
+  })
+  mesh = whole_step.make_mesh(**mesh)
+  program = whole_step.make_program(config, mesh, tiny_model.MODEL)
+  state, scored, _ = main.abstract_arguments(config, mesh, program)
   with tiny_model.quick_compilation():
-    state = jax.jit(program.init, out_shardings=program.shardings)(
-        jax.tree.map(jnp.copy, tiny_model.params()), *jax.random.split(KEY)
-    )
-    scored = jax.device_put(
-        train_step.blank(
-            program.rollout_fn, state, tiny_model.prompts(), program.trainable
-        ),
-        sharding.batch(mesh),
-    )
-    losses = []
-    for _ in range(3):
-      state, rollout, metrics = program.train_step(
-          state, scored, tiny_model.prompts()
-      )
-      losses.append(float(metrics['loss']))
-      rewards = (rollout.tokens[:, tiny_model.PROMPT_LENGTH] % 2) * 1.0
-      scored = ScoredRollout(
-          rollout, jax.device_put(rewards, sharding.batch(mesh))
-      )
-  return {
-      'tokens': rollout.tokens.tolist(),
-      'losses': losses,
-      'parameters': [
-          float(jnp.sum(jnp.abs(x))) for x in jax.tree.leaves(state.params)
-      ],
-  }
+    compiled = jax.jit(program.learn).lower(
+        state, scored, jax.random.key(0)
+    ).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def long_rows_on_eight_devices():
+  # A micro-batch is a row on each device, or one row on all of them.
+  print(json.dumps([
+      bytes_of_long_rows({'fsdp': 8}, learner__num_microbatches=2),
+      bytes_of_long_rows({'sequence': 8}, learner__num_microbatches=16),
+  ]))
 
 
 def on_eight_devices():
-  for name, mesh, row_length in (
-      ('one device', (1, 1, 1, 1), 0),
-      ('packed on eight', (2, 2, 2, 1), 25),
-      ('packed on four', (1, 4, 1, 1), 25),
+  packed = {'learner__row_length': 25, 'learner__num_microbatches': 2}
+  for name, mesh, options in (
+      ('one device', {}, {}),
+      ('packed on eight', {'data': 2, 'fsdp': 2, 'tensor': 2}, packed),
+      ('packed on four', {'fsdp': 4}, packed),
   ):
-    print(json.dumps({'name': name, **learned(mesh, row_length)}))
+    learned = whole_step.three_steps(
+        tiny_model.MODEL, tiny_model.params(), mesh=mesh, **options
+    )
+    print(json.dumps({'name': name, **learned}))
   for name, mesh in MESHES.items():
     for layout, row_length in LAYOUTS.items():
       line = {'name': f'{name}, {layout}', **facts(mesh, row_length)}
@@ -113,20 +89,10 @@ def on_eight_devices():
 
 @pytest.fixture(scope='module')
 def eight_devices():
-  done = subprocess.run(
-      [sys.executable, '-c',
-       'import split_work_test; split_work_test.on_eight_devices()'],
-      cwd=HERE.parent,
-      env=os.environ | {
-          'JAX_PLATFORMS': 'cpu',
-          'PYTHONPATH': os.pathsep.join(map(str, (HERE.parent, HERE))),
-          'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      },
-      capture_output=True,
-      text=True,
+  printed = many_devices.run(
+      'import split_work_test; split_work_test.on_eight_devices()'
   )
-  assert done.returncode == 0, done.stderr[-3000:]
-  lines = map(json.loads, done.stdout.splitlines())
+  lines = map(json.loads, printed)
   return {line.pop('name'): line for line in lines}
 
 
@@ -134,12 +100,12 @@ def eight_devices():
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', MESHES)
 def test_eight_devices_share_the_work(eight_devices, name, layout):
-  one = facts((1, 1, 1, 1), LAYOUTS[layout])
+  one = facts({}, LAYOUTS[layout])
   eight = eight_devices[f'{name}, {layout}']
   # What every device does by itself, mostly the update, is the rest.
   assert one['flops'] / 8 < eight['flops'] < one['flops'] / 5
   # Tokens are split over data and fsdp; weights go to them.
-  shards = MESHES[name][0] * MESHES[name][1]
+  shards = MESHES[name].get('data', 1) * MESHES[name].get('fsdp', 1)
   assert eight['rows'] == pytest.approx(one['rows'] / shards, rel=0.1)
 
 
@@ -150,6 +116,18 @@ def test_packed_rows_on_a_mesh_teach_what_one_device_learns(
 ):
   one, many = eight_devices['one device'], eight_devices[name]
   assert many['tokens'] == one['tokens']
-  assert max(map(abs, one['losses'])) > 1e-3
-  np.testing.assert_allclose(many['losses'], one['losses'], atol=1e-5)
+  losses = [
+      [metrics['loss'] for metrics in line['metrics']] for line in (one, many)
+  ]
+  assert max(map(abs, losses[0])) > 1e-3
+  np.testing.assert_allclose(*losses, atol=1e-5)
   np.testing.assert_allclose(many['parameters'], one['parameters'], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_rows_split_by_tokens_need_a_part_of_the_memory():
+  [line] = many_devices.run(
+      'import split_work_test; split_work_test.long_rows_on_eight_devices()'
+  )
+  whole, split = json.loads(line)
+  assert split < whole / 5

@@ -4,15 +4,11 @@ import functools
 import itertools
 import json
 import logging
-import os
-import pathlib
 import re
-import subprocess
-import sys
-import textwrap
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
@@ -21,8 +17,6 @@ from dppo_jax import optim
 from dppo_jax import sharding
 from dppo_jax import train_step
 from dppo_jax.types import ScoredRollout
-
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # What report.html plots.
 REPORTED = (
@@ -233,7 +227,7 @@ def test_metrics_are_those_of_the_rollout_learned_from(parts, three_steps):
 def test_parameters_and_moments_are_split_alike():
   # Shapes only, as on a pod: no device is touched.
   devices = jax.sharding.AbstractMesh(
-      (2, 2, 2, 1), sharding.AXES,
+      (2, 2, 2, 1, 1), sharding.AXES,
   )
   optimizer = optim.build('adamw', total_updates=1)
   make = lambda: train_step.init_state(
@@ -254,11 +248,38 @@ def test_parameters_and_moments_are_split_alike():
 
 
 def test_an_axis_that_does_not_divide_is_not_split():
-  mesh = jax.sharding.AbstractMesh((1, 3, 4, 1), sharding.AXES)
+  mesh = jax.sharding.AbstractMesh((1, 3, 4, 1, 1), sharding.AXES)
   tree = {'embed': {'embedding': jax.ShapeDtypeStruct((64, 32), 'float32')}}
   spec = sharding.of_params(tree, mesh)['embed']['embedding'].spec
   # 64 tokens over 4, 32 numbers not over 3.
   assert spec == jax.sharding.PartitionSpec('tensor', None)
+
+
+def test_what_is_not_split_is_named():
+  mesh = jax.sharding.AbstractMesh((1, 3, 4, 1, 1), sharding.AXES)
+  tree = {'embed': {'embedding': jax.ShapeDtypeStruct((64, 32), 'float32')}}
+  assert sharding.undivided(tree, mesh) == [
+      'embed/embedding: 32 over fsdp=3'
+  ]
+
+
+@pytest.mark.parametrize('own, sizes', [
+    ({}, (2, 2, 2, 1, 1)),
+    ({'tensor': 4}, (2, 1, 4, 1, 1)),
+    ({'tensor': 1, 'expert': 8}, (1, 1, 1, 8, 1)),
+])
+def test_the_sampler_takes_the_rest_of_the_devices_for_rows(own, sizes):
+  mesh = jax.sharding.AbstractMesh((2, 2, 2, 1, 1), sharding.AXES)
+  found = sharding.sampling_mesh(mesh, **{'tensor': 0, 'expert': 0} | own)
+  assert tuple(found.shape[axis] for axis in sharding.AXES) == sizes
+  assert (found is mesh) == (not own)
+
+
+@pytest.mark.parametrize('tensor', [3, 16, -1])
+def test_a_sampler_that_does_not_divide_the_devices_is_refused(tensor):
+  mesh = jax.sharding.AbstractMesh((2, 2, 2, 1, 1), sharding.AXES)
+  with pytest.raises(ValueError, match=f'sampling.mesh.*{tensor}.*8 devices'):
+    sharding.sampling_mesh(mesh, tensor=tensor, expert=1)
 
 
 @pytest.mark.parametrize('sizes', [
@@ -292,6 +313,7 @@ ONE_STEP = """
     config.mesh.update(json.loads(sys.argv[2]))
     config.lora.rank = int(sys.argv[3])
     config.sampling.num_slots = int(sys.argv[4])
+    config.sampling.mesh.tensor = int(sys.argv[5])
     reader, parts_read = weights._reader, []
     def spied(parameter, *rest):
       read = reader(parameter, *rest)
@@ -340,19 +362,12 @@ ONE_STEP = """
 """
 
 
-def run_on(num_devices, data_dir, mesh, rank=0, num_slots=0):
-  flags = (
-      f'--xla_force_host_platform_device_count={num_devices} '
-      '--xla_backend_optimization_level=0'  # Half of the compile time.
+def run_on(num_devices, data_dir, mesh, rank=0, num_slots=0, own_tensor=0):
+  printed = many_devices.run(
+      ONE_STEP, data_dir, json.dumps(mesh), rank, num_slots, own_tensor,
+      num_devices=num_devices, optimized=False,
   )
-  done = subprocess.run(
-      [sys.executable, '-c', textwrap.dedent(ONE_STEP), str(data_dir),
-       json.dumps(mesh), str(rank), str(num_slots)],
-      cwd=ROOT, capture_output=True, text=True, check=False,
-      env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+  return json.loads(printed[-1])
 
 
 @pytest.fixture(scope='module')
@@ -364,19 +379,20 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh, rank, num_slots, kernel', [
+@pytest.mark.parametrize('mesh, rank, num_slots, own_tensor, kernel', [
     # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.
-    ({'data': 8}, 0, 0, [4, 160, 480]),
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, 12, [4, 80, 240]),
-    # Of an adapter from 160 to a rank of 4, fsdp splits the 160.
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, 0, [4, 80, 4]),
+    ({'data': 8}, 0, 0, 0, [4, 160, 480]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, 12, 0, [4, 80, 240]),
+    # Of an adapter from 160 to a rank of 4, fsdp splits the 160. The sampler
+    # and the evaluation have whole heads.
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, 0, 1, [4, 80, 4]),
 ], ids=['data', 'all', 'adapters'])
 def test_eight_devices_compute_what_one_does(
-    one_device, mesh, rank, num_slots, kernel
+    one_device, mesh, rank, num_slots, own_tensor, kernel
 ):
   data_dir, run_on_one = one_device
   expected = run_on_one(rank)
-  actual = run_on(8, data_dir, mesh, rank, num_slots)
+  actual = run_on(8, data_dir, mesh, rank, num_slots, own_tensor)
   assert (expected['devices'], actual['devices']) == (1, 8)
   assert actual['kernel'] == kernel
   # No device's part, much less the whole, is ever read for another.

@@ -298,7 +298,7 @@ def test_a_step_moves_what_is_trained_and_samples_from_what_it_makes(kind):
 
 def test_adapters_lie_where_their_kernels_do():
   # Shapes only, as on a pod: no device is touched.
-  devices = jax.sharding.AbstractMesh((2, 2, 2, 1), sharding.AXES)
+  devices = jax.sharding.AbstractMesh((2, 2, 2, 1, 1), sharding.AXES)
   trainable = with_adapters(targets=lora.TARGETS)
 
   def make():

@@ -1,43 +1,120 @@
-"""The compiled program of a whole training step, without weights or data."""
+"""A whole training step as a run builds it, without files, tasks or text."""
 
+import math
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import tiny_model
 
 from configs import default
 from dppo_jax import main
 from dppo_jax import sharding
+from dppo_jax import train_step
+from dppo_jax.types import ScoredRollout
 
 
-def compile_step(
-    model,
-    *,
-    algorithm='dppo_topk_tv',
-    mesh=(1, 1, 1, 1),
-    optimized=False,
-    **sizes,
-):
-  """The step of `model` with options of a config set.
-
-  Args:
-    model: of tiny_model.py, or like it.
-    algorithm: a row of the table.
-    mesh: sizes of `sharding.AXES`.
-    optimized: as in a run, which takes longer to compile.
-    **sizes: config fields, with '__' for '.'.
-  """
+def make_config(algorithm='dppo_topk_tv', **sizes):
+  """The default config; `sizes` are its fields, with '__' for '.'."""
   config = default.get_config(algorithm)
   config.update_from_flattened_dict(
       {name.replace('__', '.'): value for name, value in sizes.items()}
   )
-  mesh = sharding.make_mesh(**dict(zip(sharding.AXES, mesh, strict=True)))
-  program = main.make_program(
-      config, mesh, main.make_method(config), model,
-      types.SimpleNamespace(eos_token_id=1, pad_token_id=0),
+  return config
+
+
+def make_mesh(**sizes):
+  """Of the first devices, so many as the sizes need; 1 if not given."""
+  sizes = dict.fromkeys(sharding.AXES, 1) | sizes
+  return jax.make_mesh(
+      tuple(sizes.values()), sharding.AXES,
+      axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
+      devices=jax.devices()[: math.prod(sizes.values())],
   )
+
+
+def make_program(config, mesh, model, eos_id=1):
+  """`main.make_program` without a tokenizer."""
+  return main.make_program(
+      config, mesh, main.make_method(config), model,
+      types.SimpleNamespace(eos_token_id=eos_id, pad_token_id=0),
+  )
+
+
+def compile_step(model, *, mesh=None, optimized=False, **options):
+  """The compiled step of `model`, without weights or data.
+
+  Args:
+    model: of tiny_model.py, or like it.
+    mesh: sizes of its axes, see `make_mesh`.
+    optimized: as in a run, which takes longer to compile.
+    **options: of `make_config`.
+  """
+  config, mesh = make_config(**options), make_mesh(**mesh or {})
+  program = make_program(config, mesh, model)
   arguments = main.abstract_arguments(config, mesh, program)
   lowered = program.train_step.lower(*arguments)
   if optimized:
     return lowered.compile()
   with tiny_model.quick_compilation():
     return lowered.compile()
+
+
+def three_steps(model, params, *, mesh=None, **options):
+  """What three steps sample, measure and learn on a mesh.
+
+  Prompts are those of tiny_model.py; an odd first token has reward 1.
+
+  Args:
+    model: the architecture.
+    params: of it, on any device.
+    mesh: sizes of its axes, see `make_mesh`.
+    **options: of `make_config`.
+
+  Returns:
+    lists and numbers: the tokens and scalar metrics of every step, the sum of
+    the absolute values of each parameter, the devices that hold parameters.
+  """
+  config = make_config(**{
+      'num_prompts': 4,
+      'group_size': 4,
+      'max_prompt_length': tiny_model.PROMPT_LENGTH,
+      'max_completion_length': tiny_model.COMPLETION_LENGTH,
+      'learner__num_minibatches': 2,
+      'optimizer__learning_rate': 3e-3,
+      **options,
+  })
+  mesh = make_mesh(**mesh or {})
+  program = make_program(config, mesh, model, eos_id=3)
+  rows = sharding.batch(mesh)
+  prompts = tiny_model.prompts(config.num_prompts)
+  steps = []
+  with tiny_model.quick_compilation():
+    state = jax.jit(program.init, out_shardings=program.shardings)(
+        jax.tree.map(jnp.copy, params),
+        *jax.random.split(jax.random.key(5)),
+    )
+    scored = jax.device_put(
+        train_step.blank(
+            program.rollout_fn, state, prompts, program.trainable
+        ),
+        rows,
+    )
+    for _ in range(4):  # The first only samples.
+      state, rollout, metrics = program.train_step(state, scored, prompts)
+      steps.append({
+          'tokens': np.asarray(rollout.tokens).tolist(),
+          'metrics': {k: float(v) for k, v in metrics.items() if not v.ndim},
+      })
+      rewards = np.asarray(rollout.tokens[:, config.max_prompt_length] % 2)
+      scored = ScoredRollout(
+          rollout, jax.device_put(rewards.astype(np.float32), rows)
+      )
+  leaves = jax.tree.leaves(state.params)
+  return {
+      'tokens': [step['tokens'] for step in steps],
+      'metrics': [step['metrics'] for step in steps[1:]],
+      'parameters': [float(jnp.sum(jnp.abs(x))) for x in leaves],
+      'devices': len({d for x in leaves for d in x.sharding.device_set}),
+  }

@@ -46,6 +46,6 @@ def get_config(algorithm: str = 'dppo_binary_tv'):
       'top_p': 0.95,
   })
   # Eight devices.
-  config.mesh = {'data': 1, 'fsdp': 8, 'tensor': 1, 'expert': 1}
+  config.mesh.update(data=1, fsdp=8)
   config.lock()
   return config

@@ -110,6 +110,6 @@ def get_config(which: str = 'dense_base'):
       'temperature': 0.7,
       'top_p': 0.95,
   })
-  config.mesh = sizes['mesh']
+  config.mesh.update(sizes['mesh'])
   config.lock()
   return config

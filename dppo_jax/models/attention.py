@@ -7,7 +7,6 @@ completions of each, P prompt tokens, C completion tokens.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -67,8 +66,7 @@ def visible_within_segments(
       taken; and the segment that a token's segment continues, 0 for none.
     window: see `LayerKind`.
   """
-  length = where.segment_ids.shape[1]
-  return _visible_from(where, window, 0, length, length)
+  return _visible(where, _places(where), where, _places(where), window)
 
 
 def visible_in_cache(
@@ -126,8 +124,35 @@ def attend_within_row(
   return attend
 
 
+class Queries(NamedTuple):
+  """Some tokens of rows that ask. [B, n, ...]."""
+
+  q: jax.Array  # [B, n, H, E]
+  where: Where
+  places: jax.Array  # [1, n] int32, slots of the row.
+
+
+class Keys(NamedTuple):
+  """The tokens that they may see. [B, S, ...]."""
+
+  k: jax.Array  # [B, S, K, E]
+  v: jax.Array
+  where: Where
+  places: jax.Array  # [1, S] int32
+
+
+# split(attend) of an attend(queries, keys, rest) -> [B, n, H, E].
+SplitFn = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
+
+
 def attend_in_blocks(
-    where: Where, window: jax.Array | None, *, scale: float, cap: float | None
+    where: Where,
+    window: jax.Array | None,
+    *,
+    scale: float,
+    cap: float | None,
+    parts: int = 1,
+    split: SplitFn | None = None,
 ) -> AttendFn:
   """As `attend_within_row`, without an array of [T, T].
 
@@ -139,51 +164,74 @@ def attend_in_blocks(
     window: [] int32, see `LayerKind`; None for none.
     scale: of the scores.
     cap: see `softcap`; of the scores.
+    parts: of a row, on as many devices.
+    split: shares the queries of a row among them, see `sharding.by_queries`;
+      every query then looks at all keys.
   """
-  length = where.segment_ids.shape[1]
-  stretch = -(-length // (NUM_STRETCHES * BLOCK)) * BLOCK
+
+  def of_block(queries, keys, window):
+    visible = _visible(
+        queries.where, queries.places, keys.where, keys.places, window
+    )
+    return _attention(
+        queries.q, keys.k, keys.v, visible, scale=scale, cap=cap
+    )
+
+  def of_all(queries, keys, window):
+    """A block after the other; BLOCK queries on all devices together."""
+    block = jax.checkpoint(of_block, prevent_cse=False)
+    out = jax.lax.map(
+        lambda queries: block(queries, keys, window),
+        jax.tree.map(lambda x: _in_blocks(x, BLOCK // parts), queries),
+    )  # [number of blocks, B, n, H, E]
+    out = jnp.moveaxis(out, 0, 1).reshape(len(queries.q), -1, *out.shape[3:])
+    return out[:, : queries.q.shape[1]]
 
   def attend(q, k, v):
-    padded = jnp.pad(q, [(0, 0), (0, -length % BLOCK), (0, 0), (0, 0)])
-
-    def of_block(first, last):
-      """Queries [first, first + BLOCK) and keys [0, last)."""
-      rows = jax.lax.dynamic_slice_in_dim(padded, first, BLOCK, axis=1)
-      visible = _visible_from(where, window, first, BLOCK, last)
-      return _attention(
-          rows, k[:, :last], v[:, :last], visible, scale=scale, cap=cap
-      )
-
-    outs = []
-    for start in range(0, length, stretch):
-      end = min(start + stretch, length)
-      block = jax.checkpoint(
-          functools.partial(of_block, last=end), prevent_cse=False
-      )
-      out = jax.lax.map(block, jnp.arange(start, end, BLOCK))
-      outs.append(jnp.moveaxis(out, 0, 1).reshape(len(q), -1, *q.shape[2:]))
-    return jnp.concatenate(outs, axis=1)[:, :length], (k, v)
+    places = _places(where)
+    queries, keys = Queries(q, where, places), Keys(k, v, where, places)
+    if split is not None:
+      return split(of_all)(queries, keys, window), (k, v)
+    length = q.shape[1]
+    stretch = -(-length // (NUM_STRETCHES * BLOCK)) * BLOCK
+    cut = lambda tree, *ends: jax.tree.map(lambda x: x[:, slice(*ends)], tree)
+    outs = [
+        of_all(cut(queries, i, i + stretch), cut(keys, i + stretch), window)
+        for i in range(0, length, stretch)
+    ]
+    return jnp.concatenate(outs, axis=1), (k, v)
 
   return attend
 
 
-def _visible_from(where, window, first, count, last):
-  """`visible_within_segments` of `count` tokens from `first` on. [B, n, S]."""
+def _in_blocks(x, largest):
+  """[B, n, ...] -> [blocks, B, `largest` or less, ...], 0 at the end."""
+  length = x.shape[1]
+  count = -(-length // largest)
+  size = -(-length // count)
+  x = jnp.pad(
+      x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
+  )
+  x = x.reshape(x.shape[0], count, size, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 0)
 
-  def tokens(x):
-    x = jnp.pad(x, [(0, 0), (0, count)])  # The last block may be short.
-    return jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)[:, :, None]
 
-  keys = lambda x: x[:, None, :last]
-  places = first + jnp.arange(count)[None, :, None]
-  seen = places >= jnp.arange(last)[None, None]
-  same = tokens(where.segment_ids) == keys(where.segment_ids)
+def _places(where: Where) -> jax.Array:
+  """Slots of a row, [1, T]."""
+  return jnp.arange(where.segment_ids.shape[1])[None]
+
+
+def _visible(where, places, of_keys, key_places, window):
+  """Which keys [B, S] the tokens of [B, n] see. [B, n, S] bool."""
+  tokens, keys = lambda x: x[:, :, None], lambda x: x[:, None]
+  seen = tokens(places) >= keys(key_places)
+  same = tokens(where.segment_ids) == keys(of_keys.segment_ids)
   if where.prompt_ids is not None:
     continued = tokens(where.prompt_ids)
-    same |= (continued == keys(where.segment_ids)) & (continued > 0)
+    same |= (continued == keys(of_keys.segment_ids)) & (continued > 0)
   if window is None:
     return seen & same
-  distance = tokens(where.positions) - keys(where.positions)
+  distance = tokens(where.positions) - keys(of_keys.positions)
   return seen & same & (distance < window)
 
 

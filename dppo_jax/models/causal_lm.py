@@ -54,6 +54,9 @@ class CausalLM:
       backward pass. 'full' needs the least memory and about a third more time.
     place: puts the hidden states [B, T, D] between layers where they belong on
       a mesh, so that a compiler moves weights to tokens and not the other way.
+    parts: of a row, on as many devices.
+    split: shares the queries of a row among them, see
+      `attention.attend_in_blocks`; None where a device has whole rows.
   """
 
   config: layers.ModelConfig
@@ -62,6 +65,8 @@ class CausalLM:
   dtype: Any = jnp.float32
   remat: str = 'none'
   place: Callable[[jax.Array], jax.Array] = lambda hidden: hidden
+  parts: int = 1
+  split: attention.SplitFn | None = None
 
   def replace(self, **changes) -> 'CausalLM':
     """A copy with some attributes changed."""
@@ -356,7 +361,7 @@ class CausalLM:
 
   def _sight(self, where: attention.Where, kind: layers.LayerKind):
     """What tells `_attend` who sees whom in layers of a kind."""
-    if where.positions.shape[1] <= attention.LONG_ROW:
+    if not self._in_blocks(where):
       return attention.visible_within_segments(where, window=kind.window)
     if all(other.window is None for other in self.config.kinds):
       return None
@@ -365,9 +370,16 @@ class CausalLM:
 
   def _attend(self, where: attention.Where, sight) -> attention.AttendFn:
     """Attention within rows, whole or in blocks where they are long."""
-    if where.positions.shape[1] <= attention.LONG_ROW:
+    if not self._in_blocks(where):
       return attention.attend_within_row(sight, **self._scores())
-    return attention.attend_in_blocks(where, sight, **self._scores())
+    return attention.attend_in_blocks(
+        where, sight, parts=self.parts, split=self.split, **self._scores()
+    )
+
+  def _in_blocks(self, where: attention.Where) -> bool:
+    """Whether the scores of a row are never there at once."""
+    long = where.positions.shape[1] > attention.LONG_ROW
+    return long or self.split is not None
 
   def _scores(self) -> dict[str, Any]:
     """How attention scores are scaled and capped."""
