@@ -5,7 +5,7 @@ splits heads, widths and vocabulary, `expert` splits experts. Batches go over
 `data` and `fsdp`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 import re
 from typing import Any
@@ -48,14 +48,29 @@ RULES = (
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int):
+def make_mesh(
+    *,
+    data: int,
+    fsdp: int,
+    tensor: int,
+    expert: int,
+    devices: Sequence[jax.Device] | None = None,
+):
   """A mesh over all devices; one size may be -1 for "the rest".
+
+  Args:
+    data: copies of the parameters.
+    fsdp: parts of parameters and of the batch.
+    tensor: parts of heads, widths and vocabulary.
+    expert: parts of the experts.
+    devices: those of this run if not given.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
   """
   sizes = dict(zip(AXES, (data, fsdp, tensor, expert), strict=True))
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) == 1 and fixed > 0 and count % fixed == 0:
@@ -66,7 +81,10 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int):
         f'to {count}; one of them may be -1 for the rest.'
     )
   return jax.make_mesh(
-      tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+      tuple(sizes.values()),
+      AXES,
+      axis_types=(AxisType.Auto,) * len(AXES),
+      devices=devices,
   )
 
 
