@@ -214,6 +214,7 @@ def test_a_setting_that_is_missing_is_named(machine):
     ('0', 0, 1),
     ('2 0', 2, 1),  # A mistake in the flags: another start would repeat it.
     ('1 0', 1, 1),
+    ('134 0', 134, 1),  # A process has died, all machines are there.
     ('143 0', 0, 2),
     ('143 143 2 0', 2, 3),
 ])
@@ -240,7 +241,9 @@ def test_a_preempted_slice_is_made_again(machine):
   assert all('--spot' in x for x in machine.calls('gcloud') if x[4] == 'create')
 
 
-@pytest.mark.parametrize('answer, requeues', [(0, 0), (2, 0), (1, 0), (143, 1)])
+@pytest.mark.parametrize('answer, requeues', [
+    (0, 0), (2, 0), (1, 0), (134, 0), (143, 1)
+])
 def test_on_slurm_only_an_interrupted_run_is_requeued(
     machine, answer, requeues
 ):

@@ -18,12 +18,13 @@ need WORKLOAD 'name of the run'
 need TYPE 'TPU type, for example v5p-128'
 EXTRAS=${EXTRAS:-tpu,verifiers,hub}
 
-# XPK restarts exit codes 42 and 127 to 255, so 143, but not 1 or 2 (its
-# get_restart_exit_codes). exec: the signal must reach Python, not a shell.
+# XPK restarts exit codes 42 and 127 to 255, so 143, but not 1 or 2
+# (`xpk workload create --help`, --restart-on-exit-codes). exec: the signal must
+# reach Python, not a shell.
 act xpk workload create --cluster="$CLUSTER" --workload="$WORKLOAD" \
   --tpu-type="$TYPE" --num-slices=1 \
   --base-docker-image="${IMAGE:-python:3.12}" --script-dir=. \
-  --max-restarts="${MAX_RESTARTS:-100}" \
+  --max-restarts="${MAX_RESTARTS:-20}" \
   --termination-grace-period-seconds="${GRACE_SECONDS:-300}" \
   ${SPOT:+--spot} \
   --command="pip install -q '.[$EXTRAS]' && exec $(quoted "${main[@]}")"
