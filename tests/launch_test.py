@@ -153,6 +153,18 @@ def test_bash_parses_what_sky_runs():
     subprocess.run(['bash', '-nc', SKY[block]], check=True)
 
 
+def test_bash_parses_what_is_sent_to_hosts_and_pods(machine):
+  for name in ('tpu_vm.sh', 'xpk.sh'):
+    assert machine.run(script(name, *FLAGS))[0] == 0
+  sent = [
+      command_of(call) for call in machine.calls()
+      if any(word.startswith('--command=') for word in call)
+  ]
+  assert len(sent) == 3  # Preparing a host, running on it, running in a pod.
+  for command in sent:
+    subprocess.run(['bash', '-nc', command], check=True)
+
+
 def test_the_scripts_know_the_exit_code_of_an_interrupted_run():
   code = command_line.EXIT_INTERRUPTED
   assert f'INTERRUPTED={code}\n' in (LAUNCH / 'common.sh').read_text()

@@ -58,12 +58,14 @@ acquire() {
   done
 }
 
-# What was left running by a connection that broke would hold the TPU: it saves
-# and ends first. [d] keeps pkill from finding the shell that calls it. The
+# What was left running by a connection that broke would hold the TPU: it gets
+# five minutes to save and end. [d] keeps pkill from finding the shell that calls it. The
 # images' own Python is too old, so uv brings one.
 PREPARE="
 pkill -TERM -f '[d]ppo_jax.main';
-while pgrep -f '[d]ppo_jax.main' >/dev/null; do sleep 1; done;
+for _ in \$(seq 300); do
+  pgrep -f '[d]ppo_jax.main' >/dev/null || break; sleep 1; done;
+pkill -KILL -f '[d]ppo_jax.main';
 set -e;
 sudo mkdir -p /mnt/runs;
 mountpoint -q /mnt/runs || {
