@@ -24,7 +24,7 @@ SKY = yaml.safe_load((LAUNCH / 'sky.yaml').read_text())
 
 FLAGS = [
     '--config=configs/tv_topk.py',
-    '--workdir=/mnt/runs/tv_topk',
+    '--workdir=/runs/tv_topk',
     # Must come through every shell in between.
     "--config.learning_rates=(('embed', 0.0),)",
 ]

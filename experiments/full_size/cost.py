@@ -223,7 +223,7 @@ def _facts(folder: str) -> str:
 
 def _commands(folder: str) -> str:
   count = num_devices(get_config(folder))
-  flag, workdir = config_flag(folder), f'--workdir=/mnt/runs/{folder}'
+  flag, workdir = config_flag(folder), f'--workdir=/runs/{folder}'
   name = folder.replace('_', '-')
   return f"""```
 python -m dppo_jax.plan {flag} --topology=v5p:{TOPOLOGIES[count]}

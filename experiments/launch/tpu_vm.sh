@@ -4,7 +4,7 @@
 #
 #   TPU=my-run ZONE=us-east5-a TYPE=v5p-128 SOURCE=https://HOST/OWNER/dppo_jax \
 #     SHARE=10.0.0.2:/runs SPOT=1 experiments/launch/tpu_vm.sh \
-#     --config=configs/tv_topk.py --workdir=/mnt/runs/tv_topk
+#     --config=configs/tv_topk.py --workdir=/runs/tv_topk
 #
 # DRY_RUN=1 prints the commands instead. Flags of gcloud, checked with Google
 # Cloud SDK 528:
@@ -20,7 +20,7 @@ need TPU 'name of the slice and of the request for it'
 need ZONE 'for example us-east5-a'
 need TYPE 'accelerator type, for example v5p-128'
 need SOURCE 'what git clones, with the configs'
-need SHARE 'NFS export for the work directory, HOST:/PATH, mounted at /mnt/runs'
+need SHARE 'NFS export for the work directory, HOST:/PATH, mounted at /runs'
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5}  # gcloud compute tpus tpu-vm versions list
 REVISION=${REVISION:-main}
 EXTRAS=${EXTRAS:-tpu,verifiers,hub}
@@ -67,11 +67,11 @@ for _ in \$(seq 300); do
   pgrep -f '[d]ppo_jax.main' >/dev/null || break; sleep 1; done;
 pkill -KILL -f '[d]ppo_jax.main';
 set -e;
-sudo mkdir -p /mnt/runs;
-mountpoint -q /mnt/runs || {
+sudo mkdir -p /runs;
+mountpoint -q /runs || {
   which mount.nfs >/dev/null ||
     { sudo apt-get update -q; sudo apt-get install -yq nfs-common; };
-  sudo mount -t nfs $SHARE /mnt/runs; };
+  sudo mount -t nfs $SHARE /runs; };
 [ -d dppo_jax ] || git clone -q $(quoted "$SOURCE") dppo_jax;
 cd dppo_jax; git fetch -q origin $REVISION; git checkout -q FETCH_HEAD;
 python3 -m pip install -q --user uv;

@@ -2,10 +2,10 @@
 # A run on GKE with TPUs through XPK: a JobSet, restarted by the cluster.
 #
 #   CLUSTER=my-cluster WORKLOAD=my-run TYPE=v5p-128 experiments/launch/xpk.sh \
-#     --config=configs/tv_topk.py --workdir=/mnt/runs/tv_topk
+#     --config=configs/tv_topk.py --workdir=/runs/tv_topk
 #
 # From the root of the repository, which XPK puts into the image. DRY_RUN=1
-# prints the command instead. /mnt/runs is a storage of the cluster that is
+# prints the command instead. /runs is a storage of the cluster that is
 # mounted by itself (`xpk storage attach ... --auto-mount=true`, README.md).
 # https://github.com/AI-Hypercomputer/xpk
 set -euo pipefail
