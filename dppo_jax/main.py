@@ -101,7 +101,9 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   task = prepare(
       task, tokenizer, max_prompt_length=config.max_prompt_length
   )
-  model = _architecture(config)
+  model = architecture(
+      config, *load.read_config(load.resolve(config.model.name))
+  )
   _warn_of_undivided(abstract_params(config, model), meshes)
   scorer = Scorer(task.score, **config.scoring, total=processes.total)
   verify = make_verify_fn(tokenizer, scorer)
@@ -305,27 +307,23 @@ def _for_trainable(
   return optimizer
 
 
-def _architecture(config: Any) -> CausalLM:
-  """The model without parameters; refuses impossible sizes."""
-  family, sizes = load.read_config(load.resolve(config.model.name))
-  check_model(config, sizes)
-  return configured(config, CausalLM(config=sizes, family=family))
+def architecture(config: Any, family: Any, sizes: Any) -> CausalLM:
+  """The model without parameters; refuses what it cannot do.
 
-
-def check_model(config: Any, sizes: Any) -> None:
-  """Refuses what a model of these sizes cannot do."""
+  Args:
+    config: of the run.
+    family: module of the architecture.
+    sizes: a `layers.ModelConfig`.
+  """
   checks.check_model(
       config,
       vocab_size=sizes.vocab_size,
       max_positions=sizes.max_position_embeddings,
       num_experts=sizes.num_experts,
   )
-
-
-def configured(config: Any, model: CausalLM) -> CausalLM:
-  """The architecture without parameters, computing as the config says."""
-  return model.replace(
-      params=None,
+  return CausalLM(
+      config=sizes,
+      family=family,
       dtype=jax.numpy.dtype(config.model.dtype),
       remat=config.model.remat,
   )

@@ -6,7 +6,7 @@ the tokens of the rows that are being learned. Whole rows go over `data`, `fsdp`
 and `sequence`. The sampler may use the same devices as another mesh.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 import re
 from typing import Any
@@ -55,9 +55,23 @@ RULES = (
 
 
 def make_mesh(
-    *, data: int, fsdp: int, tensor: int, expert: int, sequence: int = 1
+    *,
+    data: int,
+    fsdp: int,
+    tensor: int,
+    expert: int,
+    sequence: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ):
   """A mesh over all devices; one size may be -1 for "the rest".
+
+  Args:
+    data: copies of the parameters.
+    fsdp: parts of parameters and of the batch.
+    tensor: parts of heads, widths and vocabulary.
+    expert: parts of the experts.
+    sequence: parts of the rows that are being learned.
+    devices: those of this run if not given.
 
   Raises:
     ValueError: if the sizes do not multiply to the number of devices.
@@ -65,7 +79,8 @@ def make_mesh(
   sizes = dict(
       zip(AXES, (data, fsdp, tensor, expert, sequence), strict=True)
   )
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   free = [axis for axis, size in sizes.items() if size == -1]
   fixed = math.prod(size for size in sizes.values() if size != -1)
   if len(free) == 1 and fixed > 0 and count % fixed == 0:
@@ -76,7 +91,10 @@ def make_mesh(
         f'to {count}; one of them may be -1 for the rest.'
     )
   return jax.make_mesh(
-      tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+      tuple(sizes.values()),
+      AXES,
+      axis_types=(AxisType.Auto,) * len(AXES),
+      devices=devices,
   )
 
 

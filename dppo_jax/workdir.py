@@ -36,6 +36,11 @@ _FREE = (
 
 def check(folder: str | os.PathLike, config: Any) -> None:
   """Raises a ValueError if `prepare` would; makes and writes nothing."""
+  if '://' in str(folder):  # A path would take gs://a for the folder gs:/a.
+    raise ValueError(
+        f'Work directory {str(folder)!r} is a URL. Mount it and pass the path, '
+        'or choose a folder with --workdir.'
+    )
   folder = pathlib.Path(folder).expanduser()
   path = folder / 'config.json'
   if path.exists():
@@ -54,9 +59,10 @@ def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
     the directory, with `config.json` in it.
 
   Raises:
-    ValueError: it belongs to a run with another config.
+    ValueError: it belongs to a run with another config, or is a URL.
     PermissionError: it cannot be written.
   """
+  check(folder, config)
   folder = pathlib.Path(folder).expanduser()
   path = folder / 'config.json'
   try:
@@ -69,7 +75,6 @@ def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
         f'Work directory {str(folder)!r} cannot be written: {error.strerror}. '
         'Choose another with --workdir.'
     ) from error
-  check(folder, config)
   described = json.dumps(to_json(config) | {'run': describe_run()}, indent=2)
   # Replaced in one go: a kill in between must not leave half a file.
   temporary = path.with_suffix('.tmp')

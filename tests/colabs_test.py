@@ -1,7 +1,7 @@
 """Notebooks run from top to bottom, and tell nothing of where they last ran.
 
 They run as plain Python: no Jupyter is needed, and lines that only Jupyter
-understands (`%pip`, `!git`) are skipped.
+understands (`%pip`, `!git`) are skipped. NOTEBOOK_STEPS makes runs short.
 """
 
 import json
@@ -67,6 +67,7 @@ def test_runs_from_top_to_bottom(path, tmp_path):
   script.write_text(source(path))
   environment = {
       'MPLBACKEND': 'Agg',
+      'NOTEBOOK_STEPS': '6',
       'PYTHONPATH': str(ROOT),
       'TFDS_DATA_DIR': str(tmp_path / 'data'),
       'TMPDIR': str(tmp_path),

@@ -133,6 +133,15 @@ def test_a_directory_without_permission_is_named(tmp_path):
   tmp_path.chmod(0o700)
 
 
+def test_a_url_is_refused_and_makes_no_folder_of_that_name(
+    tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ValueError, match="'gs://bucket/run' is a URL"):
+    workdir.prepare('gs://bucket/run', default.get_config())
+  assert not list(tmp_path.iterdir())
+
+
 def test_two_runs_cannot_work_in_one_directory(tmp_path):
   with workdir.locked(tmp_path):
     with pytest.raises(BlockingIOError, match='Another run .* --workdir'):

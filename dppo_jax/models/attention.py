@@ -6,7 +6,9 @@ tokens, H query heads, K key and value heads, E width of a head; N prompts, G
 completions of each, P prompt tokens, C completion tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +29,8 @@ BLOCK = 512
 NUM_STRETCHES = 4
 NO_WINDOW = 2**30
 
+_platform = contextvars.ContextVar('_platform', default=None)
+
 
 class Where(NamedTuple):
   """Which tokens of a row belong together. [B, T] int32 each."""
@@ -41,13 +45,24 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+  """Within it, programs are traced for a platform that need not be here."""
+  token = _platform.set(platform)
+  try:
+    yield
+  finally:
+    _platform.reset(token)
+
+
 def multiplicand(x: jax.Array) -> jax.Array:
   """What goes into a product that is summed in float32.
 
   A CPU does not multiply float16 into float32, and bfloat16 not always; there
   the factors are widened, which changes no product.
   """
-  if x.dtype.itemsize < 4 and jax.default_backend() == 'cpu':
+  platform = _platform.get() or jax.default_backend()
+  if x.dtype.itemsize < 4 and platform == 'cpu':
     return x.astype(jnp.float32)
   return x
 

@@ -26,6 +26,7 @@ from dppo_jax.models import mixtral
 from dppo_jax.models import qwen2
 from dppo_jax.models import qwen3
 from dppo_jax.models import qwen3_moe
+from dppo_jax.models import sizes
 from dppo_jax.models import weights
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import PyTree
@@ -192,6 +193,21 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
     raise ValueError(f'{path}: {_one_line(error)}') from error
 
 
+def read_sizes(name: str) -> tuple[Any, layers.ModelConfig]:
+  """As `read_config`, but without any file where sizes are published.
+
+  Args:
+    name: as for `from_pretrained`; what is in `sizes.PUBLISHED` is not
+      downloaded.
+  """
+  if name not in sizes.PUBLISHED or pathlib.Path(name).is_dir():
+    return read_config(resolve(name))
+  fields = dict(sizes.PUBLISHED[name])
+  family = FAMILIES[fields['model_type']]
+  hf_config = hf.transformers().AutoConfig.for_model(**fields)
+  return family, family.from_hf_config(hf_config)
+
+
 def load_tokenizer(name: str | os.PathLike) -> Any:
   """The transformers tokenizer of a model, checked for an end token."""
   folder = resolve(name)
@@ -208,11 +224,11 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
         f'{folder}: the tokenizer has no eos_token, so no completion could '
         f'ever end. Set {where}.'
     )
-  _, sizes = read_config(folder)
-  if len(tokenizer) > sizes.vocab_size:
+  _, config = read_config(folder)
+  if len(tokenizer) > config.vocab_size:
     raise ValueError(
         f'{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding '
-        f'only {sizes.vocab_size} (vocab_size of its config). Use the '
+        f'only {config.vocab_size} (vocab_size of its config). Use the '
         'tokenizer that belongs to the model.'
     )
   if tokenizer.pad_token_id is None:
