@@ -22,10 +22,11 @@ LAYERS = (
     ('objective',),
     ('learner',),
     ('train_step',),
-    ('backlog', 'checkpoint', 'checks', 'fitting', 'logbook', 'memory',
-     'metrics', 'report', 'tracing', 'workdir'),
-    ('command_line', 'training'),
+    ('backlog', 'checkpoint', 'checks', 'chips', 'fitting', 'hlo', 'logbook',
+     'memory', 'metrics', 'operations', 'report', 'tracing', 'workdir'),
+    ('command_line', 'roofline', 'training'),
     ('main',),
+    ('plan',),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]
 
