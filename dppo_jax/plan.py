@@ -1,6 +1,7 @@
 """What a config needs on a TPU slice that nobody has to rent first.
 
-    python -m dppo_jax.plan --config=configs/qwen3_30b_a3b.py --topology=v5p:4x4x4
+    python -m dppo_jax.plan \\
+        --config=configs/qwen3_30b_a3b.py --topology=v5p:4x4x4
 
 compiles the whole training step with the TPU's own compiler, on any machine and
 without weights, and prints memory, operations, traffic and collectives of a
@@ -9,9 +10,9 @@ of micro-batches. Needs the `libtpu` wheel: `pip install 'dppo_jax[tpu]'`.
 """
 
 from collections.abc import Callable, Iterator
-import contextlib
 import dataclasses
 import functools
+from importlib import metadata
 import importlib.util
 import itertools
 import os
@@ -293,11 +294,9 @@ def expect(
 
 def _rows(config, shards):
   """Leading sizes of arrays of completions and prompts on a device."""
-  prompts = config.num_prompts
-  completions = prompts * config.group_size
-  return {
-      x // shards for x in (prompts, completions, config.sampling.num_slots) if x
-  }
+  prompts, slots = config.num_prompts, config.sampling.num_slots
+  sizes = prompts, prompts * config.group_size, slots
+  return {size // shards for size in sizes if size}
 
 
 def decode_carry(
@@ -506,17 +505,6 @@ def host_peak() -> float:
   return peak if sys.platform == 'darwin' else peak * 1024
 
 
-@contextlib.contextmanager
-def _on_the_cpu():
-  """Keeps this process off any accelerator: it only compiles."""
-  before = jax.config.jax_platforms
-  jax.config.update('jax_platforms', 'cpu')
-  try:
-    yield
-  finally:
-    jax.config.update('jax_platforms', before)
-
-
 def run(config: Any, workdir: str | None) -> bool:
   """Body of the command line."""
   if workdir:
@@ -526,34 +514,28 @@ def run(config: Any, workdir: str | None) -> bool:
         'Which slice? For example --topology=v5p:4x4x4; chips: '
         f'{", ".join(CHIPS)}.'
     )
-  with _on_the_cpu():
-    topology = make_topology(_TOPOLOGY.value)
-    model = main.architecture(config, *load.read_sizes(config.model.name))
-    start = time.perf_counter()
-    options = {'mean_length': _MEAN_LENGTH.value}
-    if _SEARCH.value:
-      plans = search(
-          config, topology, model,
-          max_compilations=_MAX_COMPILATIONS.value, **options,
-      )
-      print('\n'.join(table(plans)))
-    else:
-      plans = [make_plan(config, topology, model, **options)]
-    print('\n'.join(describe(plans[0])))
-    print(assumptions(plans[0]))
-    print(
-        f'jax {jax.__version__}, libtpu {_version("libtpu")}; '
-        f'{sum(plan.compile_s for plan in plans):,.0f} s of '
-        f'{time.perf_counter() - start:,.0f} s to compile, '
-        f'{host_peak() / 1e9:.1f} GB of host memory.'
+  jax.config.update('jax_platforms', 'cpu')  # It only compiles.
+  topology = make_topology(_TOPOLOGY.value)
+  model = main.architecture(config, *load.read_sizes(config.model.name))
+  start = time.perf_counter()
+  options = {'mean_length': _MEAN_LENGTH.value}
+  if _SEARCH.value:
+    plans = search(
+        config, topology, model,
+        max_compilations=_MAX_COMPILATIONS.value, **options,
     )
+    print('\n'.join(table(plans)))
+  else:
+    plans = [make_plan(config, topology, model, **options)]
+  print('\n'.join(describe(plans[0])))
+  print(assumptions(plans[0]))
+  print(
+      f'jax {jax.__version__}, libtpu {metadata.version("libtpu")}; '
+      f'{sum(plan.compile_s for plan in plans):,.0f} s of compilation in '
+      f'{time.perf_counter() - start:,.0f} s ({time.process_time():,.0f} s of '
+      f'CPU), {host_peak() / 1e9:.1f} GB of host memory.'
+  )
   return True
-
-
-def _version(package: str) -> str:
-  from importlib import metadata
-
-  return metadata.version(package)
 
 
 if __name__ == '__main__':
