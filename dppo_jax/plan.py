@@ -16,7 +16,6 @@ from importlib import metadata
 import importlib.util
 import itertools
 import os
-import re
 import resource
 import sys
 import time
@@ -129,7 +128,8 @@ def make_topology(name: str) -> Topology:
         + ' A topology is CHIP:SHAPE, for example v5p:4x4x4.'
     )
   chip = CHIPS[kind]
-  if not re.fullmatch(r'\d+(x\d+){%d}' % (chip.torus_axes - 1), shape):
+  sizes = shape.split('x')
+  if len(sizes) != chip.torus_axes or not all(x.isdigit() for x in sizes):
     example = 'x'.join(['4'] * chip.torus_axes)
     raise ValueError(
         f'--topology={name}: the shape of a {kind} slice has {chip.torus_axes} '
