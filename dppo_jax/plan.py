@@ -216,7 +216,7 @@ class _Kept:
 def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   config, compiled = made['config'], made['compiled']
   shards = sharding.num_row_shards(mesh)
-  expected = expect(config, mean_length, num_batch_shards=shards)
+  expected = expect(config, mean_length)
   program = hlo.parse(compiled.as_text())
   unknown, decoding = [], []
 
@@ -265,9 +265,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   )
 
 
-def expect(
-    config: Any, mean_length: int, *, num_batch_shards: int
-) -> Expected:
+def expect(config: Any, mean_length: int) -> Expected:
   """What lengths make of the loops whose ends the program does not know.
 
   All completions at once are decoded until the longest ends, which is taken to
@@ -337,7 +335,7 @@ def meshes(config: Any, num_devices: int, sizes: Any) -> list[dict[str, int]]:
   """Meshes that divide what they split; those that split most first.
 
   Args:
-    config: of the run, which says nothing of a mesh here.
+    config: of the run; its own mesh and micro-batches do not count.
     num_devices: of the slice.
     sizes: of the model, a `layers.ModelConfig`.
   """
@@ -348,9 +346,7 @@ def meshes(config: Any, num_devices: int, sizes: Any) -> list[dict[str, int]]:
       continue
     if expert > 1 and (not sizes.num_experts or sizes.num_experts % expert):
       continue
-    try:
-      checks.check(config, num_batch_shards=data * fsdp)
-    except ValueError:
+    if not checks.microbatch_choices(config, num_batch_shards=data * fsdp):
       continue
     found.append(dict(zip(sharding.AXES, (data, fsdp, tensor, expert))))
   return sorted(found, key=lambda x: (x['data'], x['expert'], x['tensor']))
@@ -375,11 +371,13 @@ def search(
 ) -> list[Plan]:
   """Plans that fit, the fastest first.
 
-  Each mesh gets as few micro-batches as fit, from those of the config on. What
-  lasts between steps is compared with the memory before anything compiles.
+  On each mesh the search begins with the config's number of micro-batches, or
+  the smallest. Where that does not fit, more are tried; where it does, fewer,
+  as each part of a mini-batch gathers all weights once. What lasts between
+  steps is compared with the memory before anything compiles.
 
   Args:
-    config: of the run; its mesh is only the first to be tried.
+    config: of the run; its own mesh is the first to be tried.
     topology: where it would run.
     model: from `main.architecture`.
     max_compilations: of steps, in all.
@@ -389,41 +387,70 @@ def search(
   Raises:
     ValueError: no mesh divides the config's sizes, or nothing fits.
   """
-  count = itertools.count(1)
   candidates = meshes(config, len(topology.devices), model.config)
   if not candidates:
     raise ValueError(
         f'No mesh over {len(topology.devices)} devices divides '
         f'config.num_prompts={config.num_prompts}, its micro-batches and the '
-        "model's heads; change num_prompts or learner.num_microbatches."
+        "model's heads; change num_prompts or group_size."
     )
   own = sharding.make_mesh(**config.mesh, devices=topology.devices).shape
   candidates.sort(key=lambda mesh: mesh != dict(own))
-  plans, refused = [], []
+  count, plans, refused = itertools.count(1), [], []
 
-  def compiling(mesh):
-    number = next(count)
-    if number > max_compilations:
-      raise _Enough
-    say(f'compiling {number} of at most {max_compilations}: {_axes(mesh)}')
+  def try_one(mesh, number):
+    """Whether it fits, and whether it was compiled."""
+    compiled = []
 
-  for place, mesh in enumerate(candidates):
-    tried = config.copy_and_resolve_references()
+    def compiling():
+      compiled.append(next(count))
+      if compiled[0] > max_compilations:
+        raise _Enough
+      say(f'compiling {compiled[0]} of at most {max_compilations}: {name}')
+
+    name = f'{_axes(mesh)}, num_microbatches={number}'
+    tried = checks.with_microbatches(config, number)
     tried.mesh.update(mesh)
     try:
       plans.append(make_plan(
-          tried, topology, model, mean_length=mean_length,
-          on_compile=functools.partial(compiling, mesh),
+          tried, topology, model, mean_length=mean_length, on_compile=compiling
       ))
-    except _Enough:
-      say(f'{len(candidates) - place} meshes were not tried.')
-      break
+      return True, True
     except ValueError as error:
-      refused.append(f'{_axes(mesh)}: {error}')
+      refused.append(f'{name}: {error}')
       say(refused[-1])
+      return False, bool(compiled)
+
+  for place, mesh in enumerate(candidates):
+    try:
+      _try_numbers(config, mesh, functools.partial(try_one, mesh))
+    except _Enough:
+      left = len(candidates) - place
+      say(f'{left} of {len(candidates)} meshes are not done.')
+      break
   if not plans:
     raise ValueError(f'Nothing fits {topology.name}. {refused[0]}')
   return sorted(plans, key=lambda plan: plan.seconds)
+
+
+def _try_numbers(config, mesh, try_one):
+  """Numbers of micro-batches on one mesh, twice or half of the one before."""
+  choices = checks.microbatch_choices(
+      config, num_batch_shards=mesh['data'] * mesh['fsdp']
+  )
+  start = config.learner.num_microbatches
+  start = min(choices, key=lambda x: abs(x - start)) if start else choices[0]
+  fits, compiled = try_one(start)
+  number, sought = start, fits
+  while compiled and fits == sought:
+    if sought:
+      following = [x for x in choices if 2 * x <= number][-1:]
+    else:
+      following = [x for x in choices if x >= 2 * number][:1]
+    if not following:
+      return
+    [number] = following
+    fits, compiled = try_one(number)
 
 
 def _axes(mesh: dict[str, int]) -> str:
@@ -478,7 +505,7 @@ def assumptions(plan: Plan) -> str:
 
 def table(plans: list[Plan]) -> Iterator[str]:
   """Plans in their order, a row each."""
-  yield '| mesh | micro-batches | memory | learn | prefill | decode | step |'
+  yield '| mesh | micro-batches | memory | learn | sample | decode | step |'
   yield '|---|---|---|---|---|---|---|'
   for plan in plans:
     times = [phase.bound(plan.chip)[1] for phase in plan.phases]

@@ -9,7 +9,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tiny_model
 
@@ -237,13 +236,13 @@ def test_expected_lengths_make_the_loops():
       'num_prompts': 32, 'group_size': 8, 'max_prompt_length': 20,
       'max_completion_length': 80, 'learner.num_microbatches': 8,
   })
-  assert plan_lib.expect(config, 0, num_batch_shards=4).decode_steps == 79
+  assert plan_lib.expect(config, 0).decode_steps == 79
   config.sampling.num_slots = 32  # 256 completions of 41 tokens, 8 a slot.
-  found = plan_lib.expect(config, 41, num_batch_shards=4)
+  found = plan_lib.expect(config, 41)
   assert found.decode_steps == 8 * 40
   assert found.microbatches == 8 * (20 + 41) / 100
   with pytest.raises(ValueError, match='--mean_length=81'):
-    plan_lib.expect(config, 81, num_batch_shards=4)
+    plan_lib.expect(config, 81)
 
 
 def tiny_config(**changes):
@@ -318,15 +317,15 @@ def test_what_cannot_last_is_refused_before_it_is_compiled(topology):
 
 
 def fake_search(monkeypatch, seconds, config=None, **options):
-  """A search whose plans take `seconds(mesh)`, and do not fit if that raises.
+  """A search whose plans take `seconds(mesh, number)`, which may refuse.
 
-  Returns the meshes in their order and what was said.
+  Returns (fsdp, tensor, micro-batches) in their order, and what was said.
   """
 
   def make_plan(config, topology, model, *, mean_length, on_compile):
     on_compile()
-    mesh = config.mesh.to_dict()
-    work = roofline.Phase('learn', 197e12 * seconds(mesh), 0, 0, {})
+    mesh, number = config.mesh.to_dict(), config.learner.num_microbatches
+    work = roofline.Phase('learn', 197e12 * seconds(mesh, number), 0, 0, {})
     return plan_lib.Plan(
         config, chips.CHIPS['v5e'], mesh, None, {}, {}, {'total': 1}, [work],
         0, 1.0,
@@ -340,48 +339,68 @@ def fake_search(monkeypatch, seconds, config=None, **options):
       ),
   )
   said = []
-  devices = list(np.arange(4))
   plans = plan_lib.search(
       config or tiny_config(),
-      plan_lib.Topology('v5e:2x2', chips.CHIPS['v5e'], devices),
+      plan_lib.Topology('v5e:2x2', chips.CHIPS['v5e'], list(range(4))),
       tiny_model.MODEL, say=said.append,
       **{'max_compilations': 99} | options,
   )
-  return [plan.mesh for plan in plans], said
+  return [
+      (plan.mesh['fsdp'], plan.mesh['tensor'],
+       plan.config.learner.num_microbatches)
+      for plan in plans
+  ], said
+
+
+def refuse(message):
+  raise ValueError(message)
 
 
 def test_a_search_ranks_what_fits(monkeypatch):
-  def seconds(mesh):
-    if mesh['data'] > 1:
-      raise ValueError('does not fit')
-    return 10 - mesh['fsdp']
-
-  found, said = fake_search(monkeypatch, seconds)
+  found, said = fake_search(
+      monkeypatch,
+      lambda mesh, number: refuse('does not fit') if mesh['data'] > 1
+      else 10 - mesh['fsdp'] + number,
+  )
   # Two heads are split by two at most; nobody has experts.
-  assert found == [
-      {'data': 1, 'fsdp': 4, 'tensor': 1, 'expert': 1},
-      {'data': 1, 'fsdp': 2, 'tensor': 2, 'expert': 1},
-  ]
-  assert 'data=4: does not fit' in said
+  assert found == [(4, 1, 1), (2, 2, 1)]
+  assert 'data=4, num_microbatches=1: does not fit' in said
+
+
+def test_a_search_takes_more_microbatches_where_few_do_not_fit(monkeypatch):
+  # 8 completions in a mini-batch, two shards: 1, 2 or 4 parts.
+  seconds = lambda mesh, number: (
+      number if mesh['tensor'] == 2 and number >= 2 else refuse('too large')
+  )
+  for start, tried in ((1, [1, 2]), (4, [4, 2, 1]), (2, [2, 1])):
+    found, said = fake_search(
+        monkeypatch, seconds, tiny_config(**{'learner.num_microbatches': start})
+    )
+    assert (2, 2, 2) in found
+    assert [
+        int(line.rpartition('=')[2]) for line in said
+        if line.startswith('compiling') and 'fsdp=2 tensor=2' in line
+    ] == tried
 
 
 def test_a_search_compiles_no_more_than_it_may(monkeypatch):
-  found, said = fake_search(monkeypatch, lambda _: 1, max_compilations=2)
+  found, said = fake_search(
+      monkeypatch, lambda mesh, number: 1, max_compilations=2
+  )
   assert len(found) == 2
   # The config's own mesh comes first.
-  assert said[0] == 'compiling 1 of at most 2: fsdp=2 tensor=2'
-  assert re.fullmatch(r'\d+ meshes were not tried\.', said[-1])
+  assert said[0] == (
+      'compiling 1 of at most 2: fsdp=2 tensor=2, num_microbatches=1'
+  )
+  assert re.fullmatch(r'\d+ of \d+ meshes are not done\.', said[-1])
 
 
 def test_a_search_that_finds_nothing_says_why(monkeypatch):
-  def seconds(_):
-    raise ValueError('needs 9 GB')
-
   with pytest.raises(ValueError, match='Nothing fits v5e:2x2.*needs 9 GB'):
-    fake_search(monkeypatch, seconds)
+    fake_search(monkeypatch, lambda *_: refuse('needs 9 GB'))
   with pytest.raises(ValueError, match='config.num_prompts=3'):
-    fake_search(monkeypatch, lambda _: 1, tiny_config(
-        **{'num_prompts': 3, 'learner.num_minibatches': 1, 'mesh.data': 3}
+    fake_search(monkeypatch, lambda *_: 1, tiny_config(
+        **{'num_prompts': 3, 'learner.num_minibatches': 5}
     ))
 
 
