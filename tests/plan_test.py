@@ -1,6 +1,8 @@
 """What a plan counts is what hand arithmetic says; slices need not exist."""
 
+import importlib
 import importlib.util
+import math
 import os
 import pathlib
 import re
@@ -12,7 +14,9 @@ import jax.numpy as jnp
 import pytest
 import tiny_model
 
+from benchmarks import plans
 from configs import default
+from dppo_jax import checks
 from dppo_jax import chips
 from dppo_jax import hlo
 from dppo_jax import operations
@@ -453,3 +457,21 @@ def test_published_sizes_need_no_network(monkeypatch):
   for name in sizes.PUBLISHED:
     family, config = plan_lib.load.read_sizes(name)
     assert config.model_type == family.__name__.rsplit('.', maxsplit=1)[-1]
+
+
+@pytest.mark.parametrize('name', plans.PLANS)
+def test_every_kept_plan_passes_the_checks_of_its_config(name):
+  _, _, _, config_flag, topology, *rest = plans.PLANS[name]
+  path, _, argument = config_flag.removeprefix('--config=').partition(':')
+  module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
+  config = module.get_config(*filter(None, [argument]))
+  changes = dict(x.removeprefix('--config.').split('=') for x in rest)
+  config.update_from_flattened_dict({k: int(v) for k, v in changes.items()})
+  sides = topology.rpartition(':')[2].split('x')
+  num_devices = math.prod(map(int, sides))
+  mesh = config.mesh.to_dict()
+  for axis, size in mesh.items():
+    if size == -1:
+      mesh[axis] = num_devices // -math.prod(mesh.values())
+  assert math.prod(mesh.values()) == num_devices
+  checks.check(config, num_batch_shards=mesh['data'] * mesh['fsdp'])
