@@ -57,6 +57,8 @@ setuptools.setup(
         'test': [
             'gguf>=0.17',
             'hypothesis>=6.100',
+            # The TPU compiler that belongs to the jax: plans are tested.
+            'jax[tpu]',
             'math-verify>=0.9',
             'pebble>=5.1',
             'pyarrow>=15.0',

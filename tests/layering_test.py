@@ -23,10 +23,12 @@ LAYERS = (
     ('objective',),
     ('learner',),
     ('train_step',),
-    ('backlog', 'checkpoint', 'checks', 'fitting', 'logbook', 'maintenance',
-     'memory', 'metrics', 'report', 'tracing', 'workdir'),
-    ('command_line', 'training'),
+    ('backlog', 'checkpoint', 'checks', 'chips', 'fitting', 'hlo', 'logbook',
+     'maintenance', 'memory', 'metrics', 'operations', 'report', 'tracing',
+     'workdir'),
+    ('command_line', 'roofline', 'training'),
     ('main',),
+    ('plan',),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]
 

@@ -1,0 +1,569 @@
+"""What a config needs on a TPU slice that nobody has to rent first.
+
+    python -m dppo_jax.plan \\
+        --config=configs/qwen3_30b_a3b.py --topology=v5p:4x4x4
+
+compiles the whole training step with the TPU's own compiler, on any machine and
+without weights, and prints memory, operations, traffic and collectives of a
+device, and a lower bound of the time. `--search` tries other meshes and numbers
+of micro-batches. Needs the `libtpu` wheel: `pip install 'dppo_jax[tpu]'`.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from importlib import metadata
+import importlib.util
+import itertools
+import os
+import resource
+import sys
+import time
+import types
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+
+from dppo_jax import checks
+from dppo_jax import command_line
+from dppo_jax import fitting
+from dppo_jax import hlo
+from dppo_jax import main
+from dppo_jax import memory
+from dppo_jax import operations
+from dppo_jax import registry
+from dppo_jax import roofline
+from dppo_jax import sharding
+from dppo_jax.chips import Chip
+from dppo_jax.chips import CHIPS
+from dppo_jax.models import attention
+from dppo_jax.models import load
+
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', None, 'Chip and shape of a slice, for example v5p:4x4x4.'
+)
+_SEARCH = flags.DEFINE_bool(
+    'search', False, 'Try meshes and numbers of micro-batches, and rank them.'
+)
+_MAX_COMPILATIONS = flags.DEFINE_integer(
+    'max_compilations', 12, 'Steps that a search compiles at most.'
+)
+_MEAN_LENGTH = flags.DEFINE_integer(
+    'mean_length', 0,
+    'Expected tokens of a completion, for estimates; 0: as long as allowed.'
+)
+
+# Scopes of the step; the last is the loop within the second.
+PHASES = ('learn', 'sample', 'decode')
+
+# With no TPU in sight libtpu would search for one, ask a metadata server, write
+# logs and let only one process in; none of it matters to its compiler.
+_COMPILER_ONLY = {
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_ACCELERATOR_TYPE': 'v5p-8',
+    'TPU_LOG_DIR': 'disabled',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+}
+
+
+class Topology(NamedTuple):
+  """Chips that need not exist."""
+
+  name: str
+  chip: Chip
+  devices: list[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+  """What the estimates take for granted.
+
+  Attributes:
+    mean_length: tokens of a completion.
+    decode_steps: of the decode loop.
+    microbatches: of a mini-batch, that packed rows fill.
+  """
+
+  mean_length: float
+  decode_steps: float
+  microbatches: float
+
+
+class Plan(NamedTuple):
+  """A compiled step, counted. Bytes and operations of one device."""
+
+  config: Any  # With the number of micro-batches that was found.
+  chip: Chip
+  mesh: dict[str, int]
+  expected: Expected
+  lasting: dict[str, int]  # Kind -> bytes, between steps.
+  temporary: dict[str, int]  # Kind -> bytes, while it runs.
+  sizes: dict[str, int]  # `memory.of_step`.
+  phases: list[roofline.Phase]
+  unknown_loops: int  # Counted once.
+  compile_s: float
+
+  @property
+  def seconds(self) -> float:
+    """Of a step, at least."""
+    return roofline.step_seconds(self.phases, self.chip)
+
+
+def make_topology(name: str) -> Topology:
+  """The chips of a slice, from libtpu.
+
+  Args:
+    name: `CHIP:AxB` or `CHIP:AxBxC`, the chip one of `CHIPS`.
+
+  Raises:
+    ValueError: no such chip, or no slice of this shape.
+    ImportError: libtpu is not installed.
+  """
+  kind, _, shape = name.partition(':')
+  if kind not in CHIPS:
+    raise ValueError(
+        registry.unknown('chip of --topology', kind, CHIPS)
+        + ' A topology is CHIP:SHAPE, for example v5p:4x4x4.'
+    )
+  chip = CHIPS[kind]
+  sizes = shape.split('x')
+  if len(sizes) != chip.torus_axes or not all(x.isdigit() for x in sizes):
+    example = 'x'.join(['4'] * chip.torus_axes)
+    raise ValueError(
+        f'--topology={name}: the shape of a {kind} slice has {chip.torus_axes} '
+        f'sizes, for example {kind}:{example}.'
+    )
+  if importlib.util.find_spec('libtpu') is None:
+    raise ImportError(
+        'A plan needs the TPU compiler, which is not installed: '
+        "pip install 'dppo_jax[tpu]', or in a checkout pip install -e '.[tpu]'."
+    )
+  from jax.experimental import topologies
+
+  for variable, value in _COMPILER_ONLY.items():
+    os.environ.setdefault(variable, value)
+  try:
+    found = topologies.get_topology_desc(
+        platform='tpu', topology_name=name, **chip.options
+    )
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(f'--topology={name}: {error}') from error
+  return Topology(name, chip, list(found.devices))
+
+
+def make_plan(
+    config: Any,
+    topology: Topology,
+    model: Any,
+    *,
+    mean_length: int = 0,
+    on_compile: Callable[[], None] = lambda: None,
+) -> Plan:
+  """Compiles the step of a config and counts what it does.
+
+  Args:
+    config: of a run; its mesh is over the chips of the topology.
+    topology: where it would run.
+    model: from `main.architecture`.
+    mean_length: expected tokens of a completion; 0 for the most.
+    on_compile: called before each compilation.
+
+  Raises:
+    ValueError: it cannot work, or does not fit.
+  """
+  mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+  shards = sharding.num_row_shards(mesh)
+  checks.check(config, num_batch_shards=shards)
+  method = main.make_method(config)
+  # Which token ends a completion changes nothing of what it costs.
+  tokenizer = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.stop = ()
+  made = {}
+
+  def make(config):
+    made['config'] = config
+    return main.make_program(config, mesh, method, model, tokenizer)
+
+  def lower(program):
+    made['arguments'] = main.abstract_arguments(made['config'], mesh, program)
+    traced = program.train_step.trace(*made['arguments'])
+    made['jaxpr'] = traced.jaxpr
+    on_compile()
+    return _Kept(traced.lower(), made)
+
+  with attention.traced_for('tpu'):
+    _, compile_s = fitting.make_program(
+        config, make, lower, limit=topology.chip.memory, num_batch_shards=shards
+    )
+  return _count(topology, mesh, model, made, mean_length, compile_s)
+
+
+class _Kept:
+  """A lowered step that remembers what it was compiled to."""
+
+  def __init__(self, lowered: jax.stages.Lowered, where: dict[str, Any]):
+    self.lowered, self.where = lowered, where
+
+  def compile(self):
+    self.where['compiled'] = self.lowered.compile()
+    return self.where['compiled']
+
+
+def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
+  config, compiled = made['config'], made['compiled']
+  shards = sharding.num_row_shards(mesh)
+  expected = expect(config, mean_length)
+  program = hlo.parse(compiled.as_text())
+  unknown, decoding = [], []
+
+  def trips(phase, loop):
+    if phase == 'sample':
+      decoding.append(loop)
+      return 'decode', expected.decode_steps
+    if phase == 'learn' and config.learner.row_length:
+      return phase, expected.microbatches
+    unknown.append(loop)
+    return phase, 1
+
+  def traced_trips(phase, _):
+    if phase == 'sample':
+      return 'decode', expected.decode_steps
+    return phase, expected.microbatches if phase == 'learn' else 1
+
+  steps = list(hlo.executed(program, phases=PHASES[:2], num_trips=trips))
+  flops = operations.count(
+      made['jaxpr'], phases=PHASES[:2], num_trips=traced_trips
+  )
+  sizes = memory.of_step(compiled)
+  state, scored, _ = made['arguments']
+  carried = decode_carry(
+      decoding[0].shape,
+      head_dim=model.config.head_dim,
+      lengths=(config.max_prompt_length, config.max_completion_length),
+      rows=_rows(config, shards),
+  ) if decoding else {}
+  return Plan(
+      config=config,
+      chip=topology.chip,
+      mesh=dict(mesh.shape),
+      expected=expected,
+      lasting=memory.by_kind(state, scored),
+      temporary=carried | {
+          'activations and the rest': sizes['temporary']
+          - sum(carried.values())
+      },
+      sizes=sizes,
+      phases=roofline.phases(
+          PHASES, flops, program, steps, num_devices=mesh.size
+      ),
+      unknown_loops=len(unknown),
+      compile_s=compile_s,
+  )
+
+
+def expect(config: Any, mean_length: int) -> Expected:
+  """What lengths make of the loops whose ends the program does not know.
+
+  All completions at once are decoded until the longest ends, which is taken to
+  be as long as allowed. Slots are taken to be always full, until then.
+
+  Raises:
+    ValueError: no completion can be that long.
+  """
+  longest = config.max_completion_length
+  if not 0 <= mean_length <= longest:
+    raise ValueError(
+        f'--mean_length={mean_length} must be between 0 (as long as allowed) '
+        f'and config.max_completion_length={longest}.'
+    )
+  mean = mean_length or longest
+  steps, slots = longest - 1, config.sampling.num_slots
+  if slots:
+    rows = config.num_prompts * config.group_size
+    steps = max(steps, rows * (mean - 1) / slots)
+  prompt = config.max_prompt_length
+  filled = (prompt + mean) / (prompt + longest)
+  return Expected(mean, steps, filled * config.learner.num_microbatches)
+
+
+def _rows(config, shards):
+  """Leading sizes of arrays of completions and prompts on a device."""
+  prompts, slots = config.num_prompts, config.sampling.num_slots
+  sizes = prompts, prompts * config.group_size, slots
+  return {size // shards for size in sizes if size}
+
+
+def decode_carry(
+    shape: str, *, head_dim: int, lengths: tuple[int, ...], rows: set[int]
+) -> dict[str, int]:
+  """Bytes of keys and values, and of the sampler's weights, in its loop.
+
+  Args:
+    shape: of the loop, as XLA writes it.
+    head_dim: of a key.
+    lengths: of a prompt and of a completion.
+    rows: numbers of prompts and completions on a device.
+  """
+  found = {'keys and values': 0, "sampler's weights": 0}
+  for dims, size in hlo.arrays(shape):
+    if len(dims) < 2:
+      continue
+    if any(
+        _holds(dims, (row, head_dim, length))
+        for row, length in itertools.product(rows, lengths)
+    ):
+      found['keys and values'] += size
+    elif not rows & set(dims):
+      found["sampler's weights"] += size
+  return found
+
+
+def _holds(dims: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+  rest = list(dims)
+  for size in wanted:
+    if size not in rest:
+      return False
+    rest.remove(size)
+  return True
+
+
+def meshes(config: Any, num_devices: int, sizes: Any) -> list[dict[str, int]]:
+  """Meshes that divide what they split; those that split most first.
+
+  Args:
+    config: of the run; its own mesh and micro-batches do not count.
+    num_devices: of the slice.
+    sizes: of the model, a `layers.ModelConfig`.
+  """
+  found = []
+  for data, fsdp, tensor in itertools.product(_divisors(num_devices), repeat=3):
+    expert, rest = divmod(num_devices, data * fsdp * tensor)
+    if rest or not expert or sizes.num_key_value_heads % tensor:
+      continue
+    if expert > 1 and (not sizes.num_experts or sizes.num_experts % expert):
+      continue
+    if not checks.microbatch_choices(config, num_batch_shards=data * fsdp):
+      continue
+    found.append(dict(zip(sharding.AXES, (data, fsdp, tensor, expert))))
+  return sorted(found, key=lambda x: (x['data'], x['expert'], x['tensor']))
+
+
+def _divisors(number: int) -> list[int]:
+  return [x for x in range(1, number + 1) if number % x == 0]
+
+
+class _Enough(Exception):
+  """As many compilations as were allowed."""
+
+
+def search(
+    config: Any,
+    topology: Topology,
+    model: Any,
+    *,
+    max_compilations: int,
+    mean_length: int = 0,
+    say: Callable[[str], None] = print,
+) -> list[Plan]:
+  """Plans that fit, the fastest first.
+
+  On each mesh the search begins with the config's number of micro-batches, or
+  the smallest. Where that does not fit, more are tried; where it does, fewer,
+  as each part of a mini-batch gathers all weights once. What lasts between
+  steps is compared with the memory before anything compiles.
+
+  Args:
+    config: of the run; its own mesh is the first to be tried.
+    topology: where it would run.
+    model: from `main.architecture`.
+    max_compilations: of steps, in all.
+    mean_length: see `make_plan`.
+    say: takes a line about the progress.
+
+  Raises:
+    ValueError: no mesh divides the config's sizes, or nothing fits.
+  """
+  candidates = meshes(config, len(topology.devices), model.config)
+  if not candidates:
+    raise ValueError(
+        f'No mesh over {len(topology.devices)} devices divides '
+        f'config.num_prompts={config.num_prompts}, its micro-batches and the '
+        "model's heads; change num_prompts or group_size."
+    )
+  own = sharding.make_mesh(**config.mesh, devices=topology.devices).shape
+  candidates.sort(key=lambda mesh: mesh != dict(own))
+  count, plans, refused = itertools.count(1), [], []
+
+  def try_one(mesh, number):
+    """Whether it fits, and whether it was compiled."""
+    compiled = []
+
+    def compiling():
+      compiled.append(next(count))
+      if compiled[0] > max_compilations:
+        raise _Enough
+      say(f'compiling {compiled[0]} of at most {max_compilations}: {name}')
+
+    name = f'{_axes(mesh)}, num_microbatches={number}'
+    tried = checks.with_microbatches(config, number)
+    tried.mesh.update(mesh)
+    try:
+      plans.append(make_plan(
+          tried, topology, model, mean_length=mean_length, on_compile=compiling
+      ))
+      return True, True
+    except ValueError as error:
+      refused.append(f'{name}: {error}')
+      say(refused[-1])
+      return False, bool(compiled)
+
+  for place, mesh in enumerate(candidates):
+    try:
+      _try_numbers(config, mesh, functools.partial(try_one, mesh))
+    except _Enough:
+      left = len(candidates) - place
+      say(f'{left} of {len(candidates)} meshes are not done.')
+      break
+  if not plans:
+    raise ValueError(f'Nothing fits {topology.name}. {refused[0]}')
+  return sorted(plans, key=lambda plan: plan.seconds)
+
+
+def _try_numbers(config, mesh, try_one):
+  """Numbers of micro-batches on one mesh, twice or half of the one before."""
+  choices = checks.microbatch_choices(
+      config, num_batch_shards=mesh['data'] * mesh['fsdp']
+  )
+  start = config.learner.num_microbatches
+  start = min(choices, key=lambda x: abs(x - start)) if start else choices[0]
+  fits, compiled = try_one(start)
+  number, sought = start, fits
+  while compiled and fits == sought:
+    if sought:
+      following = [x for x in choices if 2 * x <= number][-1:]
+    else:
+      following = [x for x in choices if x >= 2 * number][:1]
+    if not following:
+      return
+    [number] = following
+    fits, compiled = try_one(number)
+
+
+def _axes(mesh: dict[str, int]) -> str:
+  """'fsdp=16 tensor=4'."""
+  split = [f'{axis}={size}' for axis, size in mesh.items() if size > 1]
+  return ' '.join(split) or 'one device'
+
+
+def describe(plan: Plan) -> Iterator[str]:
+  """The plan, line by line."""
+  chip, config = plan.chip, plan.config
+  total = plan.sizes['total']
+  other = plan.sizes['arguments'] - sum(plan.lasting.values())
+  yield (
+      f'{chip.name}, {_axes(plan.mesh)}, '
+      f'num_microbatches={config.learner.num_microbatches}: '
+      f'{memory.readable(total)} of {memory.readable(chip.memory)} on each '
+      'device: it fits.'
+  )
+  yield f'  lasting      {_shown(plan.lasting)}; other arguments {_gb(other)}'
+  yield f'  temporary    {_shown(plan.temporary)}'
+  yield f'  results      {_gb(plan.sizes["results"])}'
+  for phase in plan.phases:
+    bound, seconds = phase.bound(chip)
+    yield (
+        f'  {phase.name:<12} {phase.flops / 1e12:,.1f} TFLOP, '
+        f'{phase.traffic / 1e9:,.0f} GB of memory, '
+        f'{phase.sent / 1e9:,.1f} GB sent: {seconds:,.1f} s, bound by {bound}'
+    )
+    if phase.collectives:
+      yield '               ' + ', '.join(
+          f'{number:,.0f} {kind}' for kind, number in phase.collectives.items()
+      )
+  yield f'  step         {plan.seconds:,.1f} s at least'
+  if plan.unknown_loops:
+    yield f'  {plan.unknown_loops} loops of unknown length count once.'
+
+
+def assumptions(plan: Plan) -> str:
+  """What the numbers rest on."""
+  chip, expected = plan.chip, plan.expected
+  return (
+      f'Assumed: {chip.flops / 1e12:,.0f} TFLOP/s (bfloat16), '
+      f'{chip.memory_bandwidth / 1e9:,.0f} GB/s of memory, '
+      f'{chip.link_bandwidth / chip.torus_axes / 1e9:,.0f} GB/s out over one '
+      f'torus axis ({chip.source}); a phase takes the longest of the three; '
+      f'completions of {expected.mean_length:,.0f} tokens in the mean, '
+      f'{expected.decode_steps:,.0f} steps of decoding; work spread evenly; no '
+      'time for the verifier.'
+  )
+
+
+def table(plans: list[Plan]) -> Iterator[str]:
+  """Plans in their order, a row each."""
+  yield '| mesh | micro-batches | memory | learn | sample | decode | step |'
+  yield '|---|---|---|---|---|---|---|'
+  for plan in plans:
+    times = [phase.bound(plan.chip)[1] for phase in plan.phases]
+    yield (
+        f'| {_axes(plan.mesh)} | {plan.config.learner.num_microbatches} '
+        f'| {memory.readable(plan.sizes["total"])} | '
+        + ' | '.join(f'{x:,.1f} s' for x in (*times, plan.seconds)) + ' |'
+    )
+
+
+def _gb(size: int) -> str:
+  return f'{size / 1e9:.2f} GB'
+
+
+def _shown(kinds: dict[str, int]) -> str:
+  return ', '.join(
+      f'{name} {_gb(size)}' for name, size in kinds.items() if size
+  )
+
+
+def host_peak() -> float:
+  """Bytes that this process has had at most."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def run(config: Any, workdir: str | None) -> bool:
+  """Body of the command line."""
+  if workdir:
+    raise ValueError('A plan writes nothing; leave out --workdir.')
+  if not _TOPOLOGY.value:
+    raise ValueError(
+        'Which slice? For example --topology=v5p:4x4x4; chips: '
+        f'{", ".join(CHIPS)}.'
+    )
+  jax.config.update('jax_platforms', 'cpu')  # It only compiles.
+  topology = make_topology(_TOPOLOGY.value)
+  model = main.architecture(config, *load.read_sizes(config.model.name))
+  start = time.perf_counter()
+  options = {'mean_length': _MEAN_LENGTH.value}
+  if _SEARCH.value:
+    plans = search(
+        config, topology, model,
+        max_compilations=_MAX_COMPILATIONS.value, **options,
+    )
+    print('\n'.join(table(plans)))
+  else:
+    plans = [make_plan(config, topology, model, **options)]
+  print('\n'.join(describe(plans[0])))
+  print(assumptions(plans[0]))
+  print(
+      f'jax {jax.__version__}, libtpu {metadata.version("libtpu")}; '
+      f'{sum(plan.compile_s for plan in plans):,.0f} s of compilation in '
+      f'{time.perf_counter() - start:,.0f} s ({time.process_time():,.0f} s of '
+      f'CPU), {host_peak() / 1e9:.1f} GB of host memory.'
+  )
+  return True
+
+
+if __name__ == '__main__':
+  command_line.run(run)

@@ -1,0 +1,477 @@
+"""What a plan counts is what hand arithmetic says; slices need not exist."""
+
+import importlib
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_model
+
+from benchmarks import plans
+from configs import default
+from dppo_jax import checks
+from dppo_jax import chips
+from dppo_jax import hlo
+from dppo_jax import operations
+from dppo_jax import plan as plan_lib
+from dppo_jax import roofline
+from dppo_jax.models import sizes
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec('libtpu') is None,
+    reason="the TPU compiler is not installed: pip install 'dppo_jax[tpu]'",
+)
+M, N, K, L = 8, 16, 32, 5
+
+
+def count(fn, *arguments, **options):
+  return operations.count(jax.make_jaxpr(fn)(*arguments), **options)
+
+
+def scanned_products(x, kernels):
+  """[M, K] times [L, K, K], one after the other."""
+  return jax.lax.scan(lambda x, kernel: (x @ kernel, None), x, kernels)[0]
+
+
+X, KERNELS = jnp.ones((M, K)), jnp.ones((L, K, K))
+
+
+def test_a_product_is_two_operations_for_each_triple():
+  assert count(jnp.matmul, X, jnp.ones((K, N))) == {'': 2 * M * K * N}
+
+
+def test_the_body_of_a_scan_counts_as_often_as_it_runs():
+  assert count(scanned_products, X, KERNELS) == {'': L * 2 * M * K * K}
+
+
+def test_a_gradient_and_what_it_recomputes_count():
+  layer = jax.checkpoint(lambda x, kernel: jnp.sin(x @ kernel) @ kernel)
+  loss = lambda x, kernel: jnp.sum(layer(x, kernel))
+  # Forward 2 products; the first again; then two gradients of each.
+  [total] = count(jax.grad(loss, (0, 1)), X, KERNELS[0]).values()
+  assert total == (2 + 1 + 4) * 2 * M * K * K
+
+
+def test_rows_of_a_grouped_product_meet_their_own_group_only():
+  groups, kernels = jnp.full(4, M // 4), jnp.ones((4, K, N))
+  loss = lambda x, y: jnp.sum(jax.lax.ragged_dot(x, y, groups))
+  once = 2 * M * K * N
+  assert count(loss, X, kernels) == {'': once}
+  assert count(jax.grad(loss, (0, 1)), X, kernels) == {'': 3 * once}
+
+
+def test_a_loop_of_unknown_length_is_asked_for():
+  def decode(x):
+    with jax.named_scope('sample'):
+      return jax.lax.while_loop(
+          lambda x: jnp.sum(x) < 1, lambda x: x @ x, x @ x
+      )
+
+  trips = lambda phase, _: ('decode', 100) if phase == 'sample' else (phase, 0)
+  once = 2 * K**3
+  assert count(
+      decode, KERNELS[0], phases=('sample',), num_trips=trips
+  ) == {'sample': once, 'decode': 100 * once}
+  with pytest.raises(ValueError, match='num_trips'):
+    count(decode, KERNELS[0])
+
+
+def test_the_dearest_branch_counts_and_shards_count_all():
+  def fn(x):
+    return jax.lax.cond(
+        x[0, 0] > 0, lambda: x @ KERNELS[0] @ KERNELS[1], lambda: x * 2
+    )
+
+  assert count(fn, X) == {'': 2 * 2 * M * K * K}
+  mesh = jax.sharding.AbstractMesh(
+      (2, 1), ('rows', 'rest'), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+  rows = jax.P('rows')
+  split = jax.shard_map(
+      lambda x: x @ KERNELS[0], mesh=mesh, in_specs=rows, out_specs=rows,
+      axis_names={'rows'},
+  )
+  assert count(jax.jit(split), X) == {'': 2 * M * K * K}
+
+
+def test_a_models_forward_pass_is_the_sum_of_its_products():
+  config = tiny_model.CONFIG
+  batch, length = 3, 7
+  tokens = jnp.zeros((batch, length), jnp.int32)
+  params = jax.eval_shape(tiny_model.MODEL.init, jax.random.key(0))
+  [total] = count(tiny_model.MODEL.apply, params, tokens).values()
+  width, heads = config.hidden_size, config.num_attention_heads
+  size, keys = config.head_dim, config.num_key_value_heads
+  projections = width * size * (2 * heads + 2 * keys)  # q, o; k, v.
+  scores = 2 * length * heads * size  # q with k, weights with v.
+  mlp = 3 * width * config.intermediate_size
+  layers = config.num_hidden_layers * (projections + scores + mlp)
+  expected = 2 * batch * length * (layers + width * config.vocab_size)
+  # The angles of rotary positions are a product too, of size / 2 numbers.
+  assert total == pytest.approx(expected, rel=0.01)
+  assert total >= expected
+
+
+def program_of(fn, *arguments):
+  compiled = jax.jit(fn).lower(*arguments).compile()
+  return hlo.parse(compiled.as_text())
+
+
+def test_the_text_of_a_compiled_scan_tells_how_often_it_runs():
+  program = program_of(scanned_products, X, KERNELS)
+  steps = list(hlo.executed(program))
+  [loop] = [x for x in steps if x.instruction.opcode == 'while']
+  assert hlo.trip_count(program, loop.computation, loop.instruction) == L
+  inside = [x for x in steps if x.computation != program.entry]
+  assert inside and {x.times for x in inside} == {L}
+
+
+def test_a_scanned_layer_is_read_as_a_slice():
+  kernels = jnp.ones((40, K, K))
+  program = program_of(scanned_products, X, kernels)
+  total = sum(
+      x.times * hlo.traffic(program, x) for x in hlo.executed(program)
+  )
+  read_once = 4 * kernels.size
+  # A layer may be copied first, and rows come and go; were all layers read
+  # with each, it would be 40 times as much.
+  assert read_once <= total < 6 * read_once
+
+
+def test_a_loop_whose_end_is_data_is_asked_for():
+  def fn(x):
+    with jax.named_scope('sample'):
+      return jax.lax.while_loop(lambda x: jnp.sum(x) < 9, jnp.sin, x)
+
+  program = program_of(fn, X)
+  trips = lambda phase, loop: ('decode', 7)
+  steps = list(hlo.executed(program, phases=('sample',), num_trips=trips))
+  assert {x.times for x in steps if x.phase == 'decode'} == {7}
+
+
+# Lines as XLA writes them, with long names and layouts shortened to the kinds
+# that differ.
+_TEXT = '''HloModule jit_step, num_partitions=8
+
+%gathered.1 (param_0.2: bf16[4,8]) -> bf16[16,8] {
+  %param_0.2 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.9 = bf16[16,8]{1,0} all-gather(%param_0.2), \
+replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+}
+
+%cond (p: (s32[], f32[4,8])) -> pred[] {
+  %c = s32[]{:T(128)} constant(6)
+  %p = (s32[]{:T(128)}, /*index=1*/f32[4,8]{1,0}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
+
+%body (p.1: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %p.1 = (s32[]{:T(128)}, /*index=1*/f32[4,8]{1,0}) parameter(0)
+  %x = f32[4,8]{1,0} get-tuple-element(%p.1), index=1
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %r = f32[4,8]{1,0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%sum
+  ROOT %t = (s32[]{:T(128)}, /*index=1*/f32[4,8]{1,0}) tuple(%i.1, %r)
+}
+
+ENTRY %main.1_spmd (a: bf16[4,8], b: f32[4,8]) -> f32[4,8] {
+  %a = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[4,8]{1,0} parameter(1)
+  %fusion.1 = bf16[16,8]{1,0} fusion(%a), kind=kCustom, \
+calls=%gathered.1, metadata={op_name="jit(step)/learn/x"}
+  %start = (f32[4,8]{1,0}, f32[4,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) \
+collective-permute-start(%b), source_target_pairs={{0,1},{1,0}}
+  %done = f32[4,8]{1,0:T(8,128)S(1)} collective-permute-done(%start)
+  %zero = s32[] constant(0)
+  %init = (s32[], f32[4,8]{1,0}) tuple(%zero, %done)
+  %loop = (s32[], f32[4,8]{1,0}) while(%init), condition=%cond, \
+body=%body, metadata={op_name="jit(step)/sample/while"}
+  ROOT %out = f32[4,8]{1,0} get-tuple-element(%loop), index=1
+}
+'''
+
+
+def test_collectives_are_found_in_fusions_loops_and_all_notations():
+  program = hlo.parse(_TEXT)
+  steps = list(hlo.executed(program, phases=('learn', 'sample')))
+  found = hlo.collectives(program, steps, num_devices=8)
+  gather, permute, reduce = found
+  # Of 16 * 8 numbers of 2 bytes, three quarters come from three others.
+  assert gather[:5] == ('all-gather', 'learn', 1, 4, 256)
+  assert gather.sent == 256 * 3 / 4
+  assert permute[:2] == ('collective-permute', '')
+  assert permute.sent == 4 * 32
+  # Twice around the ring, less what is one's own.
+  assert reduce[:5] == ('all-reduce', 'sample', 6, 4, 128)
+  assert reduce.sent == 2 * 128 * 3 / 4
+
+
+def test_what_stays_on_the_chip_is_no_traffic():
+  program = hlo.parse(_TEXT)
+  moved = {
+      x.instruction.name: hlo.traffic(program, x)
+      for x in hlo.executed(program)
+  }
+  assert moved['start'] == 128  # Read; the result is in memory space 1.
+  assert moved['done'] == moved['loop'] == moved['init'] == 0
+  assert moved['r'] == 2 * 128
+  assert hlo.num_bytes('(bf16[2,3]{1,0:S(1)}, s4[8]{0}, pred[])') == 12 + 4 + 1
+  assert hlo.num_bytes('(bf16[2,3]{1,0:S(1)}, s32[])', on_chip=False) == 4
+
+
+def test_a_phase_takes_the_longest_of_its_three_times():
+  chip = chips.Chip('x', 100.0, 1, 10.0, 6.0, 3, '')
+  phase = roofline.Phase('learn', 300.0, 50.0, 8.0, {})
+  assert phase.seconds(chip) == {'compute': 3.0, 'memory': 5.0, 'network': 4.0}
+  assert phase.bound(chip) == ('memory', 5.0)
+  assert roofline.step_seconds([phase, phase], chip) == 10.0
+
+
+def test_expected_lengths_make_the_loops():
+  config = default.get_config()
+  config.update_from_flattened_dict({
+      'num_prompts': 32, 'group_size': 8, 'max_prompt_length': 20,
+      'max_completion_length': 80, 'learner.num_microbatches': 8,
+  })
+  assert plan_lib.expect(config, 0).decode_steps == 79
+  config.sampling.num_slots = 32  # 256 completions of 41 tokens, 8 a slot.
+  found = plan_lib.expect(config, 41)
+  assert found.decode_steps == 8 * 40
+  assert found.microbatches == 8 * (20 + 41) / 100
+  with pytest.raises(ValueError, match='--mean_length=81'):
+    plan_lib.expect(config, 81)
+
+
+def tiny_config(**changes):
+  config = default.get_config('dppo_binary_tv')
+  config.update_from_flattened_dict({
+      'num_prompts': 8, 'group_size': 2, 'max_prompt_length': 9,
+      'max_completion_length': 13, 'learner.num_minibatches': 2,
+      'eval.num_prompts': 8, 'mesh.data': 1, 'mesh.fsdp': 2, 'mesh.tensor': 2,
+      'model.dtype': 'bfloat16', 'sampling.dtype': 'bfloat16',
+  } | changes)
+  return config
+
+
+@pytest.fixture(scope='module')
+def topology():
+  return plan_lib.make_topology('v5e:2x2')
+
+
+@pytest.fixture(scope='module')
+def plan(topology):
+  return plan_lib.make_plan(tiny_config(), topology, tiny_model.MODEL)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_kinds_of_memory_add_up_to_what_xla_says(plan):
+  sizes = plan.sizes
+  other = sizes['arguments'] - sum(plan.lasting.values())
+  # Counters, keys, prompts, and what XLA pads small arrays with.
+  assert 0 <= other < 2**20
+  assert sum(plan.temporary.values()) == sizes['temporary']
+  assert min(plan.temporary.values()) >= 0
+  config = tiny_model.CONFIG
+  # 8 completions of 13 tokens and 4 prompts of 9 on each of two shards; keys
+  # and values, one of two heads, bfloat16.
+  numbers = (8 * 13 + 4 * 9) * 2 * config.head_dim * config.num_hidden_layers
+  assert plan.temporary['keys and values'] == 2 * numbers
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_no_weight_moves_while_decoding(plan):
+  learn, _, decode = plan.phases
+  assert 'all-gather' in learn.collectives
+  assert decode.sent > 0  # Heads and vocabulary are split.
+  weights = plan.temporary["sampler's weights"]
+  steps = plan.expected.decode_steps
+  assert weights > 0
+  assert decode.sent / steps < weights
+  assert not plan.unknown_loops
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_plan_prints_what_it_knows(plan):
+  text = '\n'.join(plan_lib.describe(plan))
+  assert 'it fits' in text and 'all-reduce' in text
+  assert 'fsdp=2 tensor=2' in text
+  assert chips.CHIPS['v5e'].source in plan_lib.assumptions(plan)
+  header, _, row = plan_lib.table([plan])
+  assert header.count('|') == row.count('|')
+
+
+@needs_libtpu
+def test_what_cannot_last_is_refused_before_it_is_compiled(topology):
+  small = topology._replace(chip=topology.chip._replace(memory=1000))
+  with pytest.raises(ValueError, match='lasts from step to step'):
+    plan_lib.make_plan(
+        tiny_config(), small, tiny_model.MODEL,
+        on_compile=lambda: pytest.fail('compiled'),
+    )
+
+
+def fake_search(monkeypatch, seconds, config=None, **options):
+  """A search whose plans take `seconds(mesh, number)`, which may refuse.
+
+  Returns (fsdp, tensor, micro-batches) in their order, and what was said.
+  """
+
+  def make_plan(config, topology, model, *, mean_length, on_compile):
+    on_compile()
+    mesh, number = config.mesh.to_dict(), config.learner.num_microbatches
+    work = roofline.Phase('learn', 197e12 * seconds(mesh, number), 0, 0, {})
+    return plan_lib.Plan(
+        config, chips.CHIPS['v5e'], mesh, None, {}, {}, {'total': 1}, [work],
+        0, 1.0,
+    )
+
+  monkeypatch.setattr(plan_lib, 'make_plan', make_plan)
+  monkeypatch.setattr(
+      plan_lib.sharding, 'make_mesh',
+      lambda devices, **mesh: jax.sharding.AbstractMesh(
+          tuple(mesh.values()), tuple(mesh)
+      ),
+  )
+  said = []
+  plans = plan_lib.search(
+      config or tiny_config(),
+      plan_lib.Topology('v5e:2x2', chips.CHIPS['v5e'], list(range(4))),
+      tiny_model.MODEL, say=said.append,
+      **{'max_compilations': 99} | options,
+  )
+  return [
+      (plan.mesh['fsdp'], plan.mesh['tensor'],
+       plan.config.learner.num_microbatches)
+      for plan in plans
+  ], said
+
+
+def refuse(message):
+  raise ValueError(message)
+
+
+def test_a_search_ranks_what_fits(monkeypatch):
+  found, said = fake_search(
+      monkeypatch,
+      lambda mesh, number: refuse('does not fit') if mesh['data'] > 1
+      else 10 - mesh['fsdp'] + number,
+  )
+  # Two heads are split by two at most; nobody has experts.
+  assert found == [(4, 1, 1), (2, 2, 1)]
+  assert 'data=4, num_microbatches=1: does not fit' in said
+
+
+def test_a_search_takes_more_microbatches_where_few_do_not_fit(monkeypatch):
+  # 8 completions in a mini-batch, two shards: 1, 2 or 4 parts.
+  seconds = lambda mesh, number: (
+      number if mesh['tensor'] == 2 and number >= 2 else refuse('too large')
+  )
+  for start, tried in ((1, [1, 2]), (4, [4, 2, 1]), (2, [2, 1])):
+    found, said = fake_search(
+        monkeypatch, seconds, tiny_config(**{'learner.num_microbatches': start})
+    )
+    assert (2, 2, 2) in found
+    assert [
+        int(line.rpartition('=')[2]) for line in said
+        if line.startswith('compiling') and 'fsdp=2 tensor=2' in line
+    ] == tried
+
+
+def test_a_search_compiles_no_more_than_it_may(monkeypatch):
+  found, said = fake_search(
+      monkeypatch, lambda mesh, number: 1, max_compilations=2
+  )
+  assert len(found) == 2
+  # The config's own mesh comes first.
+  assert said[0] == (
+      'compiling 1 of at most 2: fsdp=2 tensor=2, num_microbatches=1'
+  )
+  assert re.fullmatch(r'\d+ of \d+ meshes are not done\.', said[-1])
+
+
+def test_a_search_that_finds_nothing_says_why(monkeypatch):
+  with pytest.raises(ValueError, match='Nothing fits v5e:2x2.*needs 9 GB'):
+    fake_search(monkeypatch, lambda *_: refuse('needs 9 GB'))
+  with pytest.raises(ValueError, match='config.num_prompts=3'):
+    fake_search(monkeypatch, lambda *_: 1, tiny_config(
+        **{'num_prompts': 3, 'learner.num_minibatches': 5}
+    ))
+
+
+@pytest.mark.parametrize('name, said', [
+    ('v9:2x2', 'v4, v5e, v5p, v6e'),
+    ('v5p', 'for example v5p:4x4x4'),
+    ('v5p:4x4', 'has 3 sizes'),
+    ('v5e:2xtwo', 'for example v5e:4x4'),
+])
+def test_an_unknown_slice_is_refused_with_the_known(name, said):
+  with pytest.raises(ValueError, match=said):
+    plan_lib.make_topology(name)
+
+
+@needs_libtpu
+def test_a_slice_that_nobody_builds_is_refused():
+  with pytest.raises(ValueError, match='--topology=v5p:3x2x1: .*divisible'):
+    plan_lib.make_topology('v5p:3x2x1')
+
+
+@needs_libtpu
+@pytest.mark.parametrize('name, shape', [
+    ('v4', '2x2x1'), ('v5e', '2x2'), ('v5p', '2x2x1'), ('v6e', '2x2'),
+])
+def test_a_chip_is_a_device(name, shape):
+  assert len(plan_lib.make_topology(f'{name}:{shape}').devices) == 4
+
+
+def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(ImportError, match=r'pip install .*\[tpu\]'):
+    plan_lib.make_topology('v5e:2x2')
+
+
+def test_the_command_line_refuses_in_one_line():
+  done = subprocess.run(
+      [sys.executable, '-m', 'dppo_jax.plan', '--config=configs/tv_topk.py',
+       '--topology=v9:2x2'],
+      cwd=pathlib.Path(__file__).parents[1],
+      env=os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)},
+      capture_output=True, text=True, check=False,
+  )
+  assert done.returncode == 2
+  [line] = done.stderr.strip().splitlines()
+  assert line.startswith("error: Unknown chip of --topology 'v9'")
+
+
+def test_published_sizes_need_no_network(monkeypatch):
+  monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+  for name in sizes.PUBLISHED:
+    family, config = plan_lib.load.read_sizes(name)
+    assert config.model_type == family.__name__.rsplit('.', maxsplit=1)[-1]
+
+
+@pytest.mark.parametrize('name', plans.PLANS)
+def test_every_kept_plan_passes_the_checks_of_its_config(name):
+  _, _, _, config_flag, topology, *rest = plans.PLANS[name]
+  path, _, argument = config_flag.removeprefix('--config=').partition(':')
+  module = importlib.import_module(path.removesuffix('.py').replace('/', '.'))
+  config = module.get_config(*filter(None, [argument]))
+  changes = dict(x.removeprefix('--config.').split('=') for x in rest)
+  config.update_from_flattened_dict({k: int(v) for k, v in changes.items()})
+  sides = topology.rpartition(':')[2].split('x')
+  num_devices = math.prod(map(int, sides))
+  mesh = config.mesh.to_dict()
+  for axis, size in mesh.items():
+    if size == -1:
+      mesh[axis] = num_devices // -math.prod(mesh.values())
+  assert math.prod(mesh.values()) == num_devices
+  checks.check(config, num_batch_shards=mesh['data'] * mesh['fsdp'])
