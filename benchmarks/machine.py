@@ -36,16 +36,25 @@ def describe() -> dict[str, Any]:
 
 def peak_host_bytes() -> int:
   """Largest resident set of this process so far."""
+  if (size := _of_status('VmHWM')) is not None:
+    return size
+  # Elsewhere it may be that of the process which started this one.
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1024
 
 
 def resident_bytes() -> int:
   """Resident set of this process now; the largest so far if not known."""
+  size = _of_status('VmRSS')
+  return peak_host_bytes() if size is None else size
+
+
+def _of_status(name: str) -> int | None:
+  """A size that Linux tells of this process, in bytes."""
   status = pathlib.Path('/proc/self/status')
   if not status.exists():
-    return peak_host_bytes()
-  [line] = [x for x in status.read_text().splitlines() if 'VmRSS' in x]
+    return None
+  [line] = [x for x in status.read_text().splitlines() if name in x]
   return int(line.split()[1]) * 1024
 
 

@@ -6,7 +6,7 @@ A run that was stopped, however, continues when it is started again with the
 same command.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import contextlib
 import functools
 import json
@@ -88,11 +88,10 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   _use_compilation_cache(config.compilation_cache)
   mesh = sharding.make_mesh(**config.mesh)
   rows = sharding.batch(mesh)
-  meshes = mesh, sharding.sampling_mesh(mesh, **config.sampling.mesh)
   checks.check(
       config,
       num_batch_shards=sharding.num_batch_shards(mesh),
-      num_row_shards=math.lcm(*map(sharding.num_row_shards, meshes)),
+      num_row_shards=num_row_shards(config, mesh),
   )
   method = make_method(config)
   task = _build(tasks, config.task)
@@ -104,7 +103,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   model = architecture(
       config, *load.read_config(load.resolve(config.model.name))
   )
-  _warn_of_undivided(abstract_params(config, model), meshes)
+  _warn_of_undivided(config, mesh, model)
   scorer = Scorer(task.score, **config.scoring, total=processes.total)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval, key_adapters = jax.random.split(
@@ -160,9 +159,22 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   )
 
 
-def _warn_of_undivided(params: PyTree, meshes: Iterable[Any]) -> None:
+def num_row_shards(config: Any, mesh: Any) -> int:
+  """What must divide rows: on the learner's mesh, and on the sampler's."""
+  return math.lcm(*map(sharding.num_row_shards, _meshes(config, mesh)))
+
+
+def _meshes(config: Any, mesh: Any) -> tuple[Any, Any]:
+  return mesh, sharding.sampling_mesh(mesh, **config.sampling.mesh)
+
+
+def _warn_of_undivided(config: Any, mesh: Any, model: CausalLM) -> None:
   """Says which axes of parameters stay whole where a rule would split them."""
-  names = [x for mesh in meshes for x in sharding.undivided(params, mesh)]
+  params = abstract_params(config, model)
+  names = [
+      x for mesh in _meshes(config, mesh)
+      for x in sharding.undivided(params, mesh)
+  ]
   for name in dict.fromkeys(names):
     logging.warning('Not split, as it does not divide: %s', name)
 

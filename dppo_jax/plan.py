@@ -174,8 +174,12 @@ def make_plan(
     ValueError: it cannot work, or does not fit.
   """
   mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
-  shards = sharding.num_row_shards(mesh)
-  checks.check(config, num_batch_shards=shards)
+  shards = sharding.num_batch_shards(mesh)
+  checks.check(
+      config,
+      num_batch_shards=shards,
+      num_row_shards=main.num_row_shards(config, mesh),
+  )
   method = main.make_method(config)
   # Which token ends a completion changes nothing of what it costs.
   tokenizer = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)
@@ -215,7 +219,9 @@ class _Kept:
 
 def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   config, compiled = made['config'], made['compiled']
-  shards = sharding.num_row_shards(mesh)
+  # Whole rows, as the sampler has them.
+  sampling_mesh = sharding.sampling_mesh(mesh, **config.sampling.mesh)
+  shards = sharding.num_row_shards(sampling_mesh)
   expected = expect(config, mean_length)
   program = hlo.parse(compiled.as_text())
   unknown, decoding = [], []
@@ -348,7 +354,10 @@ def meshes(config: Any, num_devices: int, sizes: Any) -> list[dict[str, int]]:
       continue
     if not checks.microbatch_choices(config, num_batch_shards=data * fsdp):
       continue
-    found.append(dict(zip(sharding.AXES, (data, fsdp, tensor, expert))))
+    found.append(
+        dict.fromkeys(sharding.AXES, 1)
+        | {'data': data, 'fsdp': fsdp, 'tensor': tensor, 'expert': expert}
+    )
   return sorted(found, key=lambda x: (x['data'], x['expert'], x['tensor']))
 
 
