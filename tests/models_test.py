@@ -153,6 +153,7 @@ def test_cached_decoding_equals_the_full_forward():
         unstacked,
         jnp.asarray(completions[:, i]),
         positions=jnp.repeat(jnp.array([2, 4]), 2) + i,
+        rotations=MODEL.rotations(9),
         prompt_cache=kept.cache,
         prompt_mask=jnp.asarray(mask),
         cache=cache,

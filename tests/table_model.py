@@ -22,6 +22,8 @@ from dppo_jax.types import ScoredRollout
 class TableModel:
   """`models.causal_lm.CausalLM` as far as the objective knows it."""
 
+  parts = 1  # Devices of a row.
+
   def trunk(self, params, tokens, *, positions, segment_ids):
     """[b, T] positions -> [b, T, V]."""
     del tokens, segment_ids
