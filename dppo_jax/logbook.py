@@ -3,7 +3,8 @@
 The compiled step learns and samples in one program, so nobody can stop a watch
 between the two. What sampling costs is measured before training, by a call that
 only samples, per decode step; of each later call, decode steps times that is
-counted as sampling and the rest as learning.
+counted as sampling and the rest as learning. Two programs on devices of their
+own work at the same time: then learning is what the loop waited for it.
 """
 
 import json
@@ -28,12 +29,24 @@ class Logbook:
       *,
       vocab_size: int,
       seconds_per_decode_step: float,
+      overlapping: bool = False,
   ):
+    """Makes an empty one.
+
+    Args:
+      writer: of the run.
+      vocab_size: V.
+      seconds_per_decode_step: what sampling alone takes.
+      overlapping: whether it goes on while the next step learns.
+    """
+    self._overlapping = overlapping
     self._writer = writer
     self._seconds_per_decode_step = seconds_per_decode_step
     self._masked = np.zeros((2, vocab_size), np.int64)
     self._scatter = np.zeros((0, 4), np.float32)
     self._waiting: dict[int, dict[str, float]] = {}
+    # Step -> decode steps, which may not be there yet, and seconds.
+    self._sampling: dict[int, tuple[jax.Array, float]] = {}
 
   def add(
       self,
@@ -52,8 +65,11 @@ class Logbook:
       score_s: seconds of decoding text and verifying it.
 
     Returns:
-      its scalars, as they will be written.
+      its scalars, as they will be written but for those of sampling, which may
+      still go on.
     """
+    metrics = dict(metrics)
+    self._sampling[step] = metrics.pop('sample/decode_steps'), device_s
     metrics = jax.device_get(metrics)
     self._masked += metrics.pop('masked_tokens')
     self._scatter = metrics.pop('scatter')
@@ -62,13 +78,8 @@ class Logbook:
         for name, value in metrics.items()
         if not _of_no_tokens(name, metrics)
     }
-    sample_s = min(
-        device_s, self._seconds_per_decode_step * scalars['sample/decode_steps']
-    )
     scalars |= {
         'time/step_s': device_s + score_s,
-        'time/learn_s': device_s - sample_s,
-        'time/sample_s': sample_s,
         'time/score_s': score_s,
         'tokens/s': scalars['tokens/sampled'] / (device_s + score_s),
     }
@@ -80,10 +91,27 @@ class Logbook:
     self._waiting.setdefault(step, {}).update(scalars)
 
   def flush(self) -> None:
-    """Writes what was added since the last call."""
+    """Writes what was added since the last call; waits for its sampling."""
+    for step, sampling in self._sampling.items():
+      self.add_scalars(step, self._of_sampling(*sampling))
+    self._sampling.clear()
     for step, scalars in self._waiting.items():
       self._writer.write(step, scalars)
     self._waiting.clear()
+
+  def _of_sampling(self, decode_steps, device_s: float) -> dict[str, float]:
+    decode_steps = float(decode_steps)
+    sample_s = self._seconds_per_decode_step * decode_steps
+    if self._overlapping:
+      learn_s = device_s
+    else:
+      sample_s = min(device_s, sample_s)
+      learn_s = device_s - sample_s
+    return {
+        'sample/decode_steps': decode_steps,
+        'time/learn_s': learn_s,
+        'time/sample_s': sample_s,
+    }
 
   def add_samples(
       self, step: int, split: str, *, prompts, completions, answers, rewards

@@ -1,5 +1,6 @@
 """A work directory belongs to one config and says what ran in it."""
 
+import functools
 import json
 import os
 
@@ -93,14 +94,18 @@ def test_another_algorithm_is_refused(tmp_path):
     ('tensorboard', False),
     ('scoring.num_workers', 2),
     ('mesh.fsdp', 2),
+    ('mode', 'split'),
+    ('model.attention', 'xla'),
+    ('sampling.num_devices', 2),
+    ('sampling.mesh.tensor', 2),
+    ('mesh.sequence', 2),
 ])
 def test_what_does_not_change_the_run_may_change(tmp_path, name, value):
   constant = {'optimizer.schedule': 'constant'}
   workdir.prepare(tmp_path, config_with(**constant))
   workdir.prepare(tmp_path, config_with(**constant, **{name: value}))
   described = json.loads((tmp_path / 'config.json').read_text())
-  section, _, field = name.rpartition('.')
-  assert (described[section] if section else described)[field] == value
+  assert functools.reduce(dict.get, name.split('.'), described) == value
 
 
 def test_the_end_of_a_decaying_schedule_may_not_move(tmp_path):

@@ -1,0 +1,137 @@
+"""What a run has left in its workdir, and the numbers a page takes from it."""
+
+from collections.abc import Sequence
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dppo_jax import metrics
+
+# A reward above this shows a sample as correct: right for rewards in {0, 1},
+# in {-1, 1}, and for small bonuses that are not for the answer.
+CORRECT_ABOVE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The logs of a workdir; what is not there is empty."""
+
+  workdir: Path
+  rows: list[dict[str, Any]]  # One a step, from metrics.jsonl.
+  config: dict[str, Any]
+  samples: list[dict[str, Any]]
+  masked_tokens: dict[str, list]  # Sign of the advantage: [text, count] pairs.
+  points: list[list[float]]  # Of tokens: mu, ratio, |pi - mu|, dropped.
+
+
+def read(workdir: str | os.PathLike[str]) -> Run:
+  """Reads what is there, also of a run that still writes.
+
+  Raises:
+    ValueError: a file is damaged; the message has its path.
+  """
+  workdir = Path(workdir)
+  return Run(
+      workdir,
+      metrics.read(workdir),
+      as_dict(_read_json(workdir / 'config.json')),
+      metrics.read_samples(workdir),
+      as_dict(_read_json(workdir / 'masked_tokens.json')),
+      _read_json(workdir / 'scatter.json') or [],
+  )
+
+
+def _read_json(path: Path) -> Any:
+  """What the file holds, None if there is none."""
+  if not path.exists():
+    return None
+  try:
+    return json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise ValueError(
+        f'{path} is damaged ({error}). Restore or delete it.'
+    ) from error
+
+
+def matching(pattern: str, rows: Sequence[dict]) -> list[str]:
+  """The logged keys that `pattern` means, pass@8 before pass@16."""
+  known = {key for row in rows for key in row}
+  found = fnmatch.filter(known, pattern)
+  return sorted(found, key=lambda key: (len(key), key))
+
+
+def values(rows: Sequence[dict], key: str) -> np.ndarray:
+  """[number of rows] float64, NaN where a row has no finite such value."""
+  numbers = np.array([row.get(key, math.nan) for row in rows], np.float64)
+  return np.where(np.isfinite(numbers), numbers, math.nan)
+
+
+def finite(rows: Sequence[dict], key: str) -> np.ndarray:
+  """[at most number of rows] float64: the finite ones of `values`."""
+  numbers = values(rows, key)
+  return numbers[np.isfinite(numbers)]
+
+
+def series(rows: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """The steps that logged `key`, and its `values` there."""
+  logged = [row for row in rows if key in row]
+  return np.array([row['step'] for row in logged]), values(logged, key)
+
+
+def accuracy_key(rows: Sequence[dict]) -> str:
+  """The first held-out accuracy that has a value, '' if none has."""
+  for pattern in ('eval/avg@*', 'eval/pass@*'):
+    for key in matching(pattern, rows):
+      if len(finite(rows, key)):
+        return key
+  return ''
+
+
+def last_tenth(numbers: np.ndarray) -> np.ndarray:
+  """The end of a run, at least one value of it."""
+  return numbers[-max(1, len(numbers) // 10) :]
+
+
+def thresholds(config: dict) -> list[float]:
+  """One threshold, or two where they differ by the direction of the ratio."""
+  divergence = as_dict(config.get('divergence'))
+  default = divergence.get('threshold')
+  sides = (divergence.get(f'threshold_{side}') for side in ('low', 'high'))
+  found = {default if side is None else side for side in sides}
+  numbers = (v for v in found if isinstance(v, (int, float)))
+  return sorted(float(v) for v in numbers if 0 < v < math.inf)
+
+
+def wall_minutes(rows: Sequence[dict]) -> float:
+  """Compilation, steps and evaluations.
+
+  The time of a logged step stands for all steps since the one logged before.
+  """
+  per_step = values(rows, 'time/step_s')
+  timed = np.isfinite(per_step)
+  steps = np.array([row['step'] for row in rows], np.float64)[timed]
+  seconds = np.sum(np.diff(steps, prepend=0) * per_step[timed])
+  for key in ('time/compile_s', 'time/eval_s'):
+    seconds += np.sum(finite(rows, key))
+  return float(seconds) / 60
+
+
+def is_correct(sample: dict) -> bool:
+  """Whether a row of samples.jsonl shows as right."""
+  return (sample.get('reward') or 0) > CORRECT_ABOVE
+
+
+def name(value: Any) -> str:
+  """The name of a config entry that is a name or has one."""
+  return str(value.get('name', '') if isinstance(value, dict) else value or '')
+
+
+def as_dict(value: Any) -> dict:
+  """The value if it is a dict, else an empty one."""
+  return value if isinstance(value, dict) else {}
