@@ -36,6 +36,9 @@ _STEPS = flags.DEFINE_integer('steps', 2500, 'Optimizer updates.')
 _BATCH = flags.DEFINE_integer('batch_size', 128, 'Solutions per update.')
 _SLIP = flags.DEFINE_float('slip', 0.26, 'Chance that a step goes wrong.')
 _RATE = flags.DEFINE_float('learning_rate', 3e-3, 'Peak learning rate.')
+_WIDTH = flags.DEFINE_integer('width', 160, 'Of the model, a multiple of 32.')
+_LAYERS = flags.DEFINE_integer('layers', 4, 'Of the model.')
+_HEADS = flags.DEFINE_integer('heads', 4, 'That ask; half as many answer.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of everything random.')
 
 LENGTH = 26  # Tokens of the longest prompt, solution and end token.
@@ -96,11 +99,11 @@ def make_config(tokenizer) -> layers.ModelConfig:
   return layers.ModelConfig(
       model_type='qwen3',
       vocab_size=len(tokenizer),
-      hidden_size=160,
-      intermediate_size=480,
-      num_hidden_layers=4,
-      num_attention_heads=4,
-      num_key_value_heads=2,
+      hidden_size=_WIDTH.value,
+      intermediate_size=3 * _WIDTH.value,
+      num_hidden_layers=_LAYERS.value,
+      num_attention_heads=_HEADS.value,
+      num_key_value_heads=_HEADS.value // 2,
       head_dim=32,
       rope_theta=10_000.0,
       rms_norm_eps=1e-6,

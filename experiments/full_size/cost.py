@@ -24,6 +24,7 @@ sys.path.append(str(HERE.parents[1]))  # configs/
 
 from configs.paper import sanity  # noqa: E402
 from configs.paper import scaling  # noqa: E402
+from dppo_jax import chips  # noqa: E402
 from dppo_jax.models import load  # noqa: E402
 from dppo_jax.models.causal_lm import CausalLM  # noqa: E402
 
@@ -52,8 +53,9 @@ class Chip(NamedTuple):
   source: str
 
 
+_V5P = chips.CHIPS['v5p']
 CHIPS = (
-    Chip('TPU v5p', 459e12, 2.765e12, 'https://cloud.google.com/tpu/docs/v5p'),
+    Chip('TPU v5p', _V5P.flops, _V5P.memory_bandwidth, _V5P.source),
     Chip(
         'H100 SXM', 989e12, 3.35e12,
         'https://www.nvidia.com/en-us/data-center/h100/ (without sparsity)',
@@ -304,11 +306,11 @@ def index() -> str:
         f'{config.total_steps:,}', number(work(folder).learner_flops),
         *(str(chip_hours(folder, chip)) for chip in CHIPS),
     ))
-  chips = [('', 'bfloat16 operations/s', 'bytes of HBM/s', 'source')]
+  rates = [('', 'bfloat16 operations/s', 'bytes of HBM/s', 'source')]
   for chip in CHIPS:
-    chips.append((chip.name, number(chip.flops), number(chip.bandwidth, 3),
+    rates.append((chip.name, number(chip.flops), number(chip.bandwidth, 3),
                   chip.source))
-  return f'{table(*rows)}\n\n{table(*chips)}'
+  return f'{table(*rows)}\n\n{table(*rates)}'
 
 
 def readmes() -> dict[pathlib.Path, str]:

@@ -6,15 +6,19 @@ Each run is a process of its own with the command that a user would type. Runs
 that are complete are not repeated, so the sweep may be stopped and started.
 """
 
-import csv
 import pathlib
-import subprocess
 import sys
 
 from absl import app
 from absl import flags
 
+# experiments/ is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+# ruff: noqa: E402
 from dppo_jax import metrics
+from experiments.lib import command
+from experiments.lib import table
 
 _RUNS = flags.DEFINE_string('runs', 'runs/main_job', 'Where the runs go.')
 _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds of every config.')
@@ -42,32 +46,22 @@ def main(_):
       workdir = runs / f'{name}-{seed}'
       print(f'{name}, seed {seed} -> {workdir}', flush=True)
       if not (workdir / 'report.html').exists():
-        subprocess.run(
-            [
-                sys.executable, '-m', 'dppo_jax.main',
-                f'--config=configs/{name}.py', f'--config.seed={seed}',
-                f'--workdir={workdir}', '--config.tensorboard=False',
-            ],
-            check=True,
+        command.train(
+            f'configs/{name}.py', {'seed': seed, 'tensorboard': False}, workdir
         )
   collect(runs)
 
 
 def collect(runs):
   """All complete runs of the folder, whichever call made them."""
-  with open(HERE / 'results.csv', 'w', newline='') as file:
-    writer = csv.DictWriter(file, ['config', 'seed', 'step', *COLUMNS])
-    writer.writeheader()
-    for report in sorted(runs.glob('*/report.html')):
-      name, _, seed = report.parent.name.rpartition('-')
-      for row in metrics.read(report.parent):
-        kept = {key: row.get(key, '') for key in COLUMNS}
-        row = {'config': name, 'seed': seed, 'step': row['step']} | kept
-        writer.writerow({k: _short(v) for k, v in row.items()})
-
-
-def _short(value):
-  return f'{value:.6g}' if isinstance(value, float) else value
+  rows = []
+  for report in sorted(runs.glob('*/report.html')):
+    name, _, seed = report.parent.name.rpartition('-')
+    for row in metrics.read(report.parent):
+      kept = {key: row.get(key, '') for key in COLUMNS}
+      row = {'config': name, 'seed': seed, 'step': row['step']} | kept
+      rows.append({k: table.short(v, 6) for k, v in row.items()})
+  table.write(HERE / 'results.csv', rows)
 
 
 if __name__ == '__main__':

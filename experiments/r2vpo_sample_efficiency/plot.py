@@ -13,6 +13,8 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 # ruff: noqa: E402
+from experiments.lib import figures
+from experiments.lib import table
 from experiments.r2vpo_sample_efficiency import sweep
 
 LABELS = {
@@ -25,14 +27,6 @@ LABELS = {
 # Where methods are compared under staleness: the last quarter of those runs.
 ENDS = {method: (3840, 5120) for method in LABELS}
 ENDS['r2vpo_replay'] = (2400, 3200)
-
-
-def interval(values, draws=10_000):
-  """Bootstrapped 95 % interval of the mean of [n, ...] over n. 2 x [...]."""
-  values = np.asarray(values, float)
-  rng = np.random.default_rng(0)
-  picks = rng.integers(len(values), size=(draws, len(values)))
-  return np.percentile(values[picks].mean(axis=1), [2.5, 97.5], axis=0)
 
 
 def select(curves, method, staleness):
@@ -64,14 +58,14 @@ def draw_curves(curves):
         linewidth=1.6,
     )
     axes.fill_between(
-        rollouts, *interval(accuracy), color=f'C{number}', alpha=0.18,
+        rollouts, *figures.interval(accuracy), color=f'C{number}', alpha=0.18,
         linewidth=0,
     )
   axes.axhline(sweep.TARGET, color='#667085', linestyle='--', linewidth=1)
   axes.set_xlabel('rollouts sampled')
   axes.set_ylabel('held-out accuracy (avg@4)')
   axes.legend(frameon=False, fontsize=9)
-  _clean(axes)
+  figures.clean(axes)
   fig.savefig(sweep.HERE / 'curves.png', dpi=130)
 
 
@@ -97,7 +91,7 @@ def draw_staleness(curves):
   axes.set_xlabel('staleness')
   axes.set_ylabel('held-out accuracy after half the steps')
   axes.legend(frameon=False, fontsize=8, loc='lower left')
-  _clean(axes)
+  figures.clean(axes)
   fig.savefig(sweep.HERE / 'staleness.png', dpi=130)
 
 
@@ -133,18 +127,13 @@ def print_tables(curves):
     for staleness in ages:
       runs = select(curves, method, staleness).values()
       ends = [final_accuracy(method, curve) for curve in runs]
-      low, high = interval(ends)
+      low, high = figures.interval(ends)
       cells.append(f'{np.mean(ends):.3f} ({low:.3f} to {high:.3f})')
     print(f'| {label} |', ' | '.join(cells), '|')
 
 
-def _clean(axes):
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.grid(axis='y', alpha=0.25)
-
-
 def main():
-  curves = sweep.curves(sweep.read(sweep.RUNS))
+  curves = sweep.curves(table.read(sweep.RUNS))
   draw_curves(curves)
   draw_staleness(curves)
   print_tables(curves)

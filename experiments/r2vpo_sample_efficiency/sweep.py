@@ -10,22 +10,24 @@ stopped and started.
 """
 
 import collections
-import concurrent.futures
-import csv
-import multiprocessing
-import os
+import functools
 import pathlib
 import shutil
-import subprocess
 import sys
 from typing import NamedTuple
 
 from absl import app
 from absl import flags
 import numpy as np
-import tqdm
 
+# experiments/ is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+
+# ruff: noqa: E402
 from dppo_jax import metrics
+from experiments.lib import command
+from experiments.lib import pool
+from experiments.lib import table
 
 _RUNS = flags.DEFINE_string('runs', 'runs/r2vpo', 'Where the runs go.')
 _WORKERS = flags.DEFINE_integer('workers', 2, 'Runs at a time.')
@@ -119,8 +121,8 @@ def final(best):
   ]
 
 
-def flags_of(job):
-  """What follows `python -m dppo_jax.main` for a run."""
+def config_of(job):
+  """The config file of a run, and what its flags change."""
   algorithm, changes = METHODS[job.method]
   config = {
       **dict(change.split('=') for change in (*COMMON, *changes)),
@@ -137,10 +139,7 @@ def flags_of(job):
   if 'replay.max_age' in config:
     # Replay looks back as far as without staleness, from older fresh data.
     config['replay.max_age'] = int(config['replay.max_age']) + updates
-  return [
-      f'--config=configs/default.py:{algorithm}',
-      *(f'--config.{name}={value}' for name, value in config.items()),
-  ]
+  return f'configs/default.py:{algorithm}', config
 
 
 def rollouts_per_step(job):
@@ -149,24 +148,19 @@ def rollouts_per_step(job):
   return int(config['num_prompts']) * int(config['group_size'])
 
 
-def run(job, runs):
-  """Runs a job; its evaluations as rows."""
+def run(jobs, runs):
+  """Runs a single job; its evaluations as rows."""
+  [job] = jobs
   workdir = pathlib.Path(runs) / '-'.join(job)
-  with open(f'{workdir}.log', 'w') as log:
-    subprocess.run(
-        [
-            sys.executable, '-m', 'dppo_jax.main', *flags_of(job),
-            f'--workdir={workdir}',
-        ],
-        check=True, stdout=log, stderr=log,
-    )
+  config, changes = config_of(job)
+  command.train(config, changes, workdir, log=pathlib.Path(f'{workdir}.log'))
   rows = [
       job._asdict()
       | {
           'step': row['step'],
           'rollouts': row['step'] * rollouts_per_step(job),
       }
-      | {name: _short(row.get(key, '')) for name, key in COLUMNS.items()}
+      | {name: table.short(row.get(key, '')) for name, key in COLUMNS.items()}
       for row in metrics.read(workdir)
       if 'eval/avg@4' in row
   ]
@@ -176,42 +170,14 @@ def run(job, runs):
 
 def run_all(jobs, path):
   """Runs what is not in the file yet and appends it."""
-  done = {Job(*(row[x] for x in Job._fields)) for row in read(path)}
-  missing = [job for job in jobs if job not in done]
-  cores = multiprocessing.Queue()
-  for core in sorted(os.sched_getaffinity(0)):
-    cores.put(core)
   runs = pathlib.Path(_RUNS.value)
   runs.mkdir(parents=True, exist_ok=True)
-  with concurrent.futures.ProcessPoolExecutor(
-      _WORKERS.value, initializer=_take_core, initargs=(cores,)
-  ) as pool:
-    futures = [pool.submit(run, job, runs) for job in missing]
-    for future in tqdm.tqdm(
-        concurrent.futures.as_completed(futures), total=len(futures)
-    ):
-      _append(path, future.result())
-
-
-def _take_core(cores):
-  os.sched_setaffinity(0, {cores.get()})
-
-
-def _append(path, rows):
-  new = not path.exists()
-  with open(path, 'a', newline='') as file:
-    writer = csv.DictWriter(file, rows[0])
-    if new:
-      writer.writeheader()
-    writer.writerows(rows)
-
-
-def read(path):
-  """Rows of a file as dicts of strings; none if it is not there."""
-  if not path.exists():
-    return []
-  with open(path, newline='') as file:
-    return list(csv.DictReader(file))
+  pool.run_missing(
+      [[job] for job in jobs],
+      functools.partial(run, runs=runs),
+      path,
+      workers=_WORKERS.value,
+  )
 
 
 def curves(rows):
@@ -254,13 +220,9 @@ def best_rates(rows):
   }
 
 
-def _short(value):
-  return f'{value:.5g}' if isinstance(value, float) else value
-
-
 def main(_):
   run_all(grid(), RATES)
-  best = best_rates(read(RATES))
+  best = best_rates(table.read(RATES))
   print('Best learning rates:', best)
   run_all(final(best), RUNS)
 

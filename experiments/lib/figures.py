@@ -1,0 +1,48 @@
+"""What the plots of the experiments share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+INK = '#667085'
+# Okabe and Ito's, told apart by colour-blind readers; not the yellow one, which
+# is too pale for a line.
+COLORS = (
+    '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000',
+)
+STYLES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))
+
+
+def interval(values: Any, draws: int = 10_000) -> np.ndarray:
+  """Bootstrapped 95 % interval of the mean of [n, ...] over n. 2 x [...]."""
+  values = np.asarray(values, float)
+  rng = np.random.default_rng(0)
+  picks = rng.integers(len(values), size=(draws, len(values)))
+  return np.percentile(values[picks].mean(axis=1), [2.5, 97.5], axis=0)
+
+
+def band(
+    axes: Any, x: Sequence[float], values: Any, *, style: int, label: str = ''
+) -> None:
+  """The mean of [seeds, len(x)] as a line, its interval as a band."""
+  values = np.asarray(values, float)
+  color = COLORS[style % len(COLORS)]
+  axes.plot(
+      x, values.mean(axis=0), linestyle=STYLES[style % len(STYLES)],
+      color=color, label=label, linewidth=1.6,
+  )
+  axes.fill_between(
+      x, *interval(values), color=color, alpha=0.18, linewidth=0
+  )
+
+
+def clean(axes: Any) -> None:
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.grid(axis='y', alpha=0.25)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table of a README."""
+  lines = [header, ['---'] * len(header), *rows]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)

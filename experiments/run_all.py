@@ -1,0 +1,62 @@
+"""Reruns the small experiments, figures and tables included, one by one.
+
+    python experiments/run_all.py [--only=stability,topk] [--workers=2]
+
+A sweep runs only what its file does not hold: delete an experiment's `*.csv` to
+measure it anew. Each experiment's tables go to its `tables.md`.
+"""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import app
+from absl import flags
+
+_ONLY = flags.DEFINE_list('only', [], 'Only these; all if empty.')
+_WORKERS = flags.DEFINE_integer('workers', 2, 'Programs at a time.')
+
+HERE = pathlib.Path(__file__).parent
+# What each experiment calls before its plot.
+EXPERIMENTS = {
+    'clipping': [
+        ['sweep.py', '--part=numerics'],
+        ['sweep.py', '--part=clipped'],
+        ['sweep.py', '--part=runs'],
+    ],
+    'topk': [['sweep.py', '--part=tightness'], ['sweep.py', '--part=runs']],
+    'sensitivity': [['sweep.py']],
+    'stability': [['sweep.py']],
+    'r2vpo_sample_efficiency': [['sweep.py']],
+    'real_model': [['sweep.py']],
+}
+
+
+def main(_):
+  for name in _ONLY.value:
+    if name not in EXPERIMENTS:
+      raise app.UsageError(
+          f'--only has {name!r}, which is none of {", ".join(EXPERIMENTS)}.'
+      )
+  for name in _ONLY.value or EXPERIMENTS:
+    start = time.perf_counter()
+    for script, *options in EXPERIMENTS[name]:
+      subprocess.run(
+          [
+              sys.executable, HERE / name / script, *options,
+              f'--workers={_WORKERS.value}',
+          ],
+          check=True,
+      )
+    tables = subprocess.run(
+        [sys.executable, HERE / name / 'plot.py'], check=True,
+        stdout=subprocess.PIPE, text=True,
+    ).stdout
+    (HERE / name / 'tables.md').write_text(tables)
+    minutes = (time.perf_counter() - start) / 60
+    print(f'{name}: {minutes:.1f} minutes', flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main)
