@@ -71,7 +71,7 @@ BASELINE = ('ratio_gap', 'policy_gradient')
 class Head(NamedTuple):
   """A model of which only the head is left; what the learner needs of one."""
 
-  parts: int = 1  # Devices of a row.
+  by_tokens: None = None  # A single device.
 
   def trunk(self, params, tokens, **_):
     """Hidden states are parameters here, so they get a gradient too."""

@@ -22,7 +22,7 @@ def describe() -> dict[str, Any]:
   """The machine, its software, the commit, and how busy it is."""
   return {
       'date': datetime.date.today().isoformat(),
-      'commit': _commit(),
+      'commit': commit(),
       'cpu': _cpu_model(),
       'cpus': os.cpu_count(),
       'device': jax.devices()[0].device_kind,
@@ -83,7 +83,7 @@ def report(result: dict[str, Any], output: str | None) -> None:
   print(json.dumps(result), flush=True)
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
   """The commit that was measured, with '-dirty' if files differ from it."""
   # Read only: no lock, so it never disturbs a git command beside it.
   command = ['git', '--no-optional-locks', 'describe', '--always', '--dirty']

@@ -16,6 +16,10 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import machine  # noqa: E402
+
 RESULTS = ROOT / 'benchmarks' / 'results' / 'plans'
 # Chips -> shape of a v5p slice.
 SLICES = {
@@ -62,13 +66,15 @@ def make(name: str) -> int:
       [sys.executable, *command[1:]],
       cwd=ROOT, capture_output=True, text=True, check=False,
   )
+  # What libtpu says on the way matters only if it fails.
+  said = done.stdout + (done.stderr if done.returncode else '')
   RESULTS.mkdir(parents=True, exist_ok=True)
   (RESULTS / f'{name}.txt').write_text('\n'.join([
       shlex.join(command),
-      datetime.date.today().isoformat(),
-      done.stdout + done.stderr,
+      f'{datetime.date.today().isoformat()}, commit {machine.commit()}',
+      said,
   ]))
-  print(done.stdout + done.stderr, flush=True)
+  print(said, flush=True)
   return done.returncode
 
 

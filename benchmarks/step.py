@@ -239,6 +239,10 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
   config = flags.FLAGS.config
+  if config.mode != 'fused':
+    raise app.UsageError(
+        f'config.mode={config.mode!r} is not measured here, fused is.'
+    )
   result = {
       'benchmark': 'step',
       'algorithm': config.algorithm,

@@ -16,8 +16,17 @@ from dppo_jax import tasks
 def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   """The config of one row of the table of algorithms."""
   config = ml_collections.ConfigDict()
+  config.seed = 0
+  _what(config)
+  _how(config, algorithm)
+  _step(config)
+  _where(config)
+  config.lock()
+  return config
 
-  # What is trained, on what.
+
+def _what(config):
+  """What is trained, on what."""
   config.model = {
       # Or a Hugging Face folder or hub name, a GGUF file, or a package of one.
       'name': 'embedded',
@@ -27,6 +36,9 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       # What the backward pass computes again: none, full, or but for what
       # dots_saveable or dots_with_no_batch_dims_saveable keep.
       'remat': 'none',
+      # Among the tokens of rows: by XLA, by a kernel (splash for TPU, cudnn for
+      # NVIDIA), or auto, docs/models.md.
+      'attention': 'auto',
       # Learn with the experts that were taken while sampling (R3).
       'router_replay': False,
   }
@@ -44,10 +56,13 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'num_workers': 0,  # Verifier processes; 0 scores in the main one.
       'timeout_s': 10.0,  # Of one verification in a worker; then reward 0.
   }
-  config.seed = 0
 
-  # How: divergence, trust region, anchor, loss, dual, advantage and normalizer
-  # come from the table.
+
+def _how(config, algorithm):
+  """Divergence, trust region, anchor, loss, dual, advantage, normalizer.
+
+  These come from the table; what is beside them applies to every row.
+  """
   config.update(algorithms.config(algorithm))
   config.shaping = shaping.config('unshaped')
   config.extras = {
@@ -66,6 +81,11 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'adamw', learning_rate=3e-4, schedule='linear'
   )
 
+
+def _step(config):
+  """What a step does."""
+  # One program learns and samples, or two do: fused or split, docs/scale.md.
+  config.mode = 'fused'
   # A step: roll out num_prompts * group_size completions, then learn from them
   # in num_epochs * num_minibatches optimizer updates.
   config.total_steps = 100
@@ -99,6 +119,9 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       # Devices over which the sampler splits heads and experts; the others
       # share rows. 0 as in mesh below.
       'mesh': {'tensor': 0, 'expert': 0},
+      # The last so many devices only sample, mesh below is over the others;
+      # needs mode split. 0: the same devices learn and sample.
+      'num_devices': 0,
   }
   config.learner = {
       'num_epochs': 1,
@@ -114,7 +137,9 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   }
   config.max_nonfinite_updates = 8  # In a row; then the run stops.
 
-  # Held-out evaluation.
+
+def _where(config):
+  """How it is evaluated, where it runs and what it writes."""
   config.eval = {
       'every': 20,  # Steps; also before the first and after the last.
       'num_prompts': 128,
@@ -125,7 +150,7 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
       'num_slots': 0,  # As sampling.num_slots.
   }
 
-  # Where it runs and what it writes. Devices along each axis, -1 for the rest.
+  # Devices along each axis, -1 for the rest.
   config.mesh = {
       'data': -1,  # Rows; each has all parameters.
       'fsdp': 1,  # Rows; each has a part of every parameter.
@@ -140,5 +165,3 @@ def get_config(algorithm: str = 'dppo_topk_tv') -> ml_collections.ConfigDict:
   config.compilation_cache = '~/.cache/dppo_jax'
   config.profile_steps = 0  # So many are traced, to WORKDIR/profile.
   config.wandb = False
-  config.lock()
-  return config

@@ -29,13 +29,13 @@ def get_config():
   config.num_prompts, config.group_size = 128, 8
   config.sampling.num_slots = 512
   config.learner.num_minibatches = 4
-  config.learner.num_microbatches = 4
+  config.learner.num_microbatches = 16
   config.learner.chunk_size = 8192
   config.optimizer.learning_rate = 1e-6
   config.optimizer.schedule = 'constant'
   config.total_steps = 400
   config.eval.num_prompts = 64
   # Four is all that key and value heads can be split into.
-  config.mesh = {'data': 1, 'fsdp': 16, 'tensor': 4, 'expert': 1}
+  config.mesh.update({'data': 1, 'fsdp': 16, 'tensor': 4, 'expert': 1})
   config.lock()
   return config

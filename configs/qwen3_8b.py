@@ -34,6 +34,6 @@ def get_config():
   config.optimizer.schedule = 'constant'
   config.total_steps = 400
   config.eval.num_prompts = 64
-  config.mesh = {'data': 1, 'fsdp': -1, 'tensor': 1, 'expert': 1}
+  config.mesh.update({'data': 1, 'fsdp': -1, 'tensor': 1, 'expert': 1})
   config.lock()
   return config

@@ -10,6 +10,7 @@ from typing import Any
 
 from dppo_jax import lora
 from dppo_jax import registry
+from dppo_jax.models import attention_kernels
 from dppo_jax.models import quantization
 from dppo_jax.models.causal_lm import REMAT
 
@@ -28,23 +29,28 @@ _POSITIVE = (
     'checkpoint_every',
     'keep_checkpoints',
 )
+_MODES = ('fused', 'split')
 _DTYPES = ('float32', 'bfloat16')
 # The learner's gradients would need a loss scale for float16.
 _SAMPLER_DTYPES = (*_DTYPES, 'float16')
-_ROW_AXES = 'data, fsdp and sequence (and of sampling.mesh)'
 _KEPT_DTYPES = ('', *_SAMPLER_DTYPES, *quantization.SCALED)
 
 
 def check(
-    config: Any, *, num_batch_shards: int, num_row_shards: int = 0
+    config: Any,
+    *,
+    num_batch_shards: int,
+    num_row_shards: int = 0,
+    num_sampler_shards: int = 0,
 ) -> None:
   """Raises a ValueError for the first thing that cannot work.
 
   Args:
     config: of a run.
     num_batch_shards: devices over which a micro-batch is split.
-    num_row_shards: devices over which whole rows are split, while sampling
-      too; as many if 0.
+    num_row_shards: devices over which whole rows are split; as many if 0.
+    num_sampler_shards: devices over which they are while sampling; as many as
+      whole rows if 0.
   """
   for name in _POSITIVE:
     value = _get(config, name)
@@ -77,16 +83,55 @@ def check(
       )
   _check_lora(config.lora)
   _check_rules(config.learning_rates)
-  if config.model.remat not in REMAT:
-    raise ValueError(
-        registry.unknown('config.model.remat', config.model.remat, REMAT)
-    )
+  for name, known in (
+      ('model.remat', REMAT), ('model.attention', attention_kernels.NAMES)
+  ):
+    if _get(config, name) not in known:
+      raise ValueError(
+          registry.unknown(f'config.{name}', _get(config, name), known)
+      )
   _check_sampling(config.sampling)
   _check_eval_sampling(config.eval)
   _check_dual(config)
   _check_packing(config)
-  _check_replay(config)
-  _check_sizes(config, num_batch_shards, num_row_shards)
+  _check_replay(config, num_batch_shards)
+  _check_sizes(config)
+  row_shards = num_row_shards or num_batch_shards
+  _check_shards(
+      config, num_batch_shards, row_shards, num_sampler_shards or row_shards
+  )
+
+
+def check_mode(config: Any, *, num_devices: int, num_processes: int) -> None:
+  """Raises a ValueError if programs and devices do not go together.
+
+  Args:
+    config: of a run.
+    num_devices: of all processes.
+    num_processes: that share them.
+  """
+  if config.mode not in _MODES:
+    raise ValueError(registry.unknown('config.mode', config.mode, _MODES))
+  wanted = config.sampling.num_devices
+  if not 0 <= wanted < num_devices:
+    raise ValueError(
+        f'config.sampling.num_devices={wanted} must be between 0 (those that '
+        f'learn) and {num_devices - 1}: one of the {num_devices} devices must '
+        'be left to learn.'
+    )
+  if not wanted:
+    return
+  if config.mode != 'split':
+    raise ValueError(
+        f'config.sampling.num_devices={wanted} needs two programs, and '
+        f"config.mode={config.mode!r} is one; use config.mode='split', or 0."
+    )
+  # jax.device_put takes nothing from one process's devices to another's.
+  if num_processes > 1:
+    raise ValueError(
+        f'config.sampling.num_devices={wanted} is for one process, and there '
+        f'are {num_processes}; use 0, all devices learn and sample.'
+    )
 
 
 def check_verifier(config: Any, *, may_hang: bool) -> None:
@@ -272,7 +317,7 @@ def num_replayed_groups(config: Any) -> int:
   return round(config.replay.ratio * config.num_prompts)
 
 
-def _check_replay(config):
+def _check_replay(config, num_batch_shards):
   """The buffer must hold what is drawn from it."""
   replay = config.replay
   if config.staleness < 0:
@@ -307,11 +352,13 @@ def _check_replay(config):
           f'keeps: capacity={replay.capacity} must be at least twice the ratio '
           f'{replay.ratio}.'
       )
-    if 2 * groups * config.group_size % parts:
+    shards = 1 if config.learner.row_length else num_batch_shards
+    if 2 * groups * config.group_size % (parts * shards):
       raise ValueError(
           f"config.replay.sampling='ess' looks at {2 * groups:g} groups of "
-          f'group_size={config.group_size} in {parts} parts of equal size; '
-          'change replay.ratio or learner.num_minibatches.'
+          f'group_size={config.group_size} in {parts} parts of equal size'
+          + (f', each on {shards} devices' if shards > 1 else '')
+          + '; change replay.ratio or learner.num_minibatches.'
       )
   updates = config.learner.num_epochs * config.learner.num_minibatches
   needed = (2 + config.staleness) * updates - 1
@@ -323,7 +370,7 @@ def _check_replay(config):
     )
 
 
-def _check_sizes(config, num_batch_shards, num_row_shards):
+def _check_sizes(config):
   replayed = num_replayed_groups(config)
   available = config.num_prompts + replayed
   if not 0 <= config.num_groups <= available:
@@ -363,14 +410,22 @@ def _check_sizes(config, num_batch_shards, num_row_shards):
       'eval', config.eval.num_slots, config, 'eval.num_prompts',
       'eval.num_samples',
   )
-  micro_batch = 0 if config.learner.row_length else batch // parts
-  row_shards = num_row_shards or num_batch_shards
-  for name, rows, shards, axes in (
-      ('num_prompts', config.num_prompts, row_shards, _ROW_AXES),
-      ('sampling.num_slots', config.sampling.num_slots, row_shards, _ROW_AXES),
-      ('eval.num_slots', config.eval.num_slots, row_shards, _ROW_AXES),
+
+
+def _check_shards(config, num_batch_shards, num_row_shards, num_sampler_shards):
+  """What stands on devices must be the same number on each."""
+  sizes = config.learner
+  parts = sizes.num_minibatches * _equal_parts(config)
+  micro_batch = 0 if sizes.row_length else _num_completions(config) // parts
+  sampling = num_sampler_shards, 'data, fsdp and sequence while sampling'
+  for name, rows, (shards, axes) in (
+      ('num_prompts', config.num_prompts,
+       (num_row_shards, 'data, fsdp and sequence')),
+      ('num_prompts', config.num_prompts, sampling),
+      ('sampling.num_slots', config.sampling.num_slots, sampling),
+      ('eval.num_slots', config.eval.num_slots, sampling),
       ('num_prompts * group_size of a micro-batch', micro_batch,
-       num_batch_shards, 'data and fsdp'),
+       (num_batch_shards, 'data and fsdp')),
   ):
     if rows % shards:
       raise ValueError(

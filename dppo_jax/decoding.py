@@ -23,6 +23,9 @@ from dppo_jax.models.causal_lm import Kept
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 
+# Scope of the loop that copies prompts to slots.
+FILL = 'fill'
+
 
 class Column(NamedTuple):
   """One token of each of B rows; as `Outputs` all C of them, [B, C, ...]."""
@@ -175,52 +178,14 @@ def in_slots(
     pad_id: the token of what was not sampled.
   """
   batch = start.keys.shape[0]
-  masks = start.prompts.mask
-  group_size = batch // masks.shape[0]
-  # A row that ended with its first token needs no slot.
-  queue = jnp.argsort(start.ended, stable=True)
-  waiting = jnp.sum(~start.ended)
-
-  def prompt_of(row):
-    return jnp.minimum(row, batch - 1) // group_size
-
-  def fill(slots, free, following, own_prompts):
-    """Free slots take what follows in the queue, and a copy of its prompt."""
-    place = following + jnp.cumsum(free) - 1
-    taken = free & (place < waiting)
-    row = jnp.where(taken, queue[jnp.minimum(place, batch - 1)], batch)
-    order = jnp.argsort(~taken, stable=True)  # Those that took one first.
-
-    def copy(i, own_prompts):
-      slot = order[i]
-      prompt = prompt_of(row[slot])
-      take = lambda to, of: jax.lax.dynamic_update_slice_in_dim(
-          to, jax.lax.dynamic_slice_in_dim(of, prompt, 1), slot, axis=0
-      )
-      return jax.tree.map(take, own_prompts, start.prompt.cache)
-
-    count = jnp.sum(taken)
-    return (
-        Slots(
-            jnp.where(free, row, slots.row),
-            jnp.where(free, 1, slots.count),
-            jnp.where(
-                taken,
-                start.first.tokens[jnp.minimum(row, batch - 1)],
-                slots.last,
-            ),
-        ),
-        following + count,
-        jax.lax.fori_loop(0, count, copy, own_prompts),
-    )
+  fill = _make_fill(start)
 
   def unfinished(carry):
     return jnp.any(carry[1].row < batch)
 
   def advance(carry):
     step, slots, following, own_prompts, cache, outputs, choices = carry
-    prompt = prompt_of(slots.row)
-    mask = masks[prompt]  # [S, P]
+    mask = start.prompts.mask[_prompt_of(start, slots.row)]  # [S, P]
     logits, kept = model.decode(
         start.params,
         slots.last,
@@ -282,6 +247,51 @@ def in_slots(
     carry = jax.lax.while_loop(unfinished, advance, carry)
   step, *_, outputs, choices = carry
   return Drawn(outputs, choices, step + 1)
+
+
+def _make_fill(start: Start) -> Callable[..., tuple[Slots, jax.Array, PyTree]]:
+  """`fill(slots, free, following, own_prompts)`, which returns all but `free`.
+
+  Slots that are free [S] take what follows in the queue, from place `following`
+  on, and a copy of its prompt.
+  """
+  batch = start.keys.shape[0]
+  # A row that ended with its first token needs no slot.
+  queue = jnp.argsort(start.ended, stable=True)
+  waiting = jnp.sum(~start.ended)
+
+  def fill(slots, free, following, own_prompts):
+    place = following + jnp.cumsum(free) - 1
+    taken = free & (place < waiting)
+    row = jnp.where(taken, queue[jnp.minimum(place, batch - 1)], batch)
+    order = jnp.argsort(~taken, stable=True)  # Those that took one first.
+
+    def copy(i, own_prompts):
+      slot = order[i]
+      prompt = _prompt_of(start, row[slot])
+      take = lambda to, of: jax.lax.dynamic_update_slice_in_dim(
+          to, jax.lax.dynamic_slice_in_dim(of, prompt, 1), slot, axis=0
+      )
+      return jax.tree.map(take, own_prompts, start.prompt.cache)
+
+    count = jnp.sum(taken)
+    with jax.named_scope(FILL):
+      own_prompts = jax.lax.fori_loop(0, count, copy, own_prompts)
+    first = start.first.tokens[jnp.minimum(row, batch - 1)]
+    slots = Slots(
+        jnp.where(free, row, slots.row),
+        jnp.where(free, 1, slots.count),
+        jnp.where(taken, first, slots.last),
+    )
+    return slots, following + count, own_prompts
+
+  return fill
+
+
+def _prompt_of(start: Start, row: jax.Array) -> jax.Array:
+  """Index of a row's prompt; of the last one where there is no row."""
+  batch, count = start.keys.shape[0], start.prompts.mask.shape[0]
+  return jnp.minimum(row, batch - 1) // (batch // count)
 
 
 def _blank(first: Column, length: int, pad_id: int) -> Outputs:

@@ -244,6 +244,11 @@ def _for_temporary(config: Any, num_batch_shards: int) -> list[str]:
         f'raise config.learner.num_microbatches (now {number}, and 0 finds how '
         'many fit)'
     )
+  elif num_batch_shards > 1:  # A device has a row; it could have a part of one.
+    ways.append(
+        'split rows over devices by config.mesh.sequence (now '
+        f'{config.mesh.sequence})'
+    )
   if not sizes.chunk_size:
     ways.append('set learner.chunk_size (now 0, all logits at once)')
   if config.model.remat != 'full':

@@ -42,6 +42,8 @@ _CALLED = re.compile(
     r'(?:calls|body|to_apply|branch_computations|true_computation|'
     r'false_computation|called_computations)=(\{[^}]*\}|%?[\w.\-]+)'
 )
+# The only lines that break within an instruction.
+_KERNEL_METADATA = re.compile(r'kernel_metadata=\{\n.*?\n\}', re.DOTALL)
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -92,7 +94,7 @@ TripsFn = Callable[[str, Instruction], tuple[str, float]]
 def parse(text: str) -> Program:
   """Reads `compiled.as_text()`."""
   computations, entry, current = {}, '', None
-  for line in text.splitlines():
+  for line in _KERNEL_METADATA.sub('', text).splitlines():
     if header := _HEADER.match(line):
       current = computations[header[2]] = {}
       entry = header[2] if header[1] else entry
@@ -410,7 +412,9 @@ def _group_size(rest: str, num_devices: int) -> int:
     return len(found[1].split(','))
   if found := re.search(r'replica_groups=\[([\d,]+)\]<=', rest):
     return int(found[1].split(',')[-1])
-  if found := re.search(r'replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}', rest):
+  if found := re.search(
+      r'replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}', rest
+  ):
     sizes = dict(re.findall(r"'([\w.]+)'=(\d+)", found[1]))
     parts = re.findall(r"'([\w.]+)'(?::\(\d+\)(\d+))?", found[2])
     return math.prod(int(part or sizes[axis]) for axis, part in parts)

@@ -54,41 +54,9 @@ def make_learner(
     key is consumed. An update whose loss, gradient or new parameters are not
     finite is skipped and counted.
   """
-
-  def accumulate(state, batch, chosen):
-    """Loss, gradient, tokens and size of the mini-batch of rows `chosen`."""
-    reference = trainable.start(state.reference, state.frozen)
-    layout = arrange(batch.rows, chosen, num_microbatches)
-    share = 1 / jnp.maximum(layout.num_parts, 1)
-    rest = batch._replace(rows=())
-
-    def loss_of(params, part):
-      policy = trainable.join(params, state.frozen)
-      return weighted_loss(
-          policy, part, reference, state.policy_version, state.dual, share
-      )
-
-    def add(total, index):
-      rows, part = packing.take(layout, index, batch.rows, rest)
-      part = place(part._replace(rows=rows))
-      (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-          state.params, part
-      )
-      return jax.tree.map(jnp.add, total, (loss, gradients)), stats
-
-    # In float32 whatever the parameters are: sums of many small parts.
-    zeros = (
-        jnp.float32(0.0),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
-    )
-    (loss, gradients), stats = packing.over_parts(add, layout, zeros)
-    slots = layout.num_parts * layout.source[0].size
-    return loss, gradients, stats, {
-        'learner/microbatches': jnp.float32(layout.num_parts),
-        # Of all slots, those that predict a sampled token.
-        'learner/sampled_share': jnp.sum(stats.token_mask)
-        / jnp.maximum(slots, 1),
-    }
+  accumulate = _make_accumulate(
+      weighted_loss, trainable, num_microbatches, arrange, place
+  )
 
   def update(state, batch, chosen):
     """One optimizer update, or none if it would not be finite."""
@@ -145,6 +113,48 @@ def make_learner(
     return state, stats, metrics
 
   return learn
+
+
+def _make_accumulate(
+    weighted_loss, trainable, num_microbatches, arrange, place
+):
+  """Loss, gradient, tokens and size of a mini-batch, part by part."""
+
+  def accumulate(state, batch, chosen):
+    reference = trainable.start(state.reference, state.frozen)
+    layout = arrange(batch.rows, chosen, num_microbatches)
+    share = 1 / jnp.maximum(layout.num_parts, 1)
+    rest = batch._replace(rows=())
+
+    def loss_of(params, part):
+      policy = trainable.join(params, state.frozen)
+      return weighted_loss(
+          policy, part, reference, state.policy_version, state.dual, share
+      )
+
+    def add(total, index):
+      rows, part = packing.take(layout, index, batch.rows, rest)
+      part = place(part._replace(rows=rows))
+      (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+          state.params, part
+      )
+      return jax.tree.map(jnp.add, total, (loss, gradients)), stats
+
+    # In float32 whatever the parameters are: sums of many small parts.
+    zeros = (
+        jnp.float32(0.0),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
+    )
+    (loss, gradients), stats = packing.over_parts(add, layout, zeros)
+    slots = layout.num_parts * layout.source[0].size
+    return loss, gradients, stats, {
+        'learner/microbatches': jnp.float32(layout.num_parts),
+        # Of all slots, those that predict a sampled token.
+        'learner/sampled_share': jnp.sum(stats.token_mask)
+        / jnp.maximum(slots, 1),
+    }
+
+  return accumulate
 
 
 def _constrain(dual, state, stats):

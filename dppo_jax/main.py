@@ -10,7 +10,6 @@ from collections.abc import Callable
 import contextlib
 import functools
 import json
-import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -38,12 +37,15 @@ from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
 from dppo_jax import shaping
 from dppo_jax import sharding
+from dppo_jax import split_step
 from dppo_jax import tasks
 from dppo_jax import train_step as train_step_lib
 from dppo_jax import trainable as trainable_lib
 from dppo_jax import training
 from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
+from dppo_jax.models import attention
+from dppo_jax.models import attention_kernels
 from dppo_jax.models import load
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.tasks.prompts import end_ids
@@ -86,12 +88,17 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
     ValueError: something cannot work, or has no room on the devices.
   """
   _use_compilation_cache(config.compilation_cache)
-  mesh = sharding.make_mesh(**config.mesh)
+  checks.check_mode(
+      config,
+      num_devices=jax.device_count(),
+      num_processes=jax.process_count(),
+  )
+  mesh = make_mesh(config)
   rows = sharding.batch(mesh)
   checks.check(
       config,
       num_batch_shards=sharding.num_batch_shards(mesh),
-      num_row_shards=num_row_shards(config, mesh),
+      **row_shards(config, mesh),
   )
   method = make_method(config)
   task = _build(tasks, config.task)
@@ -104,6 +111,12 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       config, *load.read_config(load.resolve(config.model.name))
   )
   _warn_of_undivided(config, mesh, model)
+  warn_of_no_kernel(config, mesh, model)
+  if config.sampling.num_devices and not config.staleness:
+    logging.warning(
+        'Learner and sampler have devices of their own, but with '
+        'config.staleness=0 each waits for the other; from 1 on they overlap.'
+    )
   scorer = Scorer(task.score, **config.scoring, total=processes.total)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval, key_adapters = jax.random.split(
@@ -159,13 +172,30 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   )
 
 
-def num_row_shards(config: Any, mesh: Any) -> int:
-  """What must divide rows: on the learner's mesh, and on the sampler's."""
-  return math.lcm(*map(sharding.num_row_shards, _meshes(config, mesh)))
+def make_mesh(config: Any) -> Any:
+  """The learner's: of all devices but those that only sample."""
+  devices = jax.devices()
+  learning = devices[:len(devices) - config.sampling.num_devices]
+  return sharding.make_mesh(**config.mesh, devices=learning)
+
+
+def _sampling_mesh(config: Any, mesh: Any) -> Any:
+  number = config.sampling.num_devices
+  return sharding.sampling_mesh(
+      mesh,
+      **config.sampling.mesh,
+      devices=jax.devices()[-number:] if number else None,
+  )
+
+
+def row_shards(config: Any, mesh: Any) -> dict[str, int]:
+  """Over how many devices rows are split; arguments of `checks.check`."""
+  learning, sampling = map(sharding.num_row_shards, _meshes(config, mesh))
+  return {'num_row_shards': learning, 'num_sampler_shards': sampling}
 
 
 def _meshes(config: Any, mesh: Any) -> tuple[Any, Any]:
-  return mesh, sharding.sampling_mesh(mesh, **config.sampling.mesh)
+  return mesh, _sampling_mesh(config, mesh)
 
 
 def _warn_of_undivided(config: Any, mesh: Any, model: CausalLM) -> None:
@@ -177,6 +207,77 @@ def _warn_of_undivided(config: Any, mesh: Any, model: CausalLM) -> None:
   ]
   for name in dict.fromkeys(names):
     logging.warning('Not split, as it does not divide: %s', name)
+
+
+def warn_of_no_kernel(config: Any, mesh: Any, model: CausalLM) -> None:
+  """Says where 'auto' does without the platform's kernel; refuses another."""
+  for asked in _asked_of_attention(config, mesh, model):
+    chosen = _choose_attention(config, asked)
+    if chosen.reason:
+      logging.warning(
+          'Attention of the %s by XLA: %s.', asked.whose, chosen.reason
+      )
+
+
+def _asked_of_attention(
+    config: Any, mesh: Any, model: CausalLM
+) -> tuple[attention_kernels.Asked, attention_kernels.Asked]:
+  """What the learner's rows need, and the sampler's prompts."""
+  prompt = config.max_prompt_length
+  learning, sampling_mesh = _meshes(config, mesh)
+  return attention_kernels.Asked(
+      whose='learner',
+      config=model.config,
+      dtype=model.dtype,
+      dtype_name='config.model.dtype',
+      length=config.learner.row_length
+      or prompt + config.max_completion_length - 1,
+      mesh=learning.shape,
+      splits_rows=True,
+  ), attention_kernels.Asked(
+      whose='prefill',
+      config=model.config,
+      dtype=config.sampling.dtype,
+      dtype_name='config.sampling.dtype',
+      length=prompt,
+      mesh=sampling_mesh.shape,
+      splits_rows=False,
+  )
+
+
+def _choose_attention(
+    config: Any, asked: attention_kernels.Asked
+) -> attention_kernels.Chosen:
+  return attention_kernels.choose(
+      config.model.attention, asked, platform=attention_kernels.platform_of()
+  )
+
+
+def _with_attention(
+    config: Any, mesh: Any, model: CausalLM
+) -> tuple[CausalLM, CausalLM]:
+  """The model as the learner runs it, and as the sampler does."""
+  learning, sampling_mesh = _meshes(config, mesh)
+  parts = learning.shape['sequence']
+  split = sharding.by_queries(learning)
+
+  def make(asked, mesh, **of_xla):
+    name = _choose_attention(config, asked).name
+    share = sharding.by_rows_and_heads(mesh)
+    return {
+        'xla': lambda: attention.in_xla(**of_xla),
+        'splash': lambda: attention_kernels.splash(share),
+        'cudnn': lambda: attention_kernels.cudnn(share),
+    }[name]()
+
+  learner, prefill = _asked_of_attention(config, mesh, model)
+  return (
+      model.replace(
+          row_attention=make(learner, learning, parts=parts, split=split)
+      ),
+      # The sampler has its own rows already, and whole ones.
+      model.replace(row_attention=make(prefill, sampling_mesh)),
+  )
 
 
 def _use_compilation_cache(folder: str) -> None:
@@ -225,17 +326,17 @@ def make_program(
   method = method._replace(
       optimizer=_for_trainable(config, method.optimizer, trainable)
   )
+  spread, whole = _with_attention(config, mesh, model)
   rollout_fn = _make_rollout_fn(
-      config, model, tokenizer, method.divergence, mesh
+      config, whole, tokenizer, method.divergence, mesh
   )
   place = functools.partial(
       jax.lax.with_sharding_constraint, shardings=sharding.tokens(mesh)
   )
-  # The sampler has its own rows already, and whole ones.
-  spread = model.replace(
+  spread = spread.replace(
       place=place,
-      parts=mesh.shape['sequence'],
-      split=sharding.by_queries(mesh),
+      by_tokens=sharding.by_tokens(mesh),
+      by_experts=sharding.by_experts(mesh),
   )
   arrange = _make_arrange(config, mesh)
   learn = _make_learner(config, spread, method, trainable, arrange, place)
@@ -268,7 +369,7 @@ def make_program(
       state=jax.tree.map(_placed, state, shardings),
       rollout_fn=rollout_fn,
       learn=learn,
-      train_step=train_step_lib.make_train_step(
+      train_step=_make_step(config, mesh)(
           learn=learn,
           rollout_fn=rollout_fn,
           threshold=method.divergence.threshold,
@@ -279,6 +380,16 @@ def make_program(
           replay=replay,
           trainable=trainable,
       ),
+  )
+
+
+def _make_step(
+    config: Any, mesh: Any
+) -> Callable[..., train_step_lib.TrainStep]:
+  if config.mode == 'fused':
+    return train_step_lib.make_train_step
+  return functools.partial(
+      split_step.make_split_step, sampling_mesh=_sampling_mesh(config, mesh)
   )
 
 
@@ -343,7 +454,8 @@ def architecture(config: Any, family: Any, sizes: Any) -> CausalLM:
 
 def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
   settings = config.sampling.to_dict()
-  sampling_mesh = sharding.sampling_mesh(mesh, **settings.pop('mesh'))
+  del settings['mesh'], settings['num_devices']
+  sampling_mesh = _sampling_mesh(config, mesh)
   num_slots = settings.pop('num_slots')
   sampler = sampling.make_sampler(
       model,
@@ -356,9 +468,11 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
       record_routing=config.model.router_replay,
       **settings,
   )
+  # Two programs move the parameters between them, one does so within.
+  learner_mesh = mesh if config.mode == 'fused' else sampling_mesh
   return rollout_lib.make_rollout_fn(
       sharding.on_its_own_mesh(
-          sampler, mesh=sampling_mesh, learner_mesh=mesh
+          sampler, mesh=sampling_mesh, learner_mesh=learner_mesh
       ),
       group_size=config.group_size,
   )
@@ -470,9 +584,10 @@ def _make_learner(
 
 def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
   settings = config.eval
-  sampling_mesh = sharding.sampling_mesh(mesh, **config.sampling.mesh)
+  sampling_mesh = _sampling_mesh(config, mesh)
+  _, whole = _with_attention(config, mesh, model)
   sampler = sampling.make_sampler(
-      model,
+      whole,
       group_size=settings.num_samples,
       max_completion_length=config.max_completion_length,
       eos_ids=end_ids(tokenizer, config.stop),
@@ -490,15 +605,16 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       max_prompt_length=config.max_prompt_length,
       add_special_tokens=task.chat is None,
   )
-  return evaluate.make_evaluate_fn(
-      sampler=sharding.on_its_own_mesh(
-          sampler, mesh=sampling_mesh, learner_mesh=mesh
-      ),
+  evaluate_fn = evaluate.make_evaluate_fn(
+      sampler=sharding.by_rows(sampler, sampling_mesh),
       batch=batch,
       num_samples=settings.num_samples,
       verify=verify,
       key=key,
       mesh=sampling_mesh,
+  )
+  return lambda params: evaluate_fn(
+      sharding.bring(params, mesh=mesh, sampling_mesh=sampling_mesh)
   )
 
 

@@ -159,14 +159,12 @@ def make_prepare_fn(
         divergence.record(logits, targets),
     )
 
-  def choose_groups(scored):
-    """The groups to learn from, those that teach something first."""
-    if not num_groups:
-      return scored
-    rows = shaping.groups_with_spread_first(
-        scored.rewards, group_size=group_size
-    )[: num_groups * group_size]
-    return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), scored)
+  def references(state, rows):
+    if not extras.needs_reference or extras.kl_estimator == 'full':
+      return ()
+    return in_parts(
+        divergences.token_logprobs, state.reference, _own_routing(rows)
+    )
 
   def prepare(state, scored):
     rollout = scored.rollout
@@ -175,8 +173,10 @@ def make_prepare_fn(
       ended = ~rollout.truncated[:, None]
       rollout = rollout._replace(token_mask=rollout.token_mask & ended)
     rewards = shaping_fn(scored.rewards, lengths)
-    rollout, rewards, replayed = choose_groups(
-        ScoredRollout(rollout, rewards, scored.replayed)
+    rollout, rewards, replayed = _choose_groups(
+        ScoredRollout(rollout, rewards, scored.replayed),
+        num_groups=num_groups,
+        group_size=group_size,
     )
     if drop_groups_without_spread:
       rollout = rollout._replace(
@@ -185,16 +185,10 @@ def make_prepare_fn(
           )
       )
     rows, mask = packing.rows_of(rollout), rollout.token_mask
-    reference_logprobs = ()
-    if extras.needs_reference and extras.kl_estimator != 'full':
-      reference_logprobs = in_parts(
-          divergences.token_logprobs, state.reference, _own_routing(rows)
-      )
+    reference_logprobs = references(state, rows)
     if extras.needs_reference and extras.kl_where == 'reward':
-      estimate = penalties.reference_kl(
-          logprobs=jnp.where(mask, rollout.behaviour_logprobs, 0.0),
-          reference_logprobs=jnp.where(mask, reference_logprobs, 0.0),
-          estimator=extras.kl_estimator,
+      estimate = _sampled_kl(
+          extras, mask, rollout.behaviour_logprobs, reference_logprobs
       )
       rewards -= extras.kl_coefficient * jnp.sum(estimate, axis=-1)
     advantages = advantage_fn(rewards)[:, None]
@@ -214,6 +208,26 @@ def make_prepare_fn(
     )
 
   return prepare
+
+
+def _choose_groups(scored, *, num_groups, group_size):
+  """The groups to learn from, those that teach something first; 0 for all."""
+  if not num_groups:
+    return scored
+  rows = shaping.groups_with_spread_first(
+      scored.rewards, group_size=group_size
+  )[: num_groups * group_size]
+  return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), scored)
+
+
+def _sampled_kl(extras, mask, logprobs, reference_logprobs):
+  """The estimate of a token, 0 where none was sampled. [b, T]."""
+  # Before the exponential: padding may be certain under one of the two.
+  return penalties.reference_kl(
+      logprobs=jnp.where(mask, logprobs, 0.0),
+      reference_logprobs=jnp.where(mask, reference_logprobs, 0.0),
+      estimator=extras.kl_estimator,
+  )
 
 
 def _own_routing(rows: Rows) -> Rows:
@@ -297,36 +311,7 @@ def make_loss_fn(
       measure_balance=bool(extras.router_balance),
       **options,
   )
-  token_map = target_lib.make_token_map(model, **options)
-
-  def penalty(params, batch, reference, target):
-    """What the extra terms add to the loss of a token. [b, T]."""
-    added = -extras.entropy_bonus * target.entropy
-    if not extras.needs_reference or extras.kl_where == 'reward':
-      return added
-    if extras.kl_estimator == 'full':
-      hidden, _ = target_lib.hidden_states(
-          model, reference, _own_routing(batch.rows)
-      )
-
-      def of_tokens(logits, _, hidden):
-        reference_logits = sampling.process_logits(
-            model.head(reference, hidden), temperature=temperature
-        )
-        return penalties.full_reference_kl(
-            logits=logits, reference_logits=reference_logits
-        )
-
-      estimate = token_map(of_tokens, params, batch.rows, hidden)
-    else:
-      # Before the exponential: padding may be certain under one of the two.
-      mask = batch.rows.token_mask
-      estimate = penalties.reference_kl(
-          logprobs=jnp.where(mask, target.logprobs, 0.0),
-          reference_logprobs=jnp.where(mask, batch.reference_logprobs, 0.0),
-          estimator=extras.kl_estimator,
-      )
-    return added + extras.kl_coefficient * estimate
+  penalty = _make_penalty_fn(model, extras, **options)
 
   def weighted_loss(
       params, batch, reference, version, dual_state=(), share=1.0
@@ -382,3 +367,41 @@ def make_loss_fn(
     return total, jax.lax.stop_gradient(stats)
 
   return weighted_loss
+
+
+def _make_penalty_fn(model, extras, *, temperature, **options):
+  """What the extra terms add to the loss of a token. [b, T]."""
+  token_map = target_lib.make_token_map(
+      model, temperature=temperature, **options
+  )
+
+  def full_kl(params, batch, reference):
+    """Over the whole vocabulary; runs the reference policy."""
+    hidden, _ = target_lib.hidden_states(
+        model, reference, _own_routing(batch.rows)
+    )
+
+    def of_tokens(reference, logits, _, hidden):
+      reference_logits = sampling.process_logits(
+          model.head(reference, hidden), temperature=temperature
+      )
+      return penalties.full_reference_kl(
+          logits=logits, reference_logits=reference_logits
+      )
+
+    return token_map(of_tokens, params, batch.rows, hidden, beside=reference)
+
+  def penalty(params, batch, reference, target):
+    added = -extras.entropy_bonus * target.entropy
+    if not extras.needs_reference or extras.kl_where == 'reward':
+      return added
+    if extras.kl_estimator == 'full':
+      estimate = full_kl(params, batch, reference)
+    else:
+      estimate = _sampled_kl(
+          extras, batch.rows.token_mask, target.logprobs,
+          batch.reference_logprobs,
+      )
+    return added + extras.kl_coefficient * estimate
+
+  return penalty

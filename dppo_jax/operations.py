@@ -68,13 +68,29 @@ def _walk(jaxpr, phase, phases, num_trips):
     elif name == 'cond':  # The dearest branch runs.
       branches = [list(of(branch)) for branch in params['branches']]
       yield from max(branches, key=lambda x: sum(n for _, n in x))
+    elif name == 'pallas_call':  # As if it left no block of its grid out.
+      yield from _times(
+          math.prod(params['grid_mapping'].grid), of(params['jaxpr'])
+      )
     elif name == 'shard_map':  # Its program is that of a shard.
       sizes = params['mesh'].shape
-      shards = math.prod(sizes[axis] for axis in params['newly_manual_axes'])
+      axes = params['newly_manual_axes']
+      # A device has the rows of all experts, and multiplies those of its own.
+      if _has_experts(params['jaxpr']):
+        axes = [axis for axis in axes if axis != 'expert']
+      shards = math.prod(sizes[axis] for axis in axes)
       yield from _times(shards, of(params['jaxpr']))
     else:
       for body in jex.jaxprs_in_params(params):
         yield from of(body)
+
+
+def _has_experts(jaxpr):
+  return any(
+      equation.primitive.name == 'ragged_dot_general'
+      or any(map(_has_experts, jex.jaxprs_in_params(equation.params)))
+      for equation in jaxpr.eqns
+  )
 
 
 def _times(trips, counts):

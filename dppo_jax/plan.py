@@ -37,6 +37,7 @@ from dppo_jax import roofline
 from dppo_jax import sharding
 from dppo_jax.chips import Chip
 from dppo_jax.chips import CHIPS
+from dppo_jax.decoding import FILL
 from dppo_jax.models import attention
 from dppo_jax.models import load
 
@@ -173,12 +174,20 @@ def make_plan(
   Raises:
     ValueError: it cannot work, or does not fit.
   """
+  checks.check_mode(
+      config, num_devices=len(topology.devices), num_processes=1
+  )
+  if config.mode != 'fused':
+    raise ValueError(
+        f'config.mode={config.mode!r} has no plan, which is of one program; '
+        "use config.mode='fused'."
+    )
   mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
   shards = sharding.num_batch_shards(mesh)
   checks.check(
       config,
       num_batch_shards=shards,
-      num_row_shards=main.num_row_shards(config, mesh),
+      **main.row_shards(config, mesh),
   )
   method = main.make_method(config)
   # Which token ends a completion changes nothing of what it costs.
@@ -200,6 +209,7 @@ def make_plan(
     return _Kept(traced.lower(), made)
 
   with attention.traced_for('tpu'):
+    main.warn_of_no_kernel(config, mesh, model)
     _, compile_s = fitting.make_program(
         config, make, lower, limit=topology.chip.memory, num_batch_shards=shards
     )
@@ -225,8 +235,13 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   expected = expect(config, mean_length)
   program = hlo.parse(compiled.as_text())
   unknown, decoding = [], []
+  slots = config.sampling.num_slots // shards
+  filled = config.num_prompts * config.group_size // shards - slots
 
   def trips(phase, loop):
+    if FILL in loop.op_name.split('/'):
+      of_phase = {'sample': slots, 'decode': filled / expected.decode_steps}
+      return phase, of_phase[phase]
     if phase == 'sample':
       decoding.append(loop)
       return 'decode', expected.decode_steps

@@ -78,17 +78,6 @@ def make_replay(
     )
     return Buffer(slots, jnp.zeros((), jnp.int32))
 
-  def push(buffer: Buffer, scored: ScoredRollout) -> Buffer:
-    slot = buffer.num_pushed % capacity
-    slots = jax.tree.map(
-        lambda slots, x: jax.lax.dynamic_update_index_in_dim(
-            slots, x, slot, axis=0
-        ),
-        buffer.scored,
-        scored,
-    )
-    return Buffer(slots, buffer.num_pushed + 1)
-
   def eligible(buffer, version):
     """Which groups may be drawn. [S, N]."""
     groups = buffer.scored.rewards.reshape(capacity, -1, group_size)
@@ -97,26 +86,6 @@ def make_replay(
     last_age = version + num_updates - 1 - sampled_by
     written = jnp.arange(capacity) < buffer.num_pushed
     return spread & (last_age <= max_age) & written[:, None]
-
-  def take(buffer, chosen, valid):
-    """Rows of the groups `chosen` [R] out of S * N, silent where not valid."""
-    slots, rows = jnp.divmod(chosen, _num_groups(buffer))
-    rows = rows[:, None] * group_size + jnp.arange(group_size)[None]
-    scored = jax.tree.map(
-        lambda x: x[slots[:, None], rows].reshape(-1, *x.shape[2:]),
-        buffer.scored,
-    )
-    valid = jnp.repeat(valid, group_size)
-    rollout = scored.rollout
-    return scored._replace(
-        rollout=rollout._replace(
-            token_mask=rollout.token_mask & valid[:, None]
-        ),
-        rewards=jnp.where(valid, scored.rewards, 0.0),
-    )
-
-  def _num_groups(buffer):
-    return buffer.scored.rewards.shape[1] // group_size
 
   def draw(buffer, state, key):
     """Indices of groups, best first, and whether they may be used. [R]."""
@@ -132,7 +101,7 @@ def make_replay(
       return chosen, allowed.ravel()[chosen]
     candidates = order[: 2 * num_groups]
     valid = allowed.ravel()[candidates]
-    rollout = take(buffer, candidates, valid).rollout
+    rollout = _take(buffer, candidates, valid, group_size).rollout
     sizes = effective_sample_size(
         logprobs=logprobs_fn(state.params, rollout),
         rollout=rollout,
@@ -143,7 +112,7 @@ def make_replay(
 
   def mix(buffer, scored, state, key):
     chosen, valid = draw(buffer, state, key)
-    replayed = take(buffer, chosen, valid)
+    replayed = _take(buffer, chosen, valid, group_size)
     mixed = jax.tree.map(
         lambda *x: jnp.concatenate(x),
         scored._replace(replayed=jnp.zeros(scored.rewards.shape, bool)),
@@ -160,7 +129,38 @@ def make_replay(
         'replay/slots_filled': jnp.minimum(buffer.num_pushed, capacity),
     }
 
-  return Replay(init, push, mix)
+  return Replay(init, _push, mix)
+
+
+def _push(buffer: Buffer, scored: ScoredRollout) -> Buffer:
+  """Overwrites the oldest rollout."""
+  capacity = buffer.scored.rewards.shape[0]
+  slot = buffer.num_pushed % capacity
+  slots = jax.tree.map(
+      lambda slots, x: jax.lax.dynamic_update_index_in_dim(
+          slots, x, slot, axis=0
+      ),
+      buffer.scored,
+      scored,
+  )
+  return Buffer(slots, buffer.num_pushed + 1)
+
+
+def _take(buffer, chosen, valid, group_size):
+  """Rows of the groups `chosen` [R] out of S * N, silent where not valid."""
+  num_groups = buffer.scored.rewards.shape[1] // group_size
+  slots, rows = jnp.divmod(chosen, num_groups)
+  rows = rows[:, None] * group_size + jnp.arange(group_size)[None]
+  scored = jax.tree.map(
+      lambda x: x[slots[:, None], rows].reshape(-1, *x.shape[2:]),
+      buffer.scored,
+  )
+  valid = jnp.repeat(valid, group_size)
+  rollout = scored.rollout
+  return scored._replace(
+      rollout=rollout._replace(token_mask=rollout.token_mask & valid[:, None]),
+      rewards=jnp.where(valid, scored.rewards, 0.0),
+  )
 
 
 def effective_sample_size(*, logprobs, rollout, group_size: int) -> jax.Array:

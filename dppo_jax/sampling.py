@@ -22,6 +22,11 @@ from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 
 
+# Of a row of logits. A power of two, so that a vocabulary that is split over
+# devices is split between blocks.
+_MAX_BLOCKS = 128
+
+
 class Completions(NamedTuple):
   """What was sampled, [B, C] unless said otherwise."""
 
@@ -81,8 +86,10 @@ def process_logits(
 def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
   """`jax.random.categorical` of each row with its own key. [B] int32.
 
-  Its argmax, of value and index together, took most of the time on a CPU; the
-  smallest index of the largest value, or of a NaN, is the same token.
+  Its argmax, of value and index together, took most of the time on a CPU. Here
+  the block with the largest value is found first, then the token in it. To look
+  for the largest value by comparing all with it would not do: XLA may compute
+  them twice, with other roundings, and then none is equal.
 
   Args:
     keys: [B].
@@ -90,11 +97,13 @@ def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
   """
   size = logits.shape[-1]
   noise = jax.vmap(lambda key: jax.random.gumbel(key, (size,)))(keys)
-  noisy = noise + logits
-  largest = jnp.max(noisy, axis=-1, keepdims=True)
-  places = jnp.arange(size, dtype=jnp.int32)[None]
-  found = (noisy == largest) | jnp.isnan(noisy)
-  return jnp.min(jnp.where(found, places, size), axis=-1)
+  count = max(x for x in range(1, _MAX_BLOCKS + 1) if not size % x)
+  blocks = (noise + logits).reshape(-1, count, size // count)
+  best = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+  block = jnp.take_along_axis(
+      blocks, best[:, None, None], axis=1, mode='promise_in_bounds'
+  )[:, 0]
+  return best * (size // count) + jnp.argmax(block, axis=-1)
 
 
 def row_keys(key: jax.Array, num_rows: int) -> jax.Array:
@@ -153,21 +162,7 @@ def make_sampler(
   model = model.replace(dtype=dtype, remat='none')
   sizes = {'length': max_completion_length, 'pad_id': pad_id}
   routing = experts.Routing(record=record_routing)
-
-  def draw(logits, keys, index):
-    """Token number `index` of every row, and whether it ends the row."""
-    logits = process_logits(
-        logits, temperature=temperature, top_p=top_p, top_k=top_k
-    )
-    index = jnp.broadcast_to(index, keys.shape)
-    keys = jax.vmap(jax.random.fold_in)(keys, index)
-    tokens = categorical(keys, logits)
-    return decoding.Column(
-        tokens,
-        jnp.ones(tokens.shape, bool),
-        divergences.token_logprobs(logits, tokens),
-        record(logits, tokens),
-    ), jnp.isin(tokens, jnp.asarray(eos_ids))
+  draw = _make_draw(temperature, top_p, top_k, record, eos_ids)
 
   def sample(params, prompts, keys):
     # Cast and unstack once, not once a token.
@@ -206,3 +201,24 @@ def make_sampler(
     )
 
   return sample
+
+
+def _make_draw(temperature, top_p, top_k, record, eos_ids):
+  """The `decoding.DrawFn` of a sampler."""
+
+  def draw(logits, keys, index):
+    """Token number `index` of every row, and whether it ends the row."""
+    logits = process_logits(
+        logits, temperature=temperature, top_p=top_p, top_k=top_k
+    )
+    index = jnp.broadcast_to(index, keys.shape)
+    keys = jax.vmap(jax.random.fold_in)(keys, index)
+    tokens = categorical(keys, logits)
+    return decoding.Column(
+        tokens,
+        jnp.ones(tokens.shape, bool),
+        divergences.token_logprobs(logits, tokens),
+        record(logits, tokens),
+    ), jnp.isin(tokens, jnp.asarray(eos_ids))
+
+  return draw

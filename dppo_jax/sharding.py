@@ -7,6 +7,7 @@ and `sequence`. The sampler may use the same devices as another mesh.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 import math
 import re
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import numpy as np
 
 from dppo_jax.types import PyTree
 
@@ -26,15 +28,17 @@ BATCH_AXES = ('data', 'fsdp')
 ROW_AXES = (*BATCH_AXES, 'sequence')
 BATCH = P(ROW_AXES)
 TOKENS = P(BATCH_AXES, 'sequence')
+# Kernels of experts, [E, D, F] and [E, F, D].
+EXPERTS_IN = P('expert', 'fsdp', 'tensor')
+EXPERTS_OUT = P('expert', 'tensor', 'fsdp')
 
 # Path below the parameters -> axes; layers are stacked on a leading axis.
 RULES = (
     (r'embed/embedding$', P('tensor', 'fsdp')),
     (r'head/kernel$', P('fsdp', 'tensor')),
     # Experts before the others, whose patterns fit them too.
-    (r'layers/.*/experts/(gate|up)/kernel$',
-     P(None, 'expert', 'fsdp', 'tensor')),
-    (r'layers/.*/experts/down/kernel$', P(None, 'expert', 'tensor', 'fsdp')),
+    (r'layers/.*/experts/(gate|up)/kernel$', P(None, *EXPERTS_IN)),
+    (r'layers/.*/experts/down/kernel$', P(None, *EXPERTS_OUT)),
     (r'layers/.*/router/kernel$', P(None, 'fsdp', None)),
     (r'layers/.*/(q|k|v|gate|up)/kernel$', P(None, 'fsdp', 'tensor')),
     (r'layers/.*/(o|down)/kernel$', P(None, 'tensor', 'fsdp')),
@@ -98,37 +102,82 @@ def make_mesh(
   )
 
 
-def sampling_mesh(mesh, *, tensor: int, expert: int):
-  """The mesh of the sampler: the same devices in the same order.
-
-  What `tensor` and `expert` leave goes to rows.
+def sampling_mesh(
+    mesh,
+    *,
+    tensor: int,
+    expert: int,
+    devices: Sequence[jax.Device] | None = None,
+):
+  """The mesh of the sampler. What `tensor` and `expert` leave goes to rows.
 
   Args:
     mesh: of the learner.
     tensor: over how many devices the sampler splits heads and widths; 0 for as
       many as the learner.
     expert: the same for experts.
+    devices: others than the learner's; if not given its own, in their order.
 
   Raises:
-    ValueError: if they do not divide the number of devices.
+    ValueError: if they do not divide the number of devices, the learner's too,
+      see `bring`.
   """
   split = {
       'tensor': tensor or mesh.shape['tensor'],
       'expert': expert or mesh.shape['expert'],
   }
-  if all(mesh.shape[axis] == size for axis, size in split.items()):
-    return mesh
+  if devices is None:
+    same = all(mesh.shape[axis] == size for axis, size in split.items())
+    return mesh if same else _mesh_of_rows(mesh, split)
+  _mesh_of_rows(mesh, split)  # Or parameters have no way from one to the other.
+  others = Mesh(np.asarray(devices), 'data', axis_types=(AxisType.Auto,))
+  return _mesh_of_rows(others, split, 'sampling.num_devices')
+
+
+def _mesh_of_rows(mesh, split: dict[str, int], whose: str = 'mesh'):
+  """The devices of `mesh` in their order, rows over what `split` leaves."""
   rows, rest = divmod(mesh.size, math.prod(split.values()))
   if rest or min(split.values()) < 1:
     raise ValueError(
         f'config.sampling.mesh {split} does not divide the {mesh.size} devices '
-        'of config.mesh; 0 takes what config.mesh has.'
+        f'of config.{whose}; 0 takes what config.mesh has.'
     )
   sizes = dict.fromkeys(AXES, 1) | split | {'data': rows}
   types = (AxisType.Auto,) * len(AXES)
   if isinstance(mesh, AbstractMesh):
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=types)
   return Mesh(mesh.devices.reshape(*sizes.values()), AXES, axis_types=types)
+
+
+def bring(params: PyTree, *, mesh, sampling_mesh) -> PyTree:
+  """Parameters from the learner's mesh to the sampler's; waits for nothing.
+
+  `jax.device_put` copies from device to device what is split the same way on
+  both sides, and takes everything else through the host, for which it waits
+  until there is something to take. So the learner's devices split it first.
+
+  Args:
+    params: on `mesh`; may still be computed.
+    mesh: of the learner.
+    sampling_mesh: from `sampling_mesh`, of the same or of other devices.
+  """
+  if mesh == sampling_mesh:
+    return params
+  split = {axis: sampling_mesh.shape[axis] for axis in ('tensor', 'expert')}
+  as_there = of_params(params, _mesh_of_rows(mesh, split))
+  params = jax.jit(_same, out_shardings=as_there)(params)
+  if apart(mesh, sampling_mesh):
+    params = jax.device_put(params, of_params(params, sampling_mesh))
+  return params
+
+
+def apart(mesh, other) -> bool:
+  """Whether no device is in both meshes."""
+  return set(mesh.devices.flat).isdisjoint(other.devices.flat)
+
+
+def _same(tree: PyTree) -> PyTree:
+  return tree
 
 
 def batch(mesh) -> NamedSharding:
@@ -219,6 +268,165 @@ def by_queries(mesh) -> Callable[..., Any] | None:
     return attend_all
 
   return split
+
+
+def by_tokens(mesh) -> Callable[..., Any] | None:
+  """Has each device map the tokens that it has.
+
+  Parameters are gathered over `fsdp` before, once however often they are used,
+  and their gradients summed and scattered after.
+
+  Args:
+    mesh: tokens [B, T] are as `tokens` says.
+
+  Returns:
+    `spread(fn)`, for a `fn(params, *trees)` of trees of [B, T, ...], whose
+    result is one; padding is zeros. None where all have all tokens.
+  """
+  if num_row_shards(mesh) == 1:
+    return None
+
+  def spread(fn):
+    def map_all(params, *trees):
+      specs = jax.tree.map(
+          lambda x: P(*(axis if axis == 'fsdp' else None for axis in x.spec)),
+          of_params(params, mesh),
+      )
+      return _over_tokens(
+          lambda params, *trees: fn(_gather(params, specs), *trees),
+          mesh, params, specs, trees,
+          # XLA stumbles over axes of one device that are left to it.
+          axis_names={*ROW_AXES, *(x for x in AXES if mesh.shape[x] == 1)},
+          out_specs=TOKENS,
+      )
+
+    return map_all
+
+  return spread
+
+
+def by_experts(mesh) -> Callable[..., Any] | None:
+  """Experts of the tokens that a device has, and no others.
+
+  Tokens are sorted by expert where they are: a sort of all would bring them
+  all together. Kernels are gathered over `fsdp` for it, a layer at a time, and
+  their gradients summed and scattered; over `tensor` and `expert` they stay
+  split, and the results of a token are summed.
+
+  Args:
+    mesh: tokens [B, T] are as `tokens` says.
+
+  Returns:
+    `spread`, see `models.experts.Experts`; None on a single device.
+  """
+  if mesh.size == 1:
+    return None
+
+  def spread(mix):
+    def mix_all(kernels, *tokens):
+      specs = type(kernels)(*(
+          _that_divides(spec, kernel.shape, mesh)
+          for spec, kernel in zip(
+              (EXPERTS_IN, EXPERTS_IN, EXPERTS_OUT), kernels, strict=True
+          )
+      ))
+      summed = tuple(x for x in ('tensor', 'expert') if x in specs.down)
+
+      # Else the kernels of all layers would stay gathered for their gradients.
+      @functools.partial(
+          jax.checkpoint, prevent_cse=False, policy=_is_not_gathered
+      )
+      def of_device(kernels, *tokens):
+        kernels, first = _gather(kernels, specs), None
+        if 'expert' in specs.down and mesh.shape['expert'] > 1:
+          first = jax.lax.axis_index('expert') * len(kernels.gate)
+        return mix(kernels, *tokens, first)[None]
+
+      # Summed out here, where its gradient costs nothing.
+      return jnp.sum(
+          _over_tokens(
+              of_device, mesh, kernels, specs, tokens,
+              axis_names=set(AXES),
+              out_specs=P(summed or None, *TOKENS),
+          ),
+          axis=0,
+      )
+
+    return mix_all
+
+  return spread
+
+
+def _over_tokens(fn, mesh, params, specs, trees, *, axis_names, out_specs):
+  """`shard_map` of trees of [B, T, ...], which it pads to parts alike."""
+  length = jax.tree.leaves(trees)[0].shape[1]
+  extra = -length % mesh.shape['sequence']
+  pad = lambda x: jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+  # With `check_vma`, JAX 0.10.2 takes the gradient of experts' tokens for 0.
+  out = jax.shard_map(
+      fn,
+      mesh=mesh,
+      in_specs=(specs, *[TOKENS] * len(trees)),
+      out_specs=out_specs,
+      axis_names=axis_names,
+      check_vma=False,
+  )(params, *jax.tree.map(pad, tuple(trees)))
+  axis = list(out_specs).index('sequence')
+  cut = lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis)
+  return jax.tree.map(cut, out)
+
+
+def _is_not_gathered(primitive, *_, **__):
+  return primitive.name != 'all_gather'
+
+
+def _gather(params, specs):
+  """All of what `specs` say is split over `fsdp`, within a `shard_map`."""
+
+  def gather(x, spec):
+    if 'fsdp' not in spec:
+      return x
+    axis = list(spec).index('fsdp')
+    return jax.lax.all_gather(x, 'fsdp', axis=axis, tiled=True)
+
+  return jax.tree.map(gather, params, specs)
+
+
+def by_rows_and_heads(mesh) -> Callable[..., Any]:
+  """Attention of each device to its own rows and heads.
+
+  For kernels, which XLA does not partition. Within `by_rows`, the rows are
+  those of the device already.
+
+  Args:
+    mesh: whose axes `data` and `fsdp` divide the rows, and `tensor` the heads;
+      a row is whole.
+
+  Returns:
+    `share(attend)`, for an `attend(q, k, v, rows, rest)` of arrays [B, T, H or
+    K, E], a tree of [B, ...], and a tree that all share.
+  """
+  if mesh.size == 1:
+    return lambda attend: attend
+
+  def share(attend):
+    def attend_all(*arguments):
+      outer = jax.sharding.get_abstract_mesh()
+      done = set(outer.manual_axes)
+      rows = tuple(axis for axis in BATCH_AXES if axis not in done)
+      heads = P(rows, None, 'tensor')
+      return jax.shard_map(
+          attend,
+          mesh=outer if done else mesh,
+          in_specs=(heads, heads, heads, P(rows), P()),
+          out_specs=heads,
+          axis_names=set(AXES) - done,
+          check_vma=False,
+      )(*arguments)
+
+    return attend_all
+
+  return share
 
 
 def on_its_own_mesh(

@@ -6,7 +6,6 @@ sequences, T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Callable
-import functools
 from typing import NamedTuple
 
 import jax
@@ -59,7 +58,8 @@ def make_token_map(
   Returns:
     `token_map(fn, params, rows, *extra)`, with `extra` pytrees of [b, T, ...]:
     the pytree of [b, T, ...] that `fn(logits [n, V], targets [n], *extra)`
-    makes of n tokens at a time, zeros for a prompt.
+    makes of n tokens at a time, zeros for a prompt. With `beside`, parameters
+    whose head `fn` needs too, they are its first argument.
   """
   head_map = _make_head_map(
       model,
@@ -68,9 +68,9 @@ def make_token_map(
       prompt_length=prompt_length,
   )
 
-  def token_map(fn, params, rows, *extra):
+  def token_map(fn, params, rows, *extra, beside=None):
     hidden, _ = hidden_states(model, params, rows)
-    return head_map(fn, params, hidden, rows, *extra)
+    return head_map(fn, params, hidden, rows, *extra, beside=beside)
 
   return token_map
 
@@ -79,30 +79,51 @@ def _make_head_map(model, *, temperature, chunk_size, prompt_length):
   """`make_token_map` from hidden states on."""
   first = max(prompt_length - 1, 0)  # Index of the first sampled token.
 
-  def head_map(fn, params, hidden, rows, *extra):
-    def of_tokens(params, hidden, targets, *extra):
+  def head_map(fn, params, hidden, rows, *extra, beside=None):
+    def of_tokens(heads, hidden, targets, *extra):
+      head, *others = heads
       logits = sampling.process_logits(
-          model.head(params, hidden), temperature=temperature
+          model.head(head, hidden), temperature=temperature
       )
-      return fn(logits, targets, *extra)
+      return fn(*others, logits, targets, *extra)
 
-    mask, *trees = jax.tree.map(
+    sampled = jax.tree.map(
         lambda x: x[:, first:],
         (rows.token_mask, hidden, rows.targets, *extra),
     )
-    body = functools.partial(_over_tokens, of_tokens)
-    if model.parts > 1:
-      body = functools.partial(_over_rows, of_tokens, place=model.place)
-    if not chunk_size or chunk_size >= mask.size:
-      out = body(params, trees)
-    else:
-      out = _in_chunks(body, params, mask, trees, chunk_size, model.parts)
+    share = chunk_size / sampled[0].size
+
+    def of_rows(heads, mask, *trees):  # Those of a device.
+      width = max(round(share * mask.size), 1) if chunk_size else mask.size
+      if width >= mask.size:
+        return _over_tokens(of_tokens, heads, trees)
+      return _in_chunks(of_tokens, heads, mask, trees, width)
+
+    if model.by_tokens is not None:
+      of_rows = model.by_tokens(of_rows)
+    heads = [_head(x) for x in (params, beside) if x is not None]
+    if model.by_tokens is not None:
+      heads = _exact(heads)  # Gradients are summed over devices, too.
+    out = of_rows(heads, *sampled)
     return jax.tree.map(
         lambda x: jnp.pad(x, [(0, 0), (first, 0)] + [(0, 0)] * (x.ndim - 2)),
         out,
     )
 
   return head_map
+
+
+def _head(params):
+  """What the head needs of them, if they have names."""
+  if not isinstance(params, dict):
+    return params
+  others = {'layers', 'embed'} if 'head' in params else {'layers'}
+  return {name: tree for name, tree in params.items() if name not in others}
+
+
+def _exact(heads):
+  """In float32: a sum of gradients would be rounded in bfloat16."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32), heads)
 
 
 def hidden_states(
@@ -201,62 +222,48 @@ def make_target_fn(
   return target_fn
 
 
-def _in_chunks(body, params, mask, trees, chunk_size, parts):
+def _in_chunks(body, heads, mask, trees, chunk_size):
   """Maps over some columns of all rows at a time, so no [b, T, V] exists.
 
-  Columns, so that rows may be anywhere on a mesh; of each of its parts, where a
-  row is on several devices. A chunk without a sampled token costs nothing and
-  gives zeros.
+  A chunk without a sampled token costs nothing and gives zeros.
   """
   num_rows, length = mask.shape
-  width = max(chunk_size // (num_rows * parts), 1)  # Of a part.
-  num_chunks = -(-length // (width * parts))
+  width = max(chunk_size // num_rows, 1)
+  num_chunks = -(-length // width)
   # Zeros, cut off again at the end.
-  extra = num_chunks * parts * width - length
+  extra = num_chunks * width - length
 
-  def split(x):  # [b, T, ...] -> [number of chunks, b, parts * width, ...]
+  def split(x):  # [b, T, ...] -> [number of chunks, b, width, ...]
     x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(num_rows, parts, num_chunks, width, *x.shape[2:])
-    x = jnp.moveaxis(x, 2, 0)
-    return x.reshape(num_chunks, num_rows, -1, *x.shape[4:])
+    x = x.reshape(num_rows, num_chunks, width, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
 
-  def of_chunk(params, mask, trees):
-    run = lambda: body(params, trees)
+  def of_chunk(heads, mask, trees):
+    run = lambda: _over_tokens(body, heads, trees)
     skip = lambda: jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run)
     )
     return jax.lax.cond(jnp.any(mask), run, skip)
 
   of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
-  # The head's gradient is a sum over chunks, which bfloat16 would round.
-  params = {
-      name: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-      for name, tree in params.items()
-      if name != 'layers'  # The head needs none of them.
-  }
+  heads = _exact(heads)
   _, out = jax.lax.scan(
-      lambda _, chunk: (None, of_chunk(params, *chunk)),
+      lambda _, chunk: (None, of_chunk(heads, *chunk)),
       None,
       jax.tree.map(split, (mask, trees)),
   )
 
-  def join(x):  # [number of chunks, b, parts * width, ...] -> [b, T, ...]
-    x = x.reshape(num_chunks, num_rows, parts, width, *x.shape[3:])
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(num_rows, -1, *x.shape[4:])[:, :length]
+  def join(x):  # [number of chunks, b, width, ...] -> [b, T, ...]
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(num_rows, -1, *x.shape[3:])[:, :length]
 
   return jax.tree.map(join, out)
 
 
-def _over_tokens(body, params, trees):
+def _over_tokens(body, heads, trees):
   """`body` of [b * T, ...], for trees of [b, T, ...]."""
   shape = jax.tree.leaves(trees)[0].shape[:2]
   flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trees)
   return jax.tree.map(
-      lambda x: x.reshape(*shape, *x.shape[1:]), body(params, *flat)
+      lambda x: x.reshape(*shape, *x.shape[1:]), body(heads, *flat)
   )
-
-
-def _over_rows(body, params, trees, *, place):
-  """The same row by row: tokens of rows that are split stay where they are."""
-  return jax.vmap(lambda trees: body(params, *trees))(place(trees))

@@ -2,11 +2,12 @@
 
 The verifier is host Python between two calls, so no callback stands in the
 program; the data are on-policy, there is one executable, and the sampler's
-cache shares its memory with the learner's activations.
+cache shares its memory with the learner's activations. `split_step.py` compiles
+the same two halves as two programs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +32,70 @@ TrainStep = Callable[
 ]
 
 
+class Halves(NamedTuple):
+  """What a step does, as pure functions.
+
+  Attributes:
+    learn: (state, scored) -> (state, metrics).
+    merge: (params, frozen) -> the policy to sample from.
+    sample: (policy, prompts, key, step, version) -> (rollout, number of decode
+      steps); all but the first two are the state's after learning.
+  """
+
+  learn: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  merge: Callable[[PyTree, PyTree], PyTree]
+  sample: Callable[..., tuple[Rollout, jax.Array]]
+
+
 def make_train_step(
+    *, state_shardings: PyTree, mesh: Any, **functions: Any
+) -> TrainStep:
+  """The jitted step. Its state is donated and every sharding is pinned.
+
+  Args:
+    state_shardings: a `TrainState` of shardings.
+    mesh: where everything else lives.
+    **functions: of `make_halves`.
+  """
+  halves = make_halves(**functions)
+
+  def train_step(state, scored, prompts):
+    with jax.named_scope('learn'):
+      state, metrics = halves.learn(state, scored)
+    with jax.named_scope('sample'):
+      rollout, metrics['sample/decode_steps'] = halves.sample(
+          halves.merge(state.params, state.frozen),
+          prompts,
+          state.key,
+          state.step,
+          state.policy_version,
+      )
+    return state, rollout, metrics
+
+  rows, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
+  return jax.jit(
+      train_step,
+      donate_argnums=0,
+      in_shardings=(state_shardings, rows, rows),
+      out_shardings=(state_shardings, rows, everywhere),
+  )
+
+
+def make_halves(
     *,
     learn: Callable[..., Any],
     rollout_fn: RolloutFn,
     threshold: Threshold,
     group_size: int,
     vocab_size: int,
-    state_shardings: PyTree,
-    mesh: Any,
     replay: replay_lib.Replay | None = None,
     trainable: trainable_lib.Trainable = trainable_lib.EVERYTHING,
-) -> TrainStep:
-  """The jitted step. Its state is donated and every sharding is pinned.
+) -> Halves:
+  """Learning and sampling, each with what it measures and its random numbers.
 
   A scored rollout without a single sampled token (`blank`) teaches nothing: the
-  call samples only and leaves the state as it was. That starts a run, and it
-  measures what sampling alone costs.
+  state stays as it was. That starts a run, and it measures what sampling alone
+  costs.
 
   Args:
     learn: from `learner.make_learner`.
@@ -55,8 +103,6 @@ def make_train_step(
     threshold: the divergence's, for metrics.
     group_size: G.
     vocab_size: V.
-    state_shardings: a `TrainState` of shardings.
-    mesh: where everything else lives.
     replay: from `replay.make_replay`; None learns from fresh rollouts alone.
     trainable: what is trained, and how it makes a policy.
   """
@@ -95,44 +141,32 @@ def make_train_step(
     )
     return _moving(new_state._replace(step=state.step + 1)), metrics
 
-  def train_step(state, scored, prompts):
-    def skip(state, scored, key):
-      """What learning returns, from nothing."""
-      _, metrics = jax.eval_shape(learn_and_measure, state, scored, key)
-      zeros = lambda x: jnp.zeros(x.shape, x.dtype)
-      return _moving(state), jax.tree.map(zeros, metrics)
+  def skip(state, scored, key):
+    """What learning returns, from nothing."""
+    _, metrics = jax.eval_shape(learn_and_measure, state, scored, key)
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype)
+    return _moving(state), jax.tree.map(zeros, metrics)
 
-    # Each key is derived from the step it serves, so nothing needs carrying.
-    stream_learn, stream_sample = jax.random.split(state.key)
-    key_learn = jax.random.fold_in(stream_learn, state.step)
-    with jax.named_scope('learn'):
-      moved, metrics = jax.lax.cond(
-          jnp.any(scored.rollout.token_mask),
-          learn_and_measure,
-          skip,
-          state,
-          scored,
-          key_learn,
-      )
+  # Each key is derived from the step it serves, so nothing needs carrying.
+  def learn_part(state, scored):
+    stream, _ = jax.random.split(state.key)
+    moved, metrics = jax.lax.cond(
+        jnp.any(scored.rollout.token_mask),
+        learn_and_measure,
+        skip,
+        state,
+        scored,
+        jax.random.fold_in(stream, state.step),
+    )
     state = moved._replace(frozen=state.frozen, reference=state.reference)
-    key_sample = jax.random.fold_in(stream_sample, state.step)
-    with jax.named_scope('sample'):
-      rollout, num_steps = rollout_fn(
-          trainable.merge(state.params, state.frozen),
-          prompts,
-          key_sample,
-          state.policy_version,
-      )
-    metrics['sample/decode_steps'] = num_steps
-    return state, rollout, metrics
+    return state, metrics
 
-  rows, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
-  return jax.jit(
-      train_step,
-      donate_argnums=0,
-      in_shardings=(state_shardings, rows, rows),
-      out_shardings=(state_shardings, rows, everywhere),
-  )
+  def sample_part(policy, prompts, key, step, version):
+    _, stream = jax.random.split(key)
+    key = jax.random.fold_in(stream, step)
+    return rollout_fn(policy, prompts, key, version)
+
+  return Halves(learn_part, trainable.merge, sample_part)
 
 
 def init_state(

@@ -119,7 +119,8 @@ def train(
       )
       logbook.flush()  # The previous step, while the device works.
       backlog.score()  # So too, unless it was learned from at once.
-      jax.block_until_ready(rollout)
+      # Two programs: who has older rollouts need not wait for this one.
+      jax.block_until_ready(state if config.staleness else rollout)
       sampled = time.perf_counter()
       backlog.push(rollout, batch)
       if not config.staleness:
@@ -176,12 +177,13 @@ def _start(
       writer,
       vocab_size=parts.model.config.vocab_size,
       seconds_per_decode_step=times['seconds_per_decode_step'],
+      overlapping=config.sampling.num_devices > 0 and config.staleness > 0,
   )
   if restored is not None:
     logbook.set_state(host['masked_tokens'])
   else:
     writer.truncate_after(-1)  # A run killed before its first checkpoint.
-    state = _fill(config, parts, state, blank, backlog, rollout, batch)
+    state = fill(config, parts, state, blank, backlog, rollout, batch)
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(parts, logbook, 0, backlog.newest())
     _evaluate(parts, state, logbook, 0)
@@ -190,7 +192,7 @@ def _start(
   return _Run(state, backlog, logbook)
 
 
-def _fill(config, parts, state, blank, backlog, rollout, batch) -> TrainState:
+def fill(config, parts, state, blank, backlog, rollout, batch) -> TrainState:
   """The start model samples what the first steps learn from.
 
   As if in steps before the first one, so that each has a key of its own.
@@ -298,7 +300,12 @@ def warm_up(parts, state, blank, batch):
 def score(
     parts: Parts, rollout: Rollout, batch: PromptBatch
 ) -> tuple[ScoredRollout, list[str]]:
-  """Rewards of a rollout, on the devices, and own completions as text."""
+  """Rewards of a rollout, on the devices, and own completions as text.
+
+  The rollout is brought to the learner's devices if it was sampled on others.
+  """
+  rows = sharding.batch(parts.mesh)
+  rollout = jax.device_put(rollout, rows)
   tokens, mask, truncated = processes.rows_of(
       (rollout.tokens, rollout.token_mask, rollout.truncated), parts.own
   )
@@ -310,9 +317,7 @@ def score(
   )
   num_rows = len(rollout.truncated)
   rewards = processes.place(
-      processes.collect(rewards, parts.own, num_rows),
-      sharding.batch(parts.mesh),
-      num_rows,
+      processes.collect(rewards, parts.own, num_rows), rows, num_rows
   )
   return ScoredRollout(rollout, rewards), texts
 

@@ -46,6 +46,35 @@ def test_sizes_and_intervals_are_at_least_one(name):
   refused(rf'config\.{name}=0 must be at least 1', **{name: 0})
 
 
+def test_programs_and_devices_go_together():
+  refused("config.mode 'splitt'. Did you mean 'split'", mode='splitt')
+  options = {'num_devices': 8, 'num_processes': 1}
+
+  def refused_mode(match, mode='split', wanted=4, **changes):
+    config = default.get_config()
+    config.update_from_flattened_dict(
+        {'mode': mode, 'sampling.num_devices': wanted}
+    )
+    with pytest.raises(ValueError, match=match) as error:
+      checks.check_mode(config, **options | changes)
+    assert '\n' not in str(error.value)
+
+  for wanted in (8, -1):
+    refused_mode(
+        rf'num_devices={wanted} must be between 0 \(those that learn\) and 7',
+        wanted=wanted,
+    )
+  refused_mode(
+      "num_devices=4 needs two programs, and config.mode='fused' is one",
+      mode='fused',
+  )
+  refused_mode('is for one process, and there are 2; use 0', num_processes=2)
+  for mode, wanted in (('fused', 0), ('split', 0), ('split', 7)):
+    config = default.get_config()
+    config.mode, config.sampling.num_devices = mode, wanted
+    checks.check_mode(config, **options)
+
+
 def test_micro_batches_are_not_negative():
   refused(
       r'learner.num_microbatches=-1 must be 0 \(as few as fit the memory\) or',
@@ -147,6 +176,23 @@ def test_prompts_divide_over_the_devices_that_sample():
   message = 'config.num_prompts=12 .* 8 devices .*sequence.* try 8 or 16'
   with pytest.raises(ValueError, match=message):
     checks.check(config, num_batch_shards=2, num_row_shards=8)
+
+
+def test_slots_are_those_of_the_devices_that_sample():
+  # Four devices learn and three sample: twelve prompts, and three slots.
+  config = default.get_config()
+  config.num_prompts = 12
+  config.sampling.num_slots = 3
+  shards = {'num_batch_shards': 4, 'num_sampler_shards': 3}
+  checks.check(config, **shards)
+  config.sampling.num_slots = 4
+  message = 'num_slots=4 is not divisible by the 3 devices .*while sampling'
+  with pytest.raises(ValueError, match=message):
+    checks.check(config, **shards)
+  config.num_prompts, config.sampling.num_slots = 16, 3
+  message = 'num_prompts=16 is not divisible by the 3 .* try 15 or 18'
+  with pytest.raises(ValueError, match=message):
+    checks.check(config, **shards)
 
 
 def test_packed_rows_hold_the_longest_completion_and_come_in_parts():
@@ -377,6 +423,17 @@ def test_what_cannot_be_trained_or_ended_is_refused(change, message):
 ], ids=lambda x: '-'.join(x) if isinstance(x, dict) else '')
 def test_old_data_that_cannot_be_learned_from_are_refused(change, message):
   refused(message, **change)
+
+
+def test_groups_to_choose_from_divide_over_devices():
+  config = default.get_config()
+  config.update_from_flattened_dict({
+      'replay.capacity': 1, 'replay.sampling': 'ess', 'replay.ratio': 1 / 32,
+      'replay.max_age': 15, 'learner.num_minibatches': 8, 'num_groups': 32,
+  })
+  checks.check(config, num_batch_shards=2)
+  with pytest.raises(ValueError, match='2 groups .* 8 parts .* on 4 devices'):
+    checks.check(config, num_batch_shards=4)
 
 
 def test_the_oldest_data_that_can_be_learned_from_are_accepted():

@@ -4,9 +4,14 @@ import dataclasses
 import math
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny_model
 import whole_step
+
+from dppo_jax import target
+from dppo_jax.types import Rows
 
 VOCAB, CHUNK = 151_936, 32
 NUM_PROMPTS, G, P, C = 4, 4, 8, 40
@@ -42,3 +47,46 @@ def test_without_chunks_they_all_exist():
   # So the test above can fail.
   all_logits = NUM_PROMPTS * G * C * VOCAB
   assert largest_array(0, 0) >= all_logits
+
+
+def by_halves(fn):
+  """As `sharding.by_tokens`, of two devices with half of the rows each."""
+
+  def run(params, *trees):
+    half = lambda start: fn(
+        params, *jax.tree.map(lambda x: x[start:start + 2], trees)
+    )
+    return jax.tree.map(lambda *x: jnp.concatenate(x), half(0), half(2))
+
+  return run
+
+
+@pytest.mark.parametrize('chunk_size, expected', [
+    (0, 2 * 6), (48, 2 * 6), (12, 2 * 3), (4, 2), (2, 2), (1, 2)
+])
+def test_a_chunk_has_its_share_of_each_device_and_a_token_of_each_row(
+    chunk_size, expected
+):
+  rows = Rows(
+      inputs=jnp.ones((4, 6), jnp.int32),
+      targets=jnp.ones((4, 6), jnp.int32),
+      token_mask=jnp.ones((4, 6), bool),
+      positions=jnp.tile(jnp.arange(6), (4, 1)),
+      input_segments=jnp.ones((4, 6), jnp.int32),
+      target_segments=jnp.ones((4, 6), jnp.int32),
+  )
+  seen = []
+
+  def fn(logits, targets):
+    del targets
+    seen.append(len(logits))
+    return jnp.sum(logits, axis=-1)
+
+  token_map = target.make_token_map(
+      tiny_model.MODEL.replace(by_tokens=by_halves),
+      temperature=1.0,
+      chunk_size=chunk_size,
+  )
+  params = jax.eval_shape(tiny_model.MODEL.init, jax.random.key(0))
+  jax.eval_shape(lambda params: token_map(fn, params, rows), params)
+  assert set(seen) == {expected}

@@ -1,14 +1,18 @@
 """Experts: what the router chose, and nothing dropped."""
 
 import dataclasses
+import functools
+import json
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
 
+from dppo_jax import hlo
 from dppo_jax import sharding
 from dppo_jax.models import experts
 from dppo_jax.models import mixtral
@@ -23,6 +27,7 @@ CONFIG = dataclasses.replace(
 )
 LAYER = experts.Experts(CONFIG, rngs=nnx.Rngs(0))
 GRAPH, PARAMS = nnx.split(LAYER)
+ONE = dict.fromkeys(sharding.AXES, 1)
 
 
 def inputs(num_tokens, seed=0):
@@ -116,3 +121,107 @@ def test_experts_go_over_their_own_axis_of_the_mesh():
   # [L, E, F, D]
   assert mlp['experts']['down']['kernel'] == P(None, 'expert', 'tensor', 'fsdp')
   assert mlp['router']['kernel'] == P(None, 'fsdp', None)
+
+
+def on_eight_devices(mesh_sizes):
+  """Prints how far results and gradients are from those of one device."""
+  config = dataclasses.replace(CONFIG, moe_intermediate_size=8)
+  graph, params = nnx.split(experts.Experts(config, rngs=nnx.Rngs(0)))
+  tokens = [x.reshape(8, 5, -1) for x in inputs(40)]
+
+  def squares(params, x, weights, spread):
+    out = nnx.merge(graph, params)(x, tokens[1], weights, spread)
+    return jnp.sum(out**2)
+
+  def found(mesh):
+    run = jax.value_and_grad(
+        functools.partial(squares, spread=sharding.by_experts(mesh)),
+        argnums=(0, 1, 2),
+    )
+    return jax.device_get(tiny_model.jit(run)(params, tokens[0], tokens[2]))
+
+  alone = found(sharding.make_mesh(**ONE, devices=jax.devices()[:1]))
+  for sizes in mesh_sizes:
+    others = found(sharding.make_mesh(**ONE | sizes))
+    print(max(
+        np.max(np.abs(a - b) / (1 + np.abs(b)))
+        for a, b in zip(
+            jax.tree.leaves(others), jax.tree.leaves(alone), strict=True
+        )
+    ))
+
+
+def collectives_of_experts():
+  """Prints those of a layer on eight devices, with and without `by_experts`."""
+  mesh = sharding.make_mesh(**ONE | {'fsdp': 8})
+  graph, params = nnx.split(experts.Experts(CONFIG, rngs=nnx.Rngs(0)))
+  place = lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
+  )
+  specs = {'gate': sharding.EXPERTS_IN, 'up': sharding.EXPERTS_IN,
+           'down': sharding.EXPERTS_OUT}
+  kernels = jax.tree_util.tree_map_with_path(
+      lambda path, x: place(x, specs[path[0].key]), params
+  )
+  tokens = [place(x.reshape(8, 50, -1), sharding.TOKENS) for x in inputs(400)]
+  for spread in (sharding.by_experts(mesh), None):
+    run = lambda kernels, *x, spread=spread: nnx.merge(graph, kernels)(
+        *x, spread
+    )
+    program = hlo.parse(jax.jit(run).lower(
+        kernels, *tokens
+    ).compile().as_text())
+    found = hlo.collectives(
+        program, list(hlo.executed(program)), num_devices=8
+    )
+    print(json.dumps(sorted([x.kind, x.payload] for x in found)))
+
+
+def test_a_mesh_changes_neither_experts_nor_their_gradients():
+  meshes = [
+      {'data': 2, 'fsdp': 4},
+      {'data': 2, 'fsdp': 2, 'tensor': 2},
+      {'fsdp': 2, 'expert': 4},
+      {'fsdp': 2, 'tensor': 2, 'expert': 2},
+      {'fsdp': 2, 'sequence': 4},  # Of five tokens.
+      {'tensor': 2, 'expert': 2, 'sequence': 2},
+      {'fsdp': 8},
+  ]
+  lines = many_devices.run(f"""
+      import experts_test
+      experts_test.on_eight_devices({meshes})
+  """)
+  assert len(lines) == len(meshes)
+  assert all(float(line) < 1e-5 for line in lines), lines
+
+
+def kept_for_the_gradient():
+  """Prints the numbers in each array that a layer keeps on eight devices."""
+  mesh = sharding.make_mesh(**ONE | {'fsdp': 8})
+  tokens = [x.reshape(8, 5, -1) for x in inputs(40)]
+  run = lambda params: nnx.merge(GRAPH, params)(
+      *tokens, sharding.by_experts(mesh)
+  )
+  kept = jax.eval_shape(lambda params: jax.vjp(run, params)[1], PARAMS)
+  print(json.dumps([x.size for x in jax.tree.leaves(kept)]))
+
+
+def test_gathered_kernels_are_not_kept_for_the_gradient():
+  [sizes] = map(json.loads, many_devices.run("""
+      import experts_test
+      experts_test.kept_for_the_gradient()
+  """))
+  # A kernel, [4, 6, 8], is kept once and not on each of eight devices.
+  assert 4 * 6 * 8 in sizes
+  assert max(sizes) < 8 * 4 * 6 * 8
+
+
+def test_tokens_stay_on_their_device_and_kernels_come_to_them():
+  here, everywhere = map(json.loads, many_devices.run("""
+      import experts_test
+      experts_test.collectives_of_experts()
+  """))
+  # [4, 8, 6] float32, three of them.
+  assert here == [['all-gather', 4 * 8 * 6 * 4]] * 3
+  # The compiler's own way: the rows of all 400 tokens, two of each.
+  assert max(size for _, size in everywhere) >= 400 * 2 * 8 * 4

@@ -55,6 +55,15 @@ def test_what_is_needed_what_there_is_and_the_way_out_are_named():
   )
 
 
+def test_a_row_a_device_that_is_too_long_may_be_split():
+  config = config_with(learner__num_microbatches=16)  # 4 rows, a device each.
+  message = refused(
+      config, sizes_of(1, 10**9), 10**6, num_batch_shards=4
+  )
+  assert 'config.mesh.sequence (now 1)' in message
+  assert 'num_microbatches' not in message
+
+
 FRUGAL = {
     'learner__num_microbatches': 64,  # A row in each.
     'learner__chunk_size': 8,

@@ -69,7 +69,7 @@ def whole_gradient(params, rows, gradient):
 class Above:
   """`models.causal_lm.CausalLM` of the parameters that `above` returns."""
 
-  parts = 1
+  by_tokens = None
 
   def trunk(self, params, tokens, **where):
     del tokens, where
@@ -237,7 +237,8 @@ def on_eight_devices():
 @pytest.fixture(scope='module')
 def eight_devices():
   printed = many_devices.run(
-      'import invariance_test; invariance_test.on_eight_devices()'
+      'import invariance_test; invariance_test.on_eight_devices()',
+      optimized=False,
   )
   lines = map(json.loads, printed)
   return {line.pop('name'): line for line in lines}

@@ -1,5 +1,6 @@
 """What a plan counts is what hand arithmetic says; slices need not exist."""
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -22,6 +24,10 @@ from dppo_jax import hlo
 from dppo_jax import operations
 from dppo_jax import plan as plan_lib
 from dppo_jax import roofline
+from dppo_jax import sharding
+from dppo_jax.models import attention
+from dppo_jax.models import attention_kernels
+from dppo_jax.models import experts
 from dppo_jax.models import sizes
 
 needs_libtpu = pytest.mark.skipif(
@@ -67,6 +73,25 @@ def test_rows_of_a_grouped_product_meet_their_own_group_only():
   assert count(jax.grad(loss, (0, 1)), X, kernels) == {'': 3 * once}
 
 
+@pytest.mark.parametrize('rows', [1, 3])
+def test_a_kernel_counts_as_if_it_left_no_block_out(rows):
+  length, heads, size = 640, 4, 8  # Two blocks of 384 are 768.
+
+  def attend(segments, q):
+    where = attention.Where(segments, segments, segments)
+    [sight], attend_with = attention_kernels.splash()(
+        where, [None], scale=1.0, cap=None
+    )
+    return attend_with(sight)(q, q, q)[0]
+
+  segments = jnp.ones((rows, length), jnp.int32)
+  q = jnp.ones((rows, length, heads, size))
+  # Queries with keys, weights with values.
+  assert count(attend, segments, q) == {
+      '': rows * heads * 2 * (2 * 768 * 768 * size)
+  }
+
+
 def test_a_loop_of_unknown_length_is_asked_for():
   def decode(x):
     with jax.named_scope('sample'):
@@ -99,6 +124,31 @@ def test_the_dearest_branch_counts_and_shards_count_all():
       axis_names={'rows'},
   )
   assert count(jax.jit(split), X) == {'': 2 * M * K * K}
+
+
+@pytest.mark.parametrize('sizes', [
+    {'fsdp': 4}, {'expert': 4}, {'fsdp': 2, 'tensor': 2, 'expert': 2}
+], ids=str)
+def test_a_token_costs_its_own_experts_wherever_they_are(sizes):
+  mesh = jax.sharding.AbstractMesh(
+      tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES,
+      axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
+  )
+  config = dataclasses.replace(
+      tiny_model.CONFIG, num_experts=8, num_experts_per_tok=2,
+      moe_intermediate_size=16,
+  )
+  batch, length, width = 4, 3, config.hidden_size
+  layer = experts.Experts(config, rngs=nnx.Rngs(0))
+  x = jnp.ones((batch, length, width))
+  choices = jnp.zeros((batch, length, 2), jnp.int32)
+  run = lambda x: layer(
+      x, choices, jnp.ones(choices.shape), sharding.by_experts(mesh)
+  )
+  [total] = count(jax.jit(run), x).values()
+  products = 2 * batch * length * 2 * 3 * width * 16
+  # Weighted sums are one more, of a device's part of each.
+  assert products <= total <= products * 1.1
 
 
 def test_a_models_forward_pass_is_the_sum_of_its_products():
@@ -163,7 +213,8 @@ _TEXT = '''HloModule jit_step, num_partitions=8
 %gathered.1 (param_0.2: bf16[4,8]) -> bf16[16,8] {
   %param_0.2 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
   ROOT %all-gather.9 = bf16[16,8]{1,0} all-gather(%param_0.2), \
-replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+replica_groups=mesh['axis_0'=2,'axis_1'=4], \
+device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={0}
 }
 
 %cond (p: (s32[], f32[4,8])) -> pred[] {
@@ -211,6 +262,29 @@ def test_collectives_are_found_in_fusions_loops_and_all_notations():
   # Twice around the ring, less what is one's own.
   assert reduce[:5] == ('all-reduce', 'sample', 6, 4, 128)
   assert reduce.sent == 2 * 128 * 3 / 4
+
+
+_KERNEL = '''HloModule jit_step
+
+ENTRY %main.1 (a: bf16[4,8]) -> f32[4,8] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %kernel = f32[4,8]{1,0} custom-call(%a), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(step)/learn/pallas_call"}
+  ROOT %out = f32[4,8]{1,0} copy(%kernel)
+}
+'''
+
+
+def test_a_kernel_is_one_instruction_although_its_lines_break():
+  program = hlo.parse(_KERNEL)
+  steps = list(hlo.executed(program, phases=('learn',)))
+  assert [step.instruction.name for step in steps] == ['a', 'kernel', 'out']
+  kernel = steps[1]
+  assert kernel.phase == 'learn'
+  # Reads 32 numbers of 2 bytes, writes as many of 4.
+  assert hlo.traffic(program, kernel) == 32 * (2 + 4)
 
 
 def test_what_stays_on_the_chip_is_no_traffic():

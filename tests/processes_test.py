@@ -19,6 +19,7 @@ import textwrap
 from typing import NamedTuple
 
 import jax
+import many_devices
 import numpy as np
 import pytest
 
@@ -114,8 +115,10 @@ def launch(tmp_path_factory):
             env=environment | variables | {
                 'SCORED': str(folder / f'{i}.jsonl'),
                 'SIGNAL_AT': json.dumps(when if i == who else [0, '']),
-                'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-                f'--xla_force_host_platform_device_count={8 // count}',
+                'XLA_FLAGS': ' '.join([
+                    f'--xla_force_host_platform_device_count={8 // count}',
+                    *many_devices.QUICK_FLAGS,
+                ]),
             },
             stdout=stderr, stderr=stderr,
         ))

@@ -3,7 +3,7 @@
 `program_facts.json` keeps them, as XLA counts them for a CPU. After a change
 that is meant to change them:
 
-    python tests/program_facts_test.py
+    PYTHONPATH=. python tests/program_facts_test.py
 
 writes them anew; the difference belongs into the commit.
 """

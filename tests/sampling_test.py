@@ -323,10 +323,11 @@ def test_a_nan_is_drawn_as_jax_draws_it_and_stays_in_the_vocabulary():
   )
 
 
-def test_tokens_are_those_of_jax_random_categorical():
+@pytest.mark.parametrize('size', [1, 61, 300, 454, 8192])
+def test_tokens_are_those_of_jax_random_categorical(size):
   keys = jax.random.split(jax.random.key(1), 500)
-  logits = 3 * jax.random.normal(jax.random.key(2), (500, 300))
-  logits = logits.at[:, ::3].set(-jnp.inf)
+  logits = 3 * jax.random.normal(jax.random.key(2), (500, size))
+  logits = logits.at[:, 1::3].set(-jnp.inf)
   tokens = sampling.categorical(keys, logits)
   assert tokens.dtype == jnp.int32
   np.testing.assert_array_equal(

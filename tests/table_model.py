@@ -22,7 +22,7 @@ from dppo_jax.types import ScoredRollout
 class TableModel:
   """`models.causal_lm.CausalLM` as far as the objective knows it."""
 
-  parts = 1  # Devices of a row.
+  by_tokens = None  # A single device.
 
   def trunk(self, params, tokens, *, positions, segment_ids):
     """[b, T] positions -> [b, T, V]."""

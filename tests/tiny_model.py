@@ -10,6 +10,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import optax
 
@@ -62,10 +63,7 @@ WITH_EXPERTS = CausalLM(
     ),
     family=qwen3_moe,
 )
-# Tests compile often and run once: half of the compile time, the same numbers.
-jit = functools.partial(
-    jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
+jit = functools.partial(jax.jit, compiler_options=many_devices.QUICK)
 # Many, so that completions have different lengths.
 EOS_IDS, PAD_ID = tuple(range(1, 9)), 0
 NUM_PROMPTS, GROUP_SIZE = 4, 4

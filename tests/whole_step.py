@@ -1,5 +1,6 @@
 """A whole training step as a run builds it, without files, tasks or text."""
 
+import collections
 import math
 import types
 
@@ -62,20 +63,19 @@ def compile_step(model, *, mesh=None, optimized=False, **options):
 
 
 def three_steps(model, params, *, mesh=None, **options):
-  """What three steps sample, measure and learn on a mesh.
-
-  Prompts are those of tiny_model.py; an odd first token has reward 1.
+  """What three steps sample, measure and learn on a mesh: see `take_steps`.
 
   Args:
     model: the architecture.
     params: of it, on any device.
     mesh: sizes of its axes, see `make_mesh`.
     **options: of `make_config`.
-
-  Returns:
-    lists and numbers: the tokens and scalar metrics of every step, the sum of
-    the absolute values of each parameter, the devices that hold parameters.
   """
+  return take_steps(*make_small(model, mesh=mesh, **options), params)
+
+
+def make_small(model, *, mesh=None, **options):
+  """A config, its mesh and its program; arguments as of `three_steps`."""
   config = make_config(**{
       'num_prompts': 4,
       'group_size': 4,
@@ -86,7 +86,27 @@ def three_steps(model, params, *, mesh=None, **options):
       **options,
   })
   mesh = make_mesh(**mesh or {})
-  program = make_program(config, mesh, model, eos_id=3)
+  return config, mesh, make_program(config, mesh, model, eos_id=3)
+
+
+def take_steps(config, mesh, program, params, *, num_blank=1, on_rollout=None):
+  """What three steps sample, measure and learn.
+
+  Prompts are those of tiny_model.py; an odd first token has reward 1.
+
+  Args:
+    config: see `make_small`, also for the next two.
+    mesh: of the learner.
+    program: from `make_program`.
+    params: of the model, on any device.
+    num_blank: steps that only sample; with k + 1 of them, what is learned from
+      is k steps old.
+    on_rollout: called with each rollout as it is returned.
+
+  Returns:
+    lists and numbers: the tokens and scalar metrics of every step, the sum of
+    the absolute values of each parameter, the devices that hold parameters.
+  """
   rows = sharding.batch(mesh)
   prompts = tiny_model.prompts(config.num_prompts)
   steps = []
@@ -95,26 +115,31 @@ def three_steps(model, params, *, mesh=None, **options):
         jax.tree.map(jnp.copy, params),
         *jax.random.split(jax.random.key(5)),
     )
-    scored = jax.device_put(
+    blank = jax.device_put(
         train_step.blank(
             program.rollout_fn, state, prompts, program.trainable
         ),
         rows,
     )
-    for _ in range(4):  # The first only samples.
-      state, rollout, metrics = program.train_step(state, scored, prompts)
+    pending = collections.deque([blank] * num_blank)
+    for _ in range(num_blank + 3):
+      state, rollout, metrics = program.train_step(
+          state, pending.popleft(), prompts
+      )
+      if on_rollout is not None:
+        on_rollout(rollout)
       steps.append({
           'tokens': np.asarray(rollout.tokens).tolist(),
           'metrics': {k: float(v) for k, v in metrics.items() if not v.ndim},
       })
       rewards = np.asarray(rollout.tokens[:, config.max_prompt_length] % 2)
-      scored = ScoredRollout(
-          rollout, jax.device_put(rewards.astype(np.float32), rows)
-      )
+      pending.append(jax.device_put(
+          ScoredRollout(rollout, rewards.astype(np.float32)), rows
+      ))
   leaves = jax.tree.leaves(state.params)
   return {
       'tokens': [step['tokens'] for step in steps],
-      'metrics': [step['metrics'] for step in steps[1:]],
+      'metrics': [step['metrics'] for step in steps[num_blank:]],
       'parameters': [float(jnp.sum(jnp.abs(x))) for x in leaves],
       'devices': len({d for x in leaves for d in x.sharding.device_set}),
   }

@@ -6,7 +6,7 @@ tokens, H query heads, K key and value heads, E width of a head; N prompts, G
 completions of each, P prompt tokens, C completion tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import contextvars
 from typing import Any, NamedTuple
@@ -22,6 +22,10 @@ AttendFn = Callable[
     [jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]
 ]
 
+# attention(where, windows, scale=, cap=) -> (sights, attend_with). A sight is
+# what layers of a window have to know, one for each of `windows`, all of one
+# structure, so that scanned layers select theirs; attend_with(sight) -> attend.
+RowAttention = Callable[..., tuple[list[Any], Callable[[Any], AttendFn]]]
 
 # Rows longer than that never have scores [T, T] of all tokens at once.
 LONG_ROW = 2048
@@ -55,14 +59,18 @@ def traced_for(platform: str) -> Iterator[None]:
     _platform.reset(token)
 
 
+def platform() -> str:
+  """That programs are traced for: cpu, tpu, gpu, or another of JAX."""
+  return _platform.get() or jax.default_backend()
+
+
 def multiplicand(x: jax.Array) -> jax.Array:
   """What goes into a product that is summed in float32.
 
   A CPU does not multiply float16 into float32, and bfloat16 not always; there
   the factors are widened, which changes no product.
   """
-  platform = _platform.get() or jax.default_backend()
-  if x.dtype.itemsize < 4 and platform == 'cpu':
+  if x.dtype.itemsize < 4 and platform() == 'cpu':
     return x.astype(jnp.float32)
   return x
 
@@ -217,6 +225,30 @@ def attend_in_blocks(
     return jnp.concatenate(outs, axis=1), (k, v)
 
   return attend
+
+
+def in_xla(*, parts: int = 1, split: SplitFn | None = None) -> RowAttention:
+  """Attention of whole rows without a kernel, of long ones in blocks.
+
+  Args:
+    parts: of a row, on as many devices.
+    split: shares the queries of a row among them, see `attend_in_blocks`; None
+      where a device has whole rows.
+  """
+
+  def attention(where, windows: Sequence[int | None], **scores):
+    if where.positions.shape[1] <= LONG_ROW and split is None:
+      sights = [visible_within_segments(where, window=x) for x in windows]
+      return sights, lambda visible: attend_within_row(visible, **scores)
+    if all(window is None for window in windows):
+      sights = [None] * len(windows)
+    else:
+      sights = [jnp.int32(NO_WINDOW if x is None else x) for x in windows]
+    return sights, lambda window: attend_in_blocks(
+        where, window, parts=parts, split=split, **scores
+    )
+
+  return attention
 
 
 def _in_blocks(x, largest):

@@ -54,9 +54,11 @@ class CausalLM:
       backward pass. 'full' needs the least memory and about a third more time.
     place: puts the hidden states [B, T, D] between layers where they belong on
       a mesh, so that a compiler moves weights to tokens and not the other way.
-    parts: of a row, on as many devices.
-    split: shares the queries of a row among them, see
-      `attention.attend_in_blocks`; None where a device has whole rows.
+    by_tokens: has each device map its own tokens, see `sharding.by_tokens`;
+      None where all have all of them.
+    by_experts: the same for tokens and experts, see `experts.Experts`.
+    row_attention: among the tokens of whole rows, by XLA or by a kernel, see
+      `attention_kernels`.
   """
 
   config: layers.ModelConfig
@@ -65,8 +67,9 @@ class CausalLM:
   dtype: Any = jnp.float32
   remat: str = 'none'
   place: Callable[[jax.Array], jax.Array] = lambda hidden: hidden
-  parts: int = 1
-  split: attention.SplitFn | None = None
+  by_tokens: Callable[..., Any] | None = None
+  by_experts: experts.SpreadFn | None = None
+  row_attention: attention.RowAttention = attention.in_xla()
 
   def replace(self, **changes) -> 'CausalLM':
     """A copy with some attributes changed."""
@@ -157,22 +160,27 @@ class CausalLM:
     """
     x = self.place(self._embed(params, tokens))
     where = attention.Where(segment_ids, positions, prompt_ids)
+    kinds = self.config.kinds
+    sights, attend_with = self.row_attention(
+        where, [kind.window for kind in kinds], **self._scores()
+    )
     views = [
-        (self._rotation(kind, positions), self._sight(where, kind))
-        for kind in self.config.kinds
+        (self._rotation(kind, positions), sight)
+        for kind, sight in zip(kinds, sights, strict=True)
     ]
 
     def layer(x, scanned):
       layer_params, kind, replay = scanned
-      rotation, sight = jax.tree.map(
-          lambda *options: jax.lax.select_n(kind, *options), *views
-      )
-      attend = self._attend(where, sight)
+      rotation, sight = views[0]
+      if len(views) > 1:  # What is selected is kept for every layer.
+        rotation, sight = jax.tree.map(
+            lambda *options: jax.lax.select_n(kind, *options), *views
+        )
       x, cache, routed = self._block(
           layer_params,
           x,
           rotation=rotation,
-          attend=attend,
+          attend=attend_with(sight),
           routing=routing._replace(replay=replay),
       )
       cache = attention.cache_of(*cache) if keep_cache else None
@@ -359,28 +367,6 @@ class CausalLM:
         scaling=kind.rope_scaling,
     )
 
-  def _sight(self, where: attention.Where, kind: layers.LayerKind):
-    """What tells `_attend` who sees whom in layers of a kind."""
-    if not self._in_blocks(where):
-      return attention.visible_within_segments(where, window=kind.window)
-    if all(other.window is None for other in self.config.kinds):
-      return None
-    window = attention.NO_WINDOW if kind.window is None else kind.window
-    return jnp.int32(window)
-
-  def _attend(self, where: attention.Where, sight) -> attention.AttendFn:
-    """Attention within rows, whole or in blocks where they are long."""
-    if not self._in_blocks(where):
-      return attention.attend_within_row(sight, **self._scores())
-    return attention.attend_in_blocks(
-        where, sight, parts=self.parts, split=self.split, **self._scores()
-    )
-
-  def _in_blocks(self, where: attention.Where) -> bool:
-    """Whether the scores of a row are never there at once."""
-    long = where.positions.shape[1] > attention.LONG_ROW
-    return long or self.split is not None
-
   def _scores(self) -> dict[str, Any]:
     """How attention scores are scaled and capped."""
     return {
@@ -394,7 +380,7 @@ class CausalLM:
     graph = _block_graph(self.family.Block, self.config)
     block = nnx.merge(graph, layer_params)
     if self.config.num_experts:
-      return block(x, routing=routing, **arguments)
+      return block(x, routing=routing, spread=self.by_experts, **arguments)
     return *block(x, **arguments), experts.Routed()
 
   def _unstack(self, stacked: PyTree) -> list:

@@ -9,6 +9,8 @@ tests only. M tokens, D width, E experts, k experts of a token, F inner width of
 an expert.
 """
 
+from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 from flax import nnx
@@ -121,7 +123,7 @@ class Router(nnx.Module):
 
 
 class ExpertLinear(nnx.Module):
-  """x @ kernel[expert], rows sorted by expert. [M, inputs] -> [M, outputs]."""
+  """Kernels of all experts, [E, inputs, outputs]."""
 
   def __init__(
       self, num_experts: int, inputs: int, outputs: int, *, rngs: nnx.Rngs
@@ -132,9 +134,18 @@ class ExpertLinear(nnx.Module):
         scale * jax.random.normal(rngs.params(), shape)
     )
 
-  def __call__(self, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    kernel = self.kernel[...].astype(x.dtype)
-    return jax.lax.ragged_dot(x, kernel, group_sizes)
+
+class Kernels(NamedTuple):
+  """Of some experts that stand next to each other, or of a part of them."""
+
+  gate: jax.Array  # [E, D, F]
+  up: jax.Array
+  down: jax.Array  # [E, F, D]
+
+
+# spread(mix) of a mix(kernels, x, choices, weights, first), see `_mix`: a
+# mix(kernels, x, choices, weights) on all devices of a mesh.
+SpreadFn = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 
 class Experts(nnx.Module):
@@ -147,22 +158,66 @@ class Experts(nnx.Module):
     self.up = ExpertLinear(count, size, inner, rngs=rngs)
     self.down = ExpertLinear(count, inner, size, rngs=rngs)
     self.activation = layers.ACTIVATIONS[config.hidden_act]
-    self.num_experts = count
 
   def __call__(
-      self, x: jax.Array, choices: jax.Array, weights: jax.Array
+      self,
+      x: jax.Array,
+      choices: jax.Array,
+      weights: jax.Array,
+      spread: SpreadFn | None = None,
   ) -> jax.Array:
-    """[M, D], [M, k] int32, [M, k] -> [M, D]."""
-    num_chosen = choices.shape[1]
-    flat = choices.reshape(-1)  # [M * k]
-    order = jnp.argsort(flat)  # Stable: ties stay in the order of tokens.
-    sizes = jnp.bincount(flat, length=self.num_experts).astype(jnp.int32)
-    rows = jnp.take(x, order // num_chosen, axis=0)
-    inner = self.activation(self.gate(rows, sizes)) * self.up(rows, sizes)
-    out = self.down(inner, sizes)  # [M * k, D], sorted by expert.
-    out = jnp.take(out, jnp.argsort(order), axis=0)
-    out = out.reshape(*choices.shape, -1)  # [M, k, D]
-    return jnp.einsum('mkd,mk->md', out, weights)
+    """[..., D], [..., k] int32, [..., k] -> [..., D].
+
+    Args:
+      x: of the tokens.
+      choices: of each.
+      weights: of its choices.
+      spread: puts [B, T, ...] and kernels on the devices of a mesh, see
+        `sharding.by_experts`; without it the compiler does, and sorts all
+        tokens together.
+    """
+    kernels = Kernels(*(
+        part.kernel[...].astype(x.dtype)
+        for part in (self.gate, self.up, self.down)
+    ))
+    mix = functools.partial(_mix, activation=self.activation)
+    if spread is not None:
+      mix = spread(mix)
+    return mix(kernels, x, choices, weights)
+
+
+def _mix(kernels, x, choices, weights, first=None, *, activation):
+  """Sums of tokens over those of their experts that are here.
+
+  Args:
+    kernels: of experts `first`, `first` + 1, ...
+    x: [..., D].
+    choices: [..., k] int32, among all experts.
+    weights: [..., k].
+    first: [] int32; None if all experts are here.
+    activation: of the gate.
+  """
+  shape, num_chosen = x.shape, choices.shape[-1]
+  count = len(kernels.gate)
+  x, flat = x.reshape(-1, shape[-1]), choices.reshape(-1)  # [M, D], [M * k]
+  if first is not None:  # Others come last, behind all groups.
+    flat = flat - first
+    flat = jnp.where((flat >= 0) & (flat < count), flat, count)
+  order = jnp.argsort(flat)  # Stable: ties stay in the order of tokens.
+  sizes = jnp.bincount(flat, length=count).astype(jnp.int32)
+  rows = jnp.take(x, order // num_chosen, axis=0)
+  # What a product makes of rows behind its groups is not defined.
+  here = lambda rows: rows if first is None else jnp.where(
+      (jnp.arange(len(rows)) < jnp.sum(sizes))[:, None], rows, 0
+  )
+  rows = here(rows)
+  product = lambda rows, kernel: here(jax.lax.ragged_dot(rows, kernel, sizes))
+  inner = activation(product(rows, kernels.gate)) * product(rows, kernels.up)
+  out = product(inner, kernels.down)  # [M * k, D], sorted by expert.
+  out = jnp.take(out, jnp.argsort(order), axis=0)
+  out = out.reshape(-1, num_chosen, shape[-1])  # [M, k, D]
+  out = jnp.einsum('mkd,mk->md', out, weights.reshape(-1, num_chosen))
+  return out.reshape(shape)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -173,7 +228,10 @@ class MixtureOfExperts(nnx.Module):
     self.experts = Experts(config, rngs=rngs)
 
   def __call__(
-      self, x: jax.Array, routing: Routing = Routing()
+      self,
+      x: jax.Array,
+      routing: Routing = Routing(),
+      spread: SpreadFn | None = None,
   ) -> tuple[jax.Array, Routed]:
     lead = x.shape[:-1]
     flat = x.reshape(-1, x.shape[-1])  # [M, D]
@@ -188,18 +246,24 @@ class MixtureOfExperts(nnx.Module):
         choices=jax.tree.map(split, routed.choices),
         changed=jax.tree.map(split, routed.changed),
     )
-    return split(self.experts(flat, choices, weights)), routed
+    return self.experts(x, split(choices), split(weights), spread), routed
 
 
 class ExpertBlock(layers.PreNormBlock):
   """`PreNormBlock` whose mlp has experts; also returns what was `Routed`."""
 
   def __call__(
-      self, x: jax.Array, *, rotation, attend, routing: Routing = Routing()
+      self,
+      x: jax.Array,
+      *,
+      rotation,
+      attend,
+      routing: Routing = Routing(),
+      spread: SpreadFn | None = None,
   ) -> tuple[jax.Array, PyTree, Routed]:
     change, kept = self.attention(
         self.norm_attention(x), rotation=rotation, attend=attend
     )
     x = x + change
-    change, routed = self.mlp(self.norm_mlp(x), routing)
+    change, routed = self.mlp(self.norm_mlp(x), routing, spread)
     return x + change, kept, routed

@@ -1,0 +1,367 @@
+"""Attention by kernels is attention by XLA, where the hardware lets us ask.
+
+Splash attention runs in Pallas' interpreter here: its numbers are tested, its
+speed is not. For TPU and CUDA, programs are compiled or lowered without one.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+
+import jax
+from jax._src.cudnn import fused_attention_stablehlo
+import jax.numpy as jnp
+import many_devices
+import meshes_test
+import numpy as np
+import plan_test
+import pytest
+import tiny_model
+import whole_step
+
+from dppo_jax import checks
+from dppo_jax import hlo
+from dppo_jax import main
+from dppo_jax import plan
+from dppo_jax.models import attention
+from dppo_jax.models import attention_kernels
+
+WINDOWS = {'full': [None], 'sliding': [7], 'both': [7, None]}
+
+
+def packed(length, *, shared, seed=0):
+  """A left-padded sequence; and segments of all sizes, then padding."""
+  random = np.random.RandomState(seed)
+  segments = np.zeros((2, length), np.int32)
+  prompts, positions = np.zeros_like(segments), np.zeros_like(segments)
+  segments[0, length // 5:] = 1
+  positions[0, length // 5:] = np.arange(length - length // 5)
+  start, segment, prompt, size = 0, 0, 0, 0
+  while start < 0.9 * length - 1:
+    segment += 1
+    if segment % 3 == 1:  # A prompt, and two that continue it.
+      prompt, offset = 0, 0
+    else:
+      prompt = segment - (segment + 2) % 3
+      offset = np.sum(segments[1] == prompt)
+    size = min(random.randint(1, length // 4), length - start)
+    where = slice(start, start + size)
+    segments[1, where] = segment
+    prompts[1, where] = prompt if shared else 0
+    positions[1, where] = np.arange(size) + (offset if shared else 0)
+    start += size
+  return attention.Where(
+      jnp.asarray(segments), jnp.asarray(positions),
+      jnp.asarray(prompts) if shared else None,
+  )
+
+
+def numbers(rows, where, windows, *, heads=(4, 2), size=16, cap=None,
+            dtype=jnp.float32):
+  """What each window's real tokens get, and its gradients."""
+  length = where.segment_ids.shape[1]
+  random = np.random.RandomState(1)
+  draw = lambda count: jnp.asarray(
+      random.normal(size=(2, length, count, size)), dtype
+  )
+  q, k, v, weights = (draw(heads[i]) for i in (0, 1, 1, 0))
+  weights *= (where.segment_ids > 0)[..., None, None]
+
+  def total(inputs, which):
+    sights, attend_with = rows(where, windows, scale=0.3, cap=cap)
+    sight = jax.tree.map(lambda *x: jax.lax.select_n(which, *x), *sights)
+    out, _ = attend_with(sight)(*inputs)
+    return jnp.sum(out * weights), out
+
+  both = jax.jit(jax.value_and_grad(total, has_aux=True))
+  found = [both((q, k, v), jnp.int32(i)) for i in range(len(windows))]
+  return [(out * (weights != 0), *gradient) for (_, out), gradient in found]
+
+
+def assert_close(found, expected, tolerance):
+  for one, other in zip(
+      jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    scale = float(jnp.abs(other).max())
+    assert scale > 0.1
+    np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
+
+
+in_splash = attention_kernels.splash(interpret=True)
+
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('name', WINDOWS)
+def test_splash_sees_what_xla_sees(monkeypatch, name, shared):
+  monkeypatch.setattr(attention_kernels, '_BLOCK', 128)
+  # 300 tokens are filled up to three blocks.
+  where, windows = packed(300, shared=shared), WINDOWS[name]
+  assert_close(
+      numbers(in_splash, where, windows),
+      numbers(attention.in_xla(), where, windows), 1e-5,
+  )
+
+
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('options', [
+    {'cap': 2.0}, {'heads': (6, 1)}, {'heads': (3, 3)}, {'size': 72},
+], ids=str)
+def test_splash_caps_scores_and_shares_keys(options, shared):
+  where = packed(130, shared=shared)
+  assert_close(
+      numbers(in_splash, where, [None], **options),
+      numbers(attention.in_xla(), where, [None], **options), 1e-5,
+  )
+
+
+def assert_rounds_as_xla(rows, where):
+  """In bfloat16; its distance from what XLA says in float32."""
+  with jax.default_matmul_precision('highest'):
+    exact = numbers(attention.in_xla(), where, [None])
+
+  def distances(rows):
+    rounded = numbers(rows, where, [None], dtype=jnp.bfloat16)
+    return [
+        float(jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32) - y))))
+        for x, y in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact))
+    ]
+
+  pairs = zip(distances(rows), distances(attention.in_xla()), strict=True)
+  for ours, theirs in pairs:
+    assert 0 < ours < 2 * theirs
+
+
+def test_splash_rounds_bfloat16_about_as_xla_does():
+  assert_rounds_as_xla(in_splash, packed(130, shared=True))
+
+
+KERNELS = {'tpu': attention_kernels.splash(), 'cuda': attention_kernels.cudnn()}
+
+
+@pytest.mark.skipif(
+    attention_kernels.platform_of() not in KERNELS,
+    reason='there is no kernel for this device',
+)
+@pytest.mark.parametrize('shared', [False, True])
+def test_the_kernel_of_this_device_sees_what_xla_sees(shared):
+  kernel = KERNELS[attention_kernels.platform_of()]
+  assert_rounds_as_xla(kernel, packed(1025, shared=shared))
+
+
+def test_a_block_that_nobody_sees_is_left_out(monkeypatch):
+  monkeypatch.setattr(attention_kernels, '_BLOCK', 128)
+  segments = jnp.asarray([[1] * 128 + [2] * 256 + [3] * 128])
+  positions = jnp.arange(512)[None]
+  where = attention.Where(segments, positions, jnp.zeros_like(segments))
+  [kernel], _ = in_splash(where, [None], scale=1.0, cap=None)
+  # 0 is empty, 1 has both, 2 is full.
+  np.testing.assert_array_equal(kernel.fwd_mask_info.block_mask[0, 0], [
+      [1, 0, 0, 0], [0, 1, 0, 0], [0, 2, 1, 0], [0, 0, 0, 1],
+  ])
+
+
+def test_a_row_is_filled_up_by_less_than_the_lanes_of_each_block():
+  for length in range(1, 3000):
+    block = attention_kernels._block(length)
+    count = -(-length // block)
+    assert block % 128 == 0 and block <= attention_kernels._BLOCK
+    assert count * block - length < 128 * count
+
+
+def asked(**changes):
+  """What 2,048 tokens of a Llama in bfloat16 need, on one device."""
+  return attention_kernels.Asked(**{
+      'whose': 'learner',
+      'config': dataclasses.replace(tiny_model.CONFIG, head_dim=128),
+      'dtype': 'bfloat16',
+      'dtype_name': 'config.model.dtype',
+      'length': 2048,
+      'mesh': {'tensor': 1, 'sequence': 1},
+      'splits_rows': True,
+  } | changes)
+
+
+@pytest.mark.parametrize('platform, chosen', [
+    ('tpu', 'splash'), ('cuda', 'cudnn'), ('cpu', 'xla'), ('gpu', 'xla'),
+])
+def test_auto_is_the_kernel_of_the_platform(platform, chosen):
+  found = attention_kernels.choose('auto', asked(), platform=platform)
+  assert found.name == chosen
+  assert bool(found.reason) == (platform == 'gpu')
+
+
+def with_model(**changes):
+  return {'config': dataclasses.replace(tiny_model.CONFIG, **changes)}
+
+
+@pytest.mark.parametrize('name, platform, changes, reason', [
+    ('splash', 'cpu', {}, 'needs a TPU, and programs are traced for cpu'),
+    ('cudnn', 'tpu', {}, 'needs a GPU of NVIDIA'),
+    ('splash', 'tpu', {'dtype': 'float16'}, 'config.model.dtype=float16'),
+    ('cudnn', 'cuda', {'dtype': 'float32'}, 'not one of bfloat16, float16'),
+    ('splash', 'tpu', {'mesh': {'sequence': 2}}, 'config.mesh.sequence is 2'),
+    ('splash', 'tpu', {'mesh': {'tensor': 4}}, '2 key and value heads'),
+    ('cudnn', 'cuda', with_model(attn_logit_softcapping=50.0), 'at 50 here'),
+    ('cudnn', 'cuda', with_model(head_dim=256), '256 numbers'),
+    ('cudnn', 'cuda', with_model(head_dim=36), '36 numbers'),
+])
+def test_what_a_kernel_cannot_do_is_refused_and_auto_says_so(
+    name, platform, changes, reason
+):
+  with pytest.raises(ValueError, match=reason) as error:
+    attention_kernels.choose(name, asked(**changes), platform=platform)
+  message = str(error.value)
+  assert '\n' not in message and f"config.model.attention='{name}'" in message
+  if 'traced for' not in message and 'needs' not in message:
+    auto = attention_kernels.choose('auto', asked(**changes), platform=platform)
+    assert auto.name == 'xla' and reason in auto.reason
+
+
+def test_a_sampler_has_whole_rows_whatever_splits_the_learners():
+  prefill = asked(mesh={'sequence': 2}, splits_rows=False)
+  found = attention_kernels.choose('auto', prefill, platform='tpu')
+  assert found == attention_kernels.Chosen('splash', '')
+
+
+def test_short_rows_are_not_filled_up_unless_asked_for():
+  short = asked(length=attention_kernels.SHORT_ROW - 1)
+  found = attention_kernels.choose('auto', short, platform='tpu')
+  assert found == ('xla', 'rows of 511 tokens are short, below 512')
+  named = attention_kernels.choose('splash', short, platform='tpu')
+  assert named == ('splash', '')
+
+
+def test_a_run_says_once_where_auto_has_no_kernel(caplog):
+  config = whole_step.make_config(learner__row_length=600)
+  model = tiny_model.MODEL.replace(dtype=jnp.bfloat16)
+  mesh = whole_step.make_mesh()
+  with attention.traced_for('cuda'):
+    main.warn_of_no_kernel(config, mesh, model)
+  assert [record.getMessage() for record in caplog.records] == [
+      'Attention of the prefill by XLA: config.sampling.dtype=float32 is not '
+      'one of bfloat16, float16.'
+  ]
+  caplog.clear()
+  main.warn_of_no_kernel(config, mesh, model)  # On a CPU.
+  assert not caplog.records
+
+
+def test_a_run_refuses_a_kernel_that_is_not_for_its_device():
+  config = whole_step.make_config(model__attention='splash')
+  with pytest.raises(ValueError, match="attention='splash' cannot serve the"):
+    whole_step.make_program(config, whole_step.make_mesh(), tiny_model.MODEL)
+  config.model.attention = 'slash'
+  with pytest.raises(ValueError, match="Did you mean 'splash'"):
+    checks.check(config, num_batch_shards=1)
+
+
+def lowered_step(platform=None, **options):
+  """The text of a whole step before it is compiled, for a platform."""
+  config = whole_step.make_config(num_prompts=4, group_size=2, **options)
+  mesh = whole_step.make_mesh()
+  model = tiny_model.MODEL.replace(dtype=jnp.dtype(config.model.dtype))
+  program = whole_step.make_program(config, mesh, model)
+  arguments = main.abstract_arguments(config, mesh, program)
+  traced = program.train_step.trace(*arguments)
+  return traced.lower(lowering_platforms=platform and (platform,)).as_text()
+
+
+def test_auto_on_a_cpu_is_xla():
+  assert lowered_step() == lowered_step(model__attention='xla')
+
+
+PACKED = {'learner__row_length': 49, 'learner__num_microbatches': 2}
+
+
+@pytest.mark.parametrize('options', [{}, PACKED], ids=['rows', 'packed'])
+def test_a_step_for_cuda_calls_cudnn(monkeypatch, options):
+  # JAX asks the library, which is not here, for its version.
+  monkeypatch.setattr(
+      fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
+  )
+  with attention.traced_for('cuda'):
+    text = lowered_step(
+        'cuda', model__attention='cudnn', model__dtype='bfloat16',
+        sampling__dtype='bfloat16', **options,
+    )
+  assert set(re.findall(r'__cudnn\$fmha\w*', text)) == {
+      '__cudnn$fmhaScaleBiasSoftmax', '__cudnn$fmhaScaleBiasSoftmaxBackward'
+  }
+
+
+@pytest.mark.parametrize('options, learner', [
+    ({}, '_segmented'), (PACKED, '')
+], ids=['rows', 'packed'])
+def test_a_step_for_tpu_calls_splash(options, learner):
+  with attention.traced_for('tpu'):
+    text = lowered_step('tpu', model__attention='splash', **options)
+  assert set(re.findall(r'kernel_name = "(splash\w*)"', text)) == {
+      'splash_mha_fwd_segmented_no_residuals',  # Of the prompts.
+      f'splash_mha_fwd{learner}_residuals',
+      f'splash_mha_dq{learner}_no_residuals',
+      f'splash_mha_dkv{learner}_no_residuals',
+  }
+
+
+def steps_on_eight_devices():
+  """Prints three steps by XLA on one device, and by splash on eight."""
+  model = tiny_model.MODEL
+  params = tiny_model.params()
+  for packed_rows in (False, True):
+    options = PACKED | {'learner__row_length': 25} if packed_rows else {}
+    options |= {'num_prompts': 8, 'learner__num_minibatches': 1}
+    one = whole_step.three_steps(model, params, **options)
+    with attention.traced_for('tpu'), pytest.MonkeyPatch.context() as patch:
+      patch.setattr(attention_kernels, 'splash', functools.partial(
+          attention_kernels.splash, interpret=True
+      ))
+      many = whole_step.three_steps(
+          model, params, mesh={'data': 2, 'fsdp': 2, 'tensor': 2},
+          model__attention='splash', **options,
+      )
+    print(json.dumps([one, many]))
+
+
+@pytest.mark.slow
+def test_three_steps_by_splash_on_a_mesh_are_those_of_one_device():
+  lines = many_devices.run(
+      'import attention_kernels_test as test; test.steps_on_eight_devices()',
+      optimized=False,
+  )
+  whole, packed_rows = map(json.loads, lines)
+  meshes_test.check(*whole)
+  meshes_test.check(*packed_rows, apart_from='learner/')
+
+
+@plan_test.needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize('options, learner', [
+    ({}, '_segmented'),
+    ({'learner.row_length': 600, 'learner.num_microbatches': 2}, ''),
+], ids=['rows', 'packed'])
+def test_the_compiler_for_tpu_takes_the_kernels(monkeypatch, options, learner):
+  """Mosaic compiles them, forwards and backwards, in a step on four chips."""
+  texts, parse = [], hlo.parse
+  monkeypatch.setattr(hlo, 'parse', lambda x: texts.append(x) or parse(x))
+  config = plan_test.tiny_config(**{
+      'model.attention': 'splash', 'max_completion_length': 250, **options,
+  })
+  sizes = dataclasses.replace(
+      tiny_model.CONFIG, head_dim=64, max_position_embeddings=1024,
+      sliding_window=100, layer_types=('sliding_attention', 'full_attention'),
+      attn_logit_softcapping=30.0,
+  )
+  found = plan.make_plan(
+      config, plan.make_topology('v5p:2x2x1'),
+      tiny_model.MODEL.replace(config=sizes, dtype=jnp.bfloat16),
+  )
+  assert found.mesh['fsdp'] == found.mesh['tensor'] == 2
+  [text] = texts
+  assert 'tpu_custom_call' in text
+  assert set(re.findall(r'/(splash_mha_\w+)/', text)) == {
+      'splash_mha_fwd_segmented_no_residuals',  # Of the prompts.
+      f'splash_mha_fwd{learner}_residuals',
+      f'splash_mha_dq{learner}_no_residuals',
+      f'splash_mha_dkv{learner}_no_residuals',
+  }
