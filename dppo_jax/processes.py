@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import contextlib
 import json
 import os
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ from dppo_jax.types import PyTree
 
 # One that fails says so to the others by leaving, and they wait no longer.
 _SHUTDOWN_TIMEOUT_S = 30
+# Of the CPU, where it is to look like several devices.
+_THREADS_PER_DEVICE = 4
 
 
 def initialize(
@@ -52,6 +55,7 @@ def initialize(
       'shutdown_timeout_seconds': _SHUTDOWN_TIMEOUT_S,
   }
   _check_arguments(coordinator, num_processes, process_id)
+  allow_threads()
   if coordinator is not None:
     jax.distributed.initialize(
         coordinator,
@@ -67,6 +71,22 @@ def initialize(
       # What it says where it knows no cluster, and nobody has named one.
       if 'coordinator_address' not in str(error):
         raise
+
+
+def allow_threads() -> None:
+  """Lets XLA have threads enough for a CPU that looks like several devices.
+
+  By itself it has one for each. All of them may wait for each other in
+  collectives while what they wait for waits for a thread; after 40 s XLA ends
+  the process. Call it before any device is used; `PJRT_NPROC` is kept if set.
+  """
+  asked = re.search(
+      r'--xla_force_host_platform_device_count=(\d+)',
+      os.environ.get('XLA_FLAGS', ''),
+  )
+  count = int(asked[1]) if asked else jax.config.jax_num_cpu_devices
+  if count > 1:
+    os.environ.setdefault('PJRT_NPROC', str(_THREADS_PER_DEVICE * count))
 
 
 def _check_arguments(coordinator, num_processes, process_id) -> None:

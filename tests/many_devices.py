@@ -35,6 +35,8 @@ def run(code, *arguments, num_devices=8, optimized=True):
       cwd=HERE.parent,
       env=os.environ | {
           'JAX_PLATFORMS': 'cpu',
+          # As in a run, see `processes.allow_threads`.
+          'PJRT_NPROC': str(4 * num_devices),
           'PYTHONPATH': os.pathsep.join(map(str, (HERE.parent, HERE))),
           'XLA_FLAGS': ' '.join(flags),
       },

@@ -422,6 +422,33 @@ def test_flags_that_do_not_belong_together_are_named(given, message):
     processes.initialize(**given)
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='Reads /proc.')
+@pytest.mark.parametrize('how', ['flag', 'config', 'one device', 'own number'])
+def test_devices_of_a_cpu_have_threads_enough_for_all_to_wait(how):
+  printed = many_devices.run(f"""
+      import os, pathlib, re
+      os.environ['XLA_FLAGS'] = ''
+      del os.environ['PJRT_NPROC']
+      if {how!r} == 'own number':
+        os.environ['PJRT_NPROC'] = '9'
+      if {how!r} in ('flag', 'own number'):
+        os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=3'
+      import jax
+      from dppo_jax import processes
+      if {how!r} == 'config':
+        jax.config.update('jax_num_cpu_devices', 3)
+      processes.initialize(num_processes=1)
+      print(jax.device_count())
+      tasks = pathlib.Path('/proc/self/task').glob('*/comm')
+      print(sum('XLAEigen' in task.read_text() for task in tasks))
+  """)
+  devices, threads = map(int, printed)
+  expected = {'one device': (1, len(os.sched_getaffinity(0)))}
+  assert (devices, threads) == expected.get(
+      how, (3, 9 if how == 'own number' else 12)
+  )
+
+
 def test_a_plain_process_looks_for_no_other():
   # Not here: this one has devices already.
   code = """
