@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import AxisType
@@ -78,7 +79,8 @@ def make_mesh(
     devices: those of this run if not given.
 
   Raises:
-    ValueError: if the sizes do not multiply to the number of devices.
+    ValueError: if the sizes do not multiply to the number of devices, or these
+      are several slices of TPUs.
   """
   sizes = dict(
       zip(AXES, (data, fsdp, tensor, expert, sequence), strict=True)
@@ -94,12 +96,16 @@ def make_mesh(
         f'mesh {sizes} does not fit {count} devices: the sizes must multiply '
         f'to {count}; one of them may be -1 for the rest.'
     )
-  return jax.make_mesh(
-      tuple(sizes.values()),
-      AXES,
-      axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices,
+  slices = {getattr(device, 'slice_index', 0) for device in devices}
+  if len(slices) > 1:
+    raise ValueError(
+        f'{count} devices of {len(slices)} slices: a run takes a single slice.'
+    )
+  # As jax.make_mesh, which refuses an axis of 8 on a torus of 4 x 4 x 4.
+  placed = mesh_utils.create_device_mesh(
+      tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sampling_mesh(

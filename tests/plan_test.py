@@ -13,6 +13,7 @@ import sys
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_model
 
@@ -505,6 +506,19 @@ def test_a_slice_that_nobody_builds_is_refused():
 ])
 def test_a_chip_is_a_device(name, shape):
   assert len(plan_lib.make_topology(f'{name}:{shape}').devices) == 4
+
+
+def test_an_axis_may_be_a_part_of_two_axes_of_the_torus():
+  devices = plan_lib.make_topology('v5p:4x4x4').devices
+  mesh = sharding.make_mesh(
+      data=-1, fsdp=8, tensor=1, expert=1, devices=devices
+  )
+  assert dict(mesh.shape) | {'data': 8, 'fsdp': 8} == dict(mesh.shape)
+  assert set(mesh.devices.flat) == set(devices)
+  # The eight of an axis are neighbours: within 2 x 4 or 2 x 2 x 2 chips.
+  for row in mesh.devices.reshape(8, 8):
+    coords = np.array([device.coords for device in row])
+    assert np.prod(np.ptp(coords, axis=0) + 1) == 8
 
 
 def test_without_the_compiler_it_says_how_to_get_it(monkeypatch):
