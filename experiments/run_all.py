@@ -14,10 +14,15 @@ import time
 from absl import app
 from absl import flags
 
-_ONLY = flags.DEFINE_list('only', [], 'Only these; all if empty.')
-_WORKERS = flags.DEFINE_integer('workers', 2, 'Programs at a time.')
-
 HERE = pathlib.Path(__file__).parent
+# experiments/ is not installed.
+sys.path.insert(0, str(HERE.parent))
+
+# ruff: noqa: E402
+from experiments.lib import options
+
+_ONLY = flags.DEFINE_list('only', [], 'Only these; all if empty.')
+
 # What each experiment calls before its plot.
 EXPERIMENTS = {
     'clipping': [
@@ -30,22 +35,19 @@ EXPERIMENTS = {
     'stability': [['sweep.py']],
     'r2vpo_sample_efficiency': [['sweep.py']],
     'real_model': [['sweep.py']],
+    'main_job': [['sweep.py']],
+    'smollm2': [['sweep.py']],
 }
 
 
 def main(_):
-  for name in _ONLY.value:
-    if name not in EXPERIMENTS:
-      raise app.UsageError(
-          f'--only has {name!r}, which is none of {", ".join(EXPERIMENTS)}.'
-      )
-  for name in _ONLY.value or EXPERIMENTS:
+  for name in options.chosen('only', _ONLY.value, EXPERIMENTS):
     start = time.perf_counter()
-    for script, *options in EXPERIMENTS[name]:
+    for script, *flags_of in EXPERIMENTS[name]:
       subprocess.run(
           [
-              sys.executable, HERE / name / script, *options,
-              f'--workers={_WORKERS.value}',
+              sys.executable, HERE / name / script, *flags_of,
+              f'--workers={options.WORKERS.value}',
           ],
           check=True,
       )

@@ -1,9 +1,13 @@
 """Runs side by side in one program are the runs that `main` makes alone."""
 
+import contextlib
 import importlib
 import json
+import typing
 
-import many_devices
+from absl import flags
+from absl.testing import flagsaver
+import ml_collections
 import numpy as np
 import pytest
 
@@ -11,6 +15,7 @@ from dppo_jax import checks
 from dppo_jax import main
 from dppo_jax import metrics as metrics_lib
 from experiments.lib import cells as cells_lib
+from experiments.lib import command
 from experiments.lib import pool
 from experiments.lib import stability
 from experiments.lib import sweep
@@ -148,6 +153,23 @@ def test_a_sweep_runs_only_what_is_not_in_its_file(tmp_path):
     assert {int(row['value']) for row in rows} == {0, 2, 4, 6}
 
 
+def test_a_summary_knows_on_what_and_how_long_each_call_measured(tmp_path):
+  path = tmp_path / 'rows.csv'
+  jobs = [make_cell(seed) for seed in range(3)]
+  summaries = []
+  for batches in ([jobs[:2]], [jobs[:2]], [jobs[:2], jobs[2:]]):
+    pool.measure(batches, rows_of, path, workers=1, summarize=len)
+    summaries.append(table.read_summary(tmp_path / 'rows.json'))
+  # The second call had nothing to do, and so says nothing of itself.
+  assert summaries[1] == summaries[0]
+  first, last = summaries[0], summaries[2]
+  assert (first['results'], last['results']) == (2, 3)
+  assert [call['runs'] for call in last['calls']] == [2, 1]
+  assert last['calls'][0] == first['calls'][0]
+  assert last['calls'][1]['seconds'] > 0
+  assert last['calls'][1]['machine']['commit']
+
+
 def rows_but_of_2(cells):
   if any(cell.seed == '2' for cell in cells):
     raise ValueError('Seed 2 cannot be run.')
@@ -225,20 +247,121 @@ def test_every_run_of_an_experiment_has_a_config_that_main_takes(name):
     main.make_method(config)
 
 
-def test_every_run_of_the_real_model_has_a_config_that_main_takes():
-  # Its flags have names that are taken here.
-  printed = many_devices.run("""
-      from configs import smollm2_arithmetic
-      from dppo_jax import checks, main
-      from experiments.real_model import sweep
-      for algorithm in sweep.METHODS.values():
-        config = smollm2_arithmetic.get_config(algorithm)
-        config.update_from_flattened_dict(sweep.COMMON)
-        checks.check(config, num_batch_shards=1)
-        main.make_method(config)
-        print(algorithm)
-  """, num_devices=1)
-  assert printed == ['grpo', 'dppo_topk_tv', 'r2vpo']
+@contextlib.contextmanager
+def given(*arguments):
+  """Flags as on a command line with these arguments, until the end."""
+  with flagsaver.flagsaver():
+    flags.FLAGS(['sweep.py', *arguments])
+    yield
+
+
+def flatten(config, prefix=''):
+  """(name, value) of every field, with '.' in names."""
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      yield from flatten(value, f'{prefix}{name}.')
+    else:
+      yield prefix + name, value
+
+
+COMMANDS = {
+    'main_job': lambda module: map(module.command_of, module.jobs()),
+    'real_model': lambda module: map(module.command_of, module.jobs()),
+    'r2vpo_sample_efficiency': lambda module: map(
+        module.command_of,
+        module.final(dict.fromkeys(module.METHODS, '3e-4'), module.METHODS)
+        + module.grid(module.METHODS),
+    ),
+    'smollm2': lambda module: (
+        module.command_of(module.Job(seed), task)
+        for task in module.TASKS for seed in module.SEEDS
+    ),
+}
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_every_command_of_an_experiment_has_a_config_that_main_takes(name):
+  module = importlib.import_module(f'experiments.{name}.sweep')
+  with given():
+    commands = list(COMMANDS[name](module))
+  seen = set()
+  for line in commands:
+    file, _, argument = line.config.partition(':')
+    config = importlib.import_module(
+        file.removesuffix('.py').replace('/', '.')
+    ).get_config(*[argument] * bool(argument))
+    plain = dict(flatten(config))
+    config.update_from_flattened_dict({
+        # As the flags of ml_collections read a text.
+        option: type(plain[option])(value)
+        for option, value in line.flags.items()
+    })
+    checks.check(config, num_batch_shards=1)
+    main.make_method(config)
+    seen.add((line.config, str(sorted(line.flags.items()))))
+  assert len(seen) == len(commands) > 1
+
+
+TINY = {
+    'total_steps': 2, 'num_prompts': 4, 'group_size': 8, 'eval.every': 2,
+    'eval.num_prompts': 4, 'learner.num_minibatches': 1, 'tensorboard': False,
+}
+
+
+def tiny_command(job):
+  return command.Command(
+      config='configs/tv_topk.py',
+      flags=TINY | {'seed': job.seed},
+      columns={'accuracy': 'eval/avg@8', 'reward': 'reward/mean'},
+      only='eval/avg@8' if job.method == 'evaluations' else '',
+      workdir_stays=job.method == 'all steps',
+  )
+
+
+def broken_command(job):
+  return command.Command('configs/tv_topk.py', {'group_size': 0}, {})
+
+
+class Job(typing.NamedTuple):
+  method: str
+  seed: str
+
+
+@pytest.mark.slow
+def test_a_sweep_of_commands_keeps_the_metrics_of_its_runs(tmp_path):
+  path = tmp_path / 'runs.csv'
+  jobs = [Job('all steps', '0'), Job('evaluations', '0')]
+  with given(f'--runs={tmp_path / "runs"}'):
+    command.measure(jobs, tiny_command, path, summarize=len)
+  workdir = tmp_path / 'runs' / 'all_steps-0'
+  log = metrics_lib.read(workdir)
+  rows = table.read(path)
+  by = {job: [r for r in rows if r['method'] == job.method] for job in jobs}
+  assert [row['step'] for row in by[jobs[0]]] == ['0', '1', '2']
+  assert [row['step'] for row in by[jobs[1]]] == ['0', '2']
+  for row in by[jobs[0]][1:]:
+    wanted = log[int(row['step'])]['reward/mean']
+    assert float(row['reward']) == pytest.approx(wanted, rel=1e-4)
+  # The same config and seed.
+  assert [x['accuracy'] for x in by[jobs[1]]] == [
+      x['accuracy'] for x in by[jobs[0]] if x['accuracy']
+  ]
+  assert not (tmp_path / 'runs' / 'evaluations-0').exists()
+  summary = table.read_summary(tmp_path / 'runs.json')
+  assert summary['results'] == 5
+  assert [call['runs'] for call in summary['calls']] == [2]
+
+
+def test_a_command_that_fails_names_its_log(tmp_path):
+  with given(f'--runs={tmp_path / "runs"}', '--workers=1'):
+    with pytest.raises(ExceptionGroup) as caught:
+      command.measure(
+          [Job('x', '0')], broken_command, tmp_path / 'a.csv', summarize=len
+      )
+  said = str(caught.value.exceptions[0])
+  log = tmp_path / 'runs' / 'x-0.log'
+  assert said == f'Exit code 2; {log} says why.'
+  assert 'group_size=0' in log.read_text()
 
 
 def test_an_unknown_setting_is_an_error_that_names_the_known_ones():

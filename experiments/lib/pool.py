@@ -1,18 +1,56 @@
-"""Runs the jobs of a sweep that are not in its file yet, some side by side."""
+"""Runs the jobs of a sweep that are not in its file yet, some side by side.
+
+A sweep has two files: PATH.csv with the rows of its runs, and PATH.json with
+what they come to and what each call measured on.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 import concurrent.futures
 import multiprocessing
 import os
 import pathlib
+import time
 from typing import Any
 
 import tqdm
 
+from benchmarks import machine
 from experiments.lib import table
 
 # Of a worker: where it reports that a part of a job is done.
 _ticks = None
+
+
+def measure(
+    batches: Iterable[Sequence[Any]],
+    run: Callable[[Sequence[Any]], list[dict[str, Any]]],
+    path: pathlib.Path,
+    *,
+    workers: int,
+    summarize: Callable[[list[dict[str, str]]], dict[str, Any]],
+) -> None:
+  """Runs what is missing and says in a summary beside the file what came out.
+
+  Args:
+    batches: see `run_missing`, also for the next three.
+    run: see there.
+    path: of the CSV file.
+    workers: see there.
+    summarize: from all rows of the file to the results.
+  """
+  start = time.perf_counter()
+  measured = run_missing(batches, run, path, workers=workers)
+  summary = path.with_suffix('.json')
+  calls = table.read_summary(summary).get('calls', [])
+  if measured:
+    calls.append({
+        'runs': measured,
+        'seconds': time.perf_counter() - start,
+        'machine': machine.describe(),
+    })
+  table.write_summary(
+      summary, {'calls': calls, 'results': summarize(table.read(path))}
+  )
 
 
 def run_missing(
@@ -21,7 +59,7 @@ def run_missing(
     path: pathlib.Path,
     *,
     workers: int,
-) -> None:
+) -> int:
   """Runs batches of jobs and appends their rows as soon as they are there.
 
   Each worker is a process on a core of its own. A job is done if a row has all
@@ -34,6 +72,9 @@ def run_missing(
       job; can be pickled.
     path: of the CSV file.
     workers: batches at a time, at most.
+
+  Returns:
+    how many jobs were missing and have been run.
 
   Raises:
     ExceptionGroup: what batches raised, after all have ended.
@@ -73,6 +114,7 @@ def run_missing(
     bar.update(bar.total - bar.n)
   if errors:
     raise ExceptionGroup(f'{len(errors)} of {len(missing)} failed', errors)
+  return sum(map(len, missing))
 
 
 def not_in(rows: list[dict[str, str]], jobs: Sequence[Any]) -> list[Any]:

@@ -2,38 +2,30 @@
 
     python experiments/NAME/sweep.py [--settings=A,B] [--methods=C] [--seeds=0]
 
-appends to `runs.csv` what is not there yet and writes `summary.json`. A pilot
-goes to a file of its own, with seeds that the results do not use:
+appends to `runs.csv` what is not there yet and writes `runs.json`. A pilot goes
+to a file of its own, with seeds that the results do not use:
 `--file=pilots.csv --seeds=100,101 --rates=3e-4,1e-3`.
 """
 
 from collections.abc import Callable, Iterable
 import functools
 import pathlib
-import time
 from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
 
-from benchmarks import machine
 from experiments.lib import cells as cells_lib
+from experiments.lib import options
 from experiments.lib import pool
 from experiments.lib import table
 
 _PART = flags.DEFINE_string('part', 'runs', 'Of an experiment, if it has some.')
 _SETTINGS = flags.DEFINE_list('settings', [], 'Only these; all if empty.')
-_METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
-_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2', '3', '4'], 'Of the runs.')
-_RATES = flags.DEFINE_list(
-    'rates', [], 'Learning rates; that of the settings if empty.'
-)
-_FILE = flags.DEFINE_string('file', 'runs.csv', 'In the folder of the sweep.')
-_WORKERS = flags.DEFINE_integer('workers', 2, 'Programs at a time.')
 _TOGETHER = flags.DEFINE_integer('together', 5, 'Runs in a program, at most.')
 _HOW = flags.DEFINE_enum('how', 'map', ['map', 'vmap'], 'How they run there.')
 
-
+SEEDS = ('0', '1', '2', '3', '4')
 # What questions other than stability are asked in: a rollout of 64 completions
 # is learned from 4 times in 4 mini-batches, so that trust regions are left.
 BINDING = {'total_steps': 80, 'learner__num_epochs': 4, 'eval__every': 8}
@@ -66,13 +58,8 @@ def cells_of(
     rates: Iterable[str] = (),
 ) -> list[cells_lib.Cell]:
   """The runs of a sweep, or of the settings and methods that are named."""
-  for kind, chosen in (('settings', settings), ('methods', methods)):
-    known = getattr(sweep, kind)
-    for name in chosen:
-      if name not in known:
-        raise ValueError(
-            f'--{kind} has {name!r}, which is none of {", ".join(known)}.'
-        )
+  settings = options.chosen('settings', list(settings), sweep.settings)
+  methods = options.chosen('methods', list(methods), sweep.methods)
   return [
       cells_lib.make_cell(
           f'{setting} {rate}' if rate else setting,
@@ -84,9 +71,9 @@ def cells_of(
           ),
       )
       for rate in rates or ('',)
-      for setting in settings or sweep.settings
+      for setting in settings
       for name, method in sweep.methods.items()
-      if not methods or name in methods
+      if name in methods
       if not method.settings or setting in method.settings
       for seed in seeds
   ]
@@ -105,22 +92,20 @@ def results(sweep: Sweep) -> list[dict[str, str]]:
 
 def run(sweep: Sweep) -> None:
   """Runs what the flags ask for and is not there yet; within `app.run`."""
-  start = time.perf_counter()
   cells = cells_of(
-      sweep, _SEEDS.value, _SETTINGS.value, _METHODS.value, _RATES.value
+      sweep,
+      options.SEEDS.value or SEEDS,
+      _SETTINGS.value,
+      options.METHODS.value,
+      options.RATES.value,
   )
-  path = sweep.folder / _FILE.value
-  pool.run_missing(
+  pool.measure(
       cells_lib.programs(cells, _TOGETHER.value),
       functools.partial(cells_lib.run, columns=sweep.columns, how=_HOW.value),
-      path,
-      workers=_WORKERS.value,
+      sweep.folder / options.FILE.value,
+      workers=options.WORKERS.value,
+      summarize=sweep.summarize,
   )
-  table.write_summary(path.with_suffix('.json'), {
-      'machine': machine.describe(),
-      'seconds_of_this_call': time.perf_counter() - start,
-      'results': sweep.summarize(table.read(path)),
-  })
 
 
 def run_part(

@@ -37,6 +37,11 @@ def short(value: Any, digits: int = 5) -> Any:
   return f'{value:.{digits}g}' if isinstance(value, float) else value
 
 
+def read_summary(path: pathlib.Path) -> dict[str, Any]:
+  """What `write_summary` wrote; nothing if it is not there."""
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_summary(path: pathlib.Path, summary: dict[str, Any]) -> None:
   """A JSON file that any parser reads: what is not finite is null."""
   path.write_text(

@@ -1,37 +1,36 @@
-"""Runs every algorithm's config with several seeds and writes `results.csv`.
+"""Runs the configs of the algorithms and writes `runs.csv`; see README.md.
 
-    python experiments/main_job/run.py --runs=runs/main_job --seeds=0,1,2
+    python experiments/main_job/sweep.py
 
-Each run is a process of its own with the command that a user would type. Runs
-that are complete are not repeated, so the sweep may be stopped and started.
+The default run has three seeds, the others one; `--seeds` and `--methods`
+choose. What is in the file is not run again, so the sweep may be stopped and
+started.
 """
 
+import collections
+from collections.abc import Mapping, Sequence
 import pathlib
 import sys
+from typing import Any, NamedTuple
 
 from absl import app
-from absl import flags
+import numpy as np
 
 # experiments/ is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 # ruff: noqa: E402
-from dppo_jax import metrics
 from experiments.lib import command
-from experiments.lib import table
-
-_RUNS = flags.DEFINE_string('runs', 'runs/main_job', 'Where the runs go.')
-_SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds of every config.')
-_CONFIGS = flags.DEFINE_list(
-    'configs',
-    [
-        'tv_topk', 'kl_topk', 'tv_binary', 'kl_binary', 'grpo',
-        'grpo_clip_higher', 'cispo', 'pg_is',
-    ],
-    'Names in configs/.',
-)
+from experiments.lib import options
 
 HERE = pathlib.Path(__file__).parent
+MAIN = 'tv_topk'
+SEEDS = {MAIN: ('0', '1', '2')}
+METHODS = (
+    MAIN, 'kl_topk', 'tv_binary', 'kl_binary', 'grpo', 'grpo_clip_higher',
+    'cispo', 'pg_is',
+)
+TARGET = 0.9
 COLUMNS = (
     'reward/mean', 'eval/avg@8', 'eval/pass@8', 'divergence/mean',
     'divergence/max', 'mismatch/prob_gap_mean', 'mask/fraction',
@@ -39,29 +38,73 @@ COLUMNS = (
 )
 
 
+class Job(NamedTuple):
+  """One run."""
+
+  config: str  # Name in configs/.
+  seed: str
+
+
+def jobs(seeds: Sequence[str] = (), methods: Sequence[str] = ()) -> list[Job]:
+  """The runs of the results, or those of the seeds and methods named."""
+  return [
+      Job(config, seed)
+      for config in options.chosen('methods', methods, METHODS)
+      for seed in seeds or SEEDS.get(config, ('0',))
+  ]
+
+
+def command_of(job: Job) -> command.Command:
+  return command.Command(
+      config=f'configs/{job.config}.py',
+      flags={'seed': job.seed, 'tensorboard': False},
+      columns={name: name for name in COLUMNS},
+  )
+
+
+def curves(
+    rows: Sequence[Mapping[str, str]]
+) -> dict[str, dict[str, dict[str, dict[int, float]]]]:
+  """{config: {seed: {column: {step: value}}}} of rows, configs by name."""
+  found = collections.defaultdict(
+      lambda: collections.defaultdict(lambda: collections.defaultdict(dict))
+  )
+  for row in sorted(rows, key=lambda row: (row['config'], row['seed'])):
+    for column in COLUMNS:
+      if row[column]:
+        of_seed = found[row['config']][row['seed']]
+        of_seed[column][int(row['step'])] = float(row[column])
+  return found
+
+
+def summarize(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+  """{config: held-out accuracy at the ends, steps to the target by seed}."""
+  results = {}
+  for config, seeds in curves(rows).items():
+    accuracy = [columns['eval/avg@8'] for columns in seeds.values()]
+    before = [curve[min(curve)] for curve in accuracy]
+    after = [curve[max(curve)] for curve in accuracy]
+    results[config] = {
+        'seeds': len(seeds),
+        'before': float(np.mean(before)),
+        'after': float(np.mean(after)),
+        'after_min': min(after),
+        'after_max': max(after),
+        'steps_to_target': [
+            min((s for s, x in curve.items() if x >= TARGET), default=None)
+            for curve in accuracy
+        ],
+    }
+  return results
+
+
 def main(_):
-  runs = pathlib.Path(_RUNS.value)
-  for seed in _SEEDS.value:
-    for name in _CONFIGS.value:
-      workdir = runs / f'{name}-{seed}'
-      print(f'{name}, seed {seed} -> {workdir}', flush=True)
-      if not (workdir / 'report.html').exists():
-        command.train(
-            f'configs/{name}.py', {'seed': seed, 'tensorboard': False}, workdir
-        )
-  collect(runs)
-
-
-def collect(runs):
-  """All complete runs of the folder, whichever call made them."""
-  rows = []
-  for report in sorted(runs.glob('*/report.html')):
-    name, _, seed = report.parent.name.rpartition('-')
-    for row in metrics.read(report.parent):
-      kept = {key: row.get(key, '') for key in COLUMNS}
-      row = {'config': name, 'seed': seed, 'step': row['step']} | kept
-      rows.append({k: table.short(v, 6) for k, v in row.items()})
-  table.write(HERE / 'results.csv', rows)
+  command.measure(
+      jobs(options.SEEDS.value, options.METHODS.value),
+      command_of,
+      HERE / options.FILE.value,
+      summarize=summarize,
+  )
 
 
 if __name__ == '__main__':

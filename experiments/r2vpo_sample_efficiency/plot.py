@@ -24,10 +24,6 @@ LABELS = {
     'r2vpo': 'R2VPO',
     'r2vpo_replay': 'R2VPO with replay',
 }
-# Where methods are compared under staleness: the last quarter of those runs.
-ENDS = {method: (3840, 5120) for method in LABELS}
-ENDS['r2vpo_replay'] = (2400, 3200)
-
 
 def select(curves, method, staleness):
   """{seed: curve} of a method's runs."""
@@ -36,13 +32,6 @@ def select(curves, method, staleness):
       for job, curve in sorted(curves.items())
       if (job.method, job.staleness) == (method, staleness)
   }
-
-
-def final_accuracy(method, curve):
-  """Held-out accuracy, averaged over the evaluations of the last quarter."""
-  rollouts, accuracy = curve
-  first, last = ENDS[method]
-  return accuracy[(rollouts >= first) & (rollouts <= last)].mean()
 
 
 def draw_curves(curves):
@@ -78,7 +67,7 @@ def draw_staleness(curves):
     shift = (number - (len(LABELS) - 1) / 2) * 0.13
     for place, staleness in enumerate(ages):
       runs = select(curves, method, staleness).values()
-      ends = [final_accuracy(method, curve) for curve in runs]
+      ends = [sweep.final_accuracy(method, curve) for curve in runs]
       axes.scatter(
           [place + shift] * len(ends), ends, s=14, color=f'C{number}',
           label=label if not place else None,
@@ -126,7 +115,7 @@ def print_tables(curves):
     cells = []
     for staleness in ages:
       runs = select(curves, method, staleness).values()
-      ends = [final_accuracy(method, curve) for curve in runs]
+      ends = [sweep.final_accuracy(method, curve) for curve in runs]
       low, high = figures.interval(ends)
       cells.append(f'{np.mean(ends):.3f} ({low:.3f} to {high:.3f})')
     print(f'| {label} |', ' | '.join(cells), '|')

@@ -1,20 +1,18 @@
-"""Runs the sweep and writes `rates.csv` and `runs.csv`.
+"""Runs the sweep and writes `rates.csv` and `runs.csv`; see README.md.
 
-    python experiments/r2vpo_sample_efficiency/sweep.py --runs=runs/r2vpo
+    python experiments/r2vpo_sample_efficiency/sweep.py
 
-Each run is a process of its own, with a command that a user would type, on one
-core. First a grid of learning rates for every method, on seeds that are not
-used again; then, at each method's best rate, every staleness on the seeds of
-the results. What is in the two files is not run again, so the sweep may be
-stopped and started.
+First a grid of learning rates for every method, on seeds that are not used
+again; then, at each method's best rate, every staleness on the seeds of the
+results. What is in the two files is not run again, so the sweep may be stopped
+and started.
 """
 
 import collections
-import functools
+from collections.abc import Mapping, Sequence
 import pathlib
-import shutil
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
@@ -24,25 +22,19 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 # ruff: noqa: E402
-from dppo_jax import metrics
 from experiments.lib import command
-from experiments.lib import pool
+from experiments.lib import options
 from experiments.lib import table
 
-_RUNS = flags.DEFINE_string('runs', 'runs/r2vpo', 'Where the runs go.')
-_WORKERS = flags.DEFINE_integer('workers', 2, 'Runs at a time.')
-_SEEDS = flags.DEFINE_list(
-    'seeds', ['0', '1', '2', '3', '4'], 'Seeds of the results.'
-)
 _STALENESS = flags.DEFINE_list(
     'staleness', ['0', '4', '16'], 'Steps between sampling and learning.'
 )
-_METHODS = flags.DEFINE_list('methods', [], 'Only these; all if empty.')
 
 HERE = pathlib.Path(__file__).parent
 RATES, RUNS = HERE / 'rates.csv', HERE / 'runs.csv'
 LEARNING_RATES = ('1.5e-4', '3e-4', '6e-4')
 GRID_SEEDS = ('100', '101')
+SEEDS = ('0', '1', '2', '3', '4')
 TARGET = 0.9
 COLUMNS = {
     'accuracy': 'eval/avg@4',
@@ -86,6 +78,10 @@ METHODS = {
     'r2vpo': ('r2vpo', ()),
     'r2vpo_replay': ('r2vpo', _REPLAY),
 }
+# Where methods are compared under staleness: the last quarter of those runs, in
+# rollouts.
+ENDS = {method: (3840, 5120) for method in METHODS}
+ENDS['r2vpo_replay'] = (2400, 3200)
 
 
 class Job(NamedTuple):
@@ -97,32 +93,28 @@ class Job(NamedTuple):
   seed: str
 
 
-def chosen_methods():
-  return _METHODS.value or list(METHODS)
-
-
-def grid():
+def grid(methods):
   """Every method at every rate, on policy."""
   return [
       Job(method, rate, '0', seed)
       for seed in GRID_SEEDS
-      for method in chosen_methods()
+      for method in methods
       for rate in LEARNING_RATES
   ]
 
 
-def final(best):
+def final(best, methods):
   """Every method at its best rate; seeds one after the other."""
   return [
       Job(method, best[method], staleness, seed)
       for staleness in _STALENESS.value
-      for seed in _SEEDS.value
-      for method in chosen_methods()
+      for seed in options.SEEDS.value or SEEDS
+      for method in methods
   ]
 
 
-def config_of(job):
-  """The config file of a run, and what its flags change."""
+def command_of(job):
+  """What a run is started with; its evaluations are kept."""
   algorithm, changes = METHODS[job.method]
   config = {
       **dict(change.split('=') for change in (*COMMON, *changes)),
@@ -139,7 +131,13 @@ def config_of(job):
   if 'replay.max_age' in config:
     # Replay looks back as far as without staleness, from older fresh data.
     config['replay.max_age'] = int(config['replay.max_age']) + updates
-  return f'configs/default.py:{algorithm}', config
+  return command.Command(
+      config=f'configs/default.py:{algorithm}',
+      flags=config,
+      columns=COLUMNS,
+      only='eval/avg@4',
+      workdir_stays=False,
+  )
 
 
 def rollouts_per_step(job):
@@ -148,44 +146,13 @@ def rollouts_per_step(job):
   return int(config['num_prompts']) * int(config['group_size'])
 
 
-def run(jobs, runs):
-  """Runs a single job; its evaluations as rows."""
-  [job] = jobs
-  workdir = pathlib.Path(runs) / '-'.join(job)
-  config, changes = config_of(job)
-  command.train(config, changes, workdir, log=pathlib.Path(f'{workdir}.log'))
-  rows = [
-      job._asdict()
-      | {
-          'step': row['step'],
-          'rollouts': row['step'] * rollouts_per_step(job),
-      }
-      | {name: table.short(row.get(key, '')) for name, key in COLUMNS.items()}
-      for row in metrics.read(workdir)
-      if 'eval/avg@4' in row
-  ]
-  shutil.rmtree(workdir)
-  return rows
-
-
-def run_all(jobs, path):
-  """Runs what is not in the file yet and appends it."""
-  runs = pathlib.Path(_RUNS.value)
-  runs.mkdir(parents=True, exist_ok=True)
-  pool.run_missing(
-      [[job] for job in jobs],
-      functools.partial(run, runs=runs),
-      path,
-      workers=_WORKERS.value,
-  )
-
-
 def curves(rows):
   """{Job: (rollouts, accuracy)} of rows, by rollouts."""
   points = collections.defaultdict(list)
   for row in rows:
     job = Job(*(row[x] for x in Job._fields))
-    points[job].append((int(row['rollouts']), float(row['accuracy'])))
+    rollouts = int(row['step']) * rollouts_per_step(job)
+    points[job].append((rollouts, float(row['accuracy'])))
   return {job: np.array(sorted(x)).T for job, x in points.items()}
 
 
@@ -199,6 +166,28 @@ def rollouts_to_target(curve, target=TARGET):
     return float(rollouts[0])
   share = (target - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
   return float(rollouts[i - 1] + share * (rollouts[i] - rollouts[i - 1]))
+
+
+def final_accuracy(method, curve):
+  """Held-out accuracy, averaged over the evaluations of the last quarter."""
+  rollouts, accuracy = curve
+  first, last = ENDS[method]
+  return float(accuracy[(rollouts >= first) & (rollouts <= last)].mean())
+
+
+def summarize(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+  """{method: {learning rate: {staleness: numbers, one for each seed}}}."""
+  results = {method: {} for method in METHODS}
+  for job, curve in sorted(curves(rows).items()):
+    ages = results[job.method].setdefault(job.learning_rate, {})
+    of_age = ages.setdefault(
+        job.staleness,
+        {'seeds': [], 'rollouts_to_target': [], 'final_accuracy': []},
+    )
+    of_age['seeds'].append(job.seed)
+    of_age['rollouts_to_target'].append(rollouts_to_target(curve))
+    of_age['final_accuracy'].append(final_accuracy(job.method, curve))
+  return results
 
 
 def best_rates(rows):
@@ -221,10 +210,11 @@ def best_rates(rows):
 
 
 def main(_):
-  run_all(grid(), RATES)
+  methods = options.chosen('methods', options.METHODS.value, METHODS)
+  command.measure(grid(methods), command_of, RATES, summarize=summarize)
   best = best_rates(table.read(RATES))
   print('Best learning rates:', best)
-  run_all(final(best), RUNS)
+  command.measure(final(best, methods), command_of, RUNS, summarize=summarize)
 
 
 if __name__ == '__main__':

@@ -1,91 +1,67 @@
-"""Draws `curves.png` from `arithmetic.csv` and `reasoning_gym.csv`.
+"""Draws `curves.png` and prints the table of README.md from the two files.
 
-    python experiments/smollm2/plot.py [--runs=FOLDER]
-
-With --runs it first collects the runs FOLDER/arithmetic/seed0, ... and
-FOLDER/reasoning_gym/seed0, ... into these files, a row for each step.
+python experiments/smollm2/plot.py
 """
 
-import collections
-import csv
 import pathlib
+import sys
 
-from absl import app
-from absl import flags
 from matplotlib import figure
 
-from dppo_jax import metrics
+# experiments/ is not installed.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-_RUNS = flags.DEFINE_string('runs', '', 'Folder of the runs to collect.')
+# ruff: noqa: E402
+from experiments.lib import figures
+from experiments.lib import table
+from experiments.smollm2 import sweep
 
-HERE = pathlib.Path(__file__).parent
-TASKS = {
-    'arithmetic': 'One-digit sums',
-    'reasoning_gym': 'reasoning-gym',
-}
-COLUMNS = (
-    'reward/mean', 'eval/avg@8', 'eval/pass@8', 'eval/length_mean',
-    'entropy/mean', 'divergence/mean', 'divergence/max',
-    'on_policy/log_ratio_max', 'optimizer/grad_norm', 'time/step_s',
-    'time/learn_s', 'time/sample_s', 'time/eval_s', 'time/compile_s',
+NAMES = {'arithmetic': 'One-digit sums', 'reasoning_gym': 'reasoning-gym'}
+PANELS = (
+    ('right held-out answers (avg@8)', 'eval/avg@8', 'o-'),
+    ('right answers while training', 'reward/mean', '-'),
+    ('entropy of a token, nats', 'entropy/mean', '-'),
 )
 
 
-def collect(task, runs):
-  with open(HERE / f'{task}.csv', 'w', newline='') as file:
-    writer = csv.writer(file)
-    writer.writerow(['seed', 'step', *COLUMNS])
-    for run in sorted(runs.glob('seed*')):
-      for row in metrics.read(run):
-        values = [row.get(column, '') for column in COLUMNS]
-        writer.writerow([run.name.removeprefix('seed'), row['step'], *(
-            f'{x:.6g}' if isinstance(x, float) else x for x in values
-        )])
-
-
-def read(task):
-  """{seed: {column: {step: value}}}."""
-  table = collections.defaultdict(lambda: collections.defaultdict(dict))
-  with open(HERE / f'{task}.csv', newline='') as file:
-    for row in csv.DictReader(file):
-      for column in COLUMNS:
-        if row[column]:
-          table[row['seed']][column][int(row['step'])] = float(row[column])
-  return table
-
-
-def draw():
+def draw(tasks):
   """A row of panels for each task, a colour for each seed."""
-  panels = (
-      ('right held-out answers (avg@8)', 'eval/avg@8', 'o-'),
-      ('right answers while training', 'reward/mean', '-'),
-      ('entropy of a token, nats', 'entropy/mean', '-'),
-  )
   fig = figure.Figure(figsize=(11, 5.8), layout='constrained')
-  for row, (task, name) in zip(fig.subplots(2, 3), TASKS.items()):
-    table = sorted(read(task).items())
-    for axes, (title, column, style) in zip(row, panels):
-      for number, (seed, columns) in enumerate(table):
+  for row, (task, seeds) in zip(fig.subplots(2, 3), tasks.items()):
+    for axes, (title, column, style) in zip(row, PANELS):
+      for number, (seed, columns) in enumerate(seeds.items()):
         steps, values = zip(*sorted(columns[column].items()))
         axes.plot(
-            steps, values, style, color=f'C{number}', label=f'seed {seed}',
-            linewidth=1.4, markersize=4,
+            steps, values, style, color=figures.COLORS[number],
+            label=f'seed {seed}', linewidth=1.4, markersize=4,
         )
       axes.set_ylim(0, None if column == 'entropy/mean' else 1.02)
-      axes.set_title(f'{name}: {title}', fontsize=9, loc='left')
+      axes.set_title(f'{NAMES[task]}: {title}', fontsize=9, loc='left')
       axes.set_xlabel('step (64 completions)', fontsize=9)
-      axes.spines[['top', 'right']].set_visible(False)
-      axes.grid(axis='y', alpha=0.25)
+      figures.clean(axes)
   fig.axes[0].legend(frameon=False, fontsize=8, loc='lower right')
-  fig.savefig(HERE / 'curves.png', dpi=130)
+  fig.savefig(sweep.HERE / 'curves.png', dpi=130)
 
 
-def main(_):
-  if _RUNS.value:
-    for task in TASKS:
-      collect(task, pathlib.Path(_RUNS.value, task))
-  draw()
+def print_table(tasks):
+  """Held-out accuracy of every run at every evaluation."""
+  header, rows = [], []
+  for task, seeds in tasks.items():
+    for seed, columns in seeds.items():
+      accuracy = columns['eval/avg@8']
+      header = [str(step) for step in accuracy]
+      rows.append([task, seed, *(f'{x:.3f}' for x in accuracy.values())])
+  print(figures.markdown(['task', 'seed', *header], rows))
+
+
+def main():
+  tasks = {
+      task: sweep.curves(table.read(sweep.HERE / f'{task}.csv'))
+      for task in sweep.TASKS
+  }
+  draw(tasks)
+  print_table(tasks)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()
