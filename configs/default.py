@@ -132,7 +132,8 @@ def _step(config):
       # Slots of a packed row: completions next to each other, behind their
       # prompt. 0 for a row as long as the longest for each completion.
       'row_length': 0,
-      # Tokens whose logits exist at a time, one of each row at least; 0: all.
+      # Tokens of a device whose logits exist at a time, one of each row at
+      # least; 0: all.
       'chunk_size': 0,
   }
   config.max_nonfinite_updates = 8  # In a row; then the run stops.

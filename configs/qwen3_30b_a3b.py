@@ -30,7 +30,7 @@ def get_config():
   config.sampling.num_slots = 512
   config.learner.num_minibatches = 4
   config.learner.num_microbatches = 16
-  config.learner.chunk_size = 8192
+  config.learner.chunk_size = 2048
   config.optimizer.learning_rate = 1e-6
   config.optimizer.schedule = 'constant'
   config.total_steps = 400

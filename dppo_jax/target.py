@@ -49,9 +49,9 @@ def make_token_map(
   Args:
     model: the architecture.
     temperature: that of the sampler.
-    chunk_size: tokens whose logits exist at a time, recomputed in the backward
-      pass, but at least one of each row; 0 for all at once. Chunks without a
-      sampled token are left out.
+    chunk_size: tokens of a device whose logits exist at a time, recomputed in
+      the backward pass, but at least one of each row; 0 for all at once. Chunks
+      without a sampled token are left out.
     prompt_length: P, if every row begins with so many tokens that were not
       sampled: no logits are made of what predicts them.
 
@@ -91,13 +91,11 @@ def _make_head_map(model, *, temperature, chunk_size, prompt_length):
         lambda x: x[:, first:],
         (rows.token_mask, hidden, rows.targets, *extra),
     )
-    share = chunk_size / sampled[0].size
 
     def of_rows(heads, mask, *trees):  # Those of a device.
-      width = max(round(share * mask.size), 1) if chunk_size else mask.size
-      if width >= mask.size:
-        return _over_tokens(of_tokens, heads, trees)
-      return _in_chunks(of_tokens, heads, mask, trees, width)
+      if 0 < chunk_size < mask.size:
+        return _in_chunks(of_tokens, heads, mask, trees, chunk_size)
+      return _over_tokens(of_tokens, heads, trees)
 
     if model.by_tokens is not None:
       of_rows = model.by_tokens(of_rows)

@@ -62,9 +62,9 @@ def by_halves(fn):
 
 
 @pytest.mark.parametrize('chunk_size, expected', [
-    (0, 2 * 6), (48, 2 * 6), (12, 2 * 3), (4, 2), (2, 2), (1, 2)
+    (0, 2 * 6), (48, 2 * 6), (12, 2 * 6), (6, 2 * 3), (4, 2 * 2), (1, 2)
 ])
-def test_a_chunk_has_its_share_of_each_device_and_a_token_of_each_row(
+def test_a_chunk_has_so_many_tokens_of_a_device_and_one_of_each_row_at_least(
     chunk_size, expected
 ):
   rows = Rows(

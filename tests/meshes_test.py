@@ -35,7 +35,7 @@ MESHES = {
 LONG = {'fsdp': 2, 'sequence': 4}  # Ten tokens over four devices.
 LAYOUTS = {
     'sequence': ('qwen3', LONG, {}),
-    'sequence in windows': ('gemma2', LONG, {'learner__chunk_size': 16}),
+    'sequence in windows': ('gemma2', LONG, {'learner__chunk_size': 4}),
     'sequence of experts': ('qwen3_moe', LONG, {}),
     'sequence, packed': (
         'qwen3',

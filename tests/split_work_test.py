@@ -23,7 +23,7 @@ SIZES = {
     'max_completion_length': 48,
     'learner__num_minibatches': 2,
     'learner__num_microbatches': 2,
-    'learner__chunk_size': 512,
+    'learner__chunk_size': 64,
 }
 LAYOUTS = {'as sampled': 0, 'packed': 128}
 
@@ -48,7 +48,7 @@ def bytes_of_long_rows(mesh, **options):
       'max_prompt_length': 1025,
       'max_completion_length': 7168,
       'learner__num_minibatches': 1,
-      'learner__chunk_size': 1024,
+      'learner__chunk_size': 128,
       'model__remat': 'full',
       **options,
   })

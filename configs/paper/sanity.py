@@ -35,7 +35,7 @@ def get_config(algorithm: str = 'dppo_binary_tv'):
   config.total_steps = 3500
   config.learner.num_minibatches = 4
   config.learner.num_microbatches = 16
-  config.learner.chunk_size = 8192
+  config.learner.chunk_size = 1024
   config.optimizer.learning_rate = 1e-6
   config.optimizer.schedule = 'constant'
   config.eval.update({

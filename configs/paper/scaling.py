@@ -98,7 +98,7 @@ def get_config(which: str = 'dense_base'):
     config[name] = sizes[name]
   config.learner.num_minibatches = sizes['num_minibatches']
   config.learner.num_microbatches = sizes['num_microbatches']
-  config.learner.chunk_size = 8192
+  config.learner.chunk_size = 2048
   # A quarter of the completions at a time: lengths differ by a lot.
   config.sampling.num_slots = config.num_prompts * config.group_size // 4
   config.optimizer.learning_rate = sizes.get('learning_rate', 1e-6)
