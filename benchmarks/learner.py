@@ -5,8 +5,8 @@
 One update from the same completions of geometric length, by rows as they were
 sampled and by packed ones, for each number of micro-batches given. Runs
 alternate with the fastest of the rows as sampled, A B A C; a ratio is the
-median over rounds of A over the run after it, so above 1 is faster. Parameters after
-the update agree, or the benchmark fails.
+median over rounds of A over the run after it, so above 1 is faster. Parameters
+after the update agree, or the benchmark fails.
 """
 
 import pathlib

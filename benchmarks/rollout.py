@@ -3,11 +3,11 @@
     python benchmarks/rollout.py --output=benchmarks/results/rollout.json
 
 The same completions, token for token, by the loop that ends with the longest
-and by loops with fewer slots, which take the next of the queue when a completion
-ends. Lengths are geometric: a Llama with random weights whose end token has
-probability 1 / mean everywhere. Runs alternate with the loop that takes all at
-once, A B A C; a ratio is the median over rounds of A over the run after it, so
-above 1 is faster.
+and by loops with fewer slots, which take the next of the queue when a
+completion ends. Lengths are geometric: a Llama with random weights whose end
+token has probability 1 / mean everywhere. Runs alternate with the loop that
+takes all at once, A B A C; a ratio is the median over rounds of A over the run
+after it, so above 1 is faster.
 """
 
 import pathlib

@@ -21,7 +21,6 @@ from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 
-
 # Of a row of logits. A power of two, so that a vocabulary that is split over
 # devices is split between blocks.
 _MAX_BLOCKS = 128

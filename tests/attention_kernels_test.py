@@ -323,6 +323,7 @@ def steps_on_eight_devices():
     print(json.dumps([one, many]))
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_three_steps_by_splash_on_a_mesh_are_those_of_one_device():
   lines = many_devices.run(

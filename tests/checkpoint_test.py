@@ -386,6 +386,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path):
   assert len(os.listdir(tmp_path)) == 2  # What was left half-saved is gone.
 
 
+@pytest.mark.several_devices
 def test_restores_to_another_mesh(tmp_path):
   child = """
       import sys

@@ -171,6 +171,7 @@ def on_eight_devices():
       }))
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_over_a_mesh_tokens_are_the_same_and_no_loop_moves_weights_or_waits():
   printed = many_devices.run(
@@ -255,6 +256,7 @@ def loops():
   return {line.pop('name'): line for line in map(json.loads, printed)}
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_loops_of_the_sampler_move_activations_and_never_weights(loops, name):

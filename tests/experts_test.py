@@ -177,6 +177,7 @@ def collectives_of_experts():
     print(json.dumps(sorted([x.kind, x.payload] for x in found)))
 
 
+@pytest.mark.several_devices
 def test_a_mesh_changes_neither_experts_nor_their_gradients():
   meshes = [
       {'data': 2, 'fsdp': 4},
@@ -206,6 +207,7 @@ def kept_for_the_gradient():
   print(json.dumps([x.size for x in jax.tree.leaves(kept)]))
 
 
+@pytest.mark.several_devices
 def test_gathered_kernels_are_not_kept_for_the_gradient():
   [sizes] = map(json.loads, many_devices.run("""
       import experts_test
@@ -216,6 +218,7 @@ def test_gathered_kernels_are_not_kept_for_the_gradient():
   assert max(sizes) < 8 * 4 * 6 * 8
 
 
+@pytest.mark.several_devices
 def test_tokens_stay_on_their_device_and_kernels_come_to_them():
   here, everywhere = map(json.loads, many_devices.run("""
       import experts_test

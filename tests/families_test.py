@@ -237,6 +237,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.several_devices
 def test_a_model_is_read_straight_into_its_shards(folder):
   lines = many_devices.run(SHARDED, folder('mixtral', 'untied'))
   assert lines[-1] == 'done'

@@ -244,6 +244,7 @@ def eight_devices():
   return {line.pop('name'): line for line in lines}
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('name', algorithms.names())
 def test_eight_devices_learn_what_one_does(eight_devices, name):

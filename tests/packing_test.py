@@ -292,7 +292,7 @@ def test_updates_are_those_of_the_rows_as_sampled(scored, options):
       )
   # The same tokens in each update.
   for u in range(2):
-    tokens = lambda s: np.sort(
+    tokens = lambda s, u=u: np.sort(
         np.asarray(s.behaviour_logprobs[u])[np.asarray(s.token_mask[u])]
     )
     np.testing.assert_array_equal(tokens(packed_stats), tokens(stats))

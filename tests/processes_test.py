@@ -234,6 +234,7 @@ def pair(launch, tmp_path_factory):
   return workdir, done
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_two_processes_sample_and_learn_what_one_does(single, pair):
   assert calls(pair[1]) == calls(single[1])  # Every token, every answer.
@@ -241,6 +242,7 @@ def test_two_processes_sample_and_learn_what_one_does(single, pair):
   assert_same_results(rows(pair[0]), rows(single[0]), 1e-5)
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_each_process_scores_its_own_rows(pair):
   first, second = ([len(x) for x, _ in done.scored] for done in pair[1])
@@ -251,6 +253,7 @@ def test_each_process_scores_its_own_rows(pair):
   assert sorted(second) == sorted([16] * (STEPS + 1) + [8] * num_evaluations)
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_only_the_first_process_logs_and_writes(pair):
   workdir, (first, second) = pair
@@ -268,12 +271,14 @@ def test_only_the_first_process_logs_and_writes(pair):
     assert any(sample['answer'] in answers for _, answers in first.scored)
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_the_step_compiles_once(single, pair):
   for process in (*single[1], *pair[1]):
     assert process.stderr.count('Compiling jit(train_step)') == 1
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_what_only_the_first_process_can_see_is_an_error_of_all(launch, pair):
   first, second = launch(2, pair[0], seed=1)
@@ -284,6 +289,7 @@ def test_what_only_the_first_process_can_see_is_an_error_of_all(launch, pair):
     assert re.search(f'^error: {start} .*{message}', process.stderr, re.M)
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_sigterm_to_one_saves_and_ends_all_and_they_continue_bitwise(
     launch, pair, tmp_path
@@ -302,6 +308,7 @@ def test_sigterm_to_one_saves_and_ends_all_and_they_continue_bitwise(
   assert weights(tmp_path / 'run') == weights(pair[0])
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_one_process_continues_what_two_have_saved_on_another_mesh(
     launch, single, pair, tmp_path
@@ -317,6 +324,7 @@ def test_one_process_continues_what_two_have_saved_on_another_mesh(
   assert_same_results(rows(workdir), rows(single[0]), 1e-4)
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_two_continue_what_one_has_saved_and_neither_outlives_the_other(
     launch, single, tmp_path
@@ -422,6 +430,7 @@ def test_flags_that_do_not_belong_together_are_named(given, message):
     processes.initialize(**given)
 
 
+@pytest.mark.several_devices
 @pytest.mark.skipif(sys.platform != 'linux', reason='Reads /proc.')
 @pytest.mark.parametrize('how', ['flag', 'config', 'one device', 'own number'])
 def test_devices_of_a_cpu_have_threads_enough_for_all_to_wait(how):

@@ -468,6 +468,7 @@ def run_on(num_devices, mesh):
   return json.loads(printed[-1])
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_eight_devices_replay_what_one_does():
   expected = run_on(1, {})

@@ -6,6 +6,7 @@ a CPU need a process of their own.
 """
 
 import many_devices
+import pytest
 
 SCRIPT = """
     import jax
@@ -46,5 +47,6 @@ SCRIPT = """
 """
 
 
+@pytest.mark.several_devices
 def test_every_divergence_is_the_same_when_the_vocabulary_is_split():
   assert 'topk_tv' in many_devices.run(SCRIPT)

@@ -215,6 +215,7 @@ def run_on(name):
   return json.loads(line)
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [x for x in LAYOUTS if 'fused' not in x])
 def test_two_programs_take_the_steps_of_one(name):
@@ -238,6 +239,7 @@ def test_two_programs_take_the_steps_of_one(name):
     assert ages == [2 * min(k, staleness) for k in range(3)]
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [x for x in LAYOUTS if 'fused' not in x])
 def test_each_program_compiles_once_and_has_its_devices(name):
@@ -251,6 +253,7 @@ def test_each_program_compiles_once_and_has_its_devices(name):
   assert [x['devices'] for x in run['runs']] == [4] * NUM_STALENESS
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_the_next_learning_is_started_while_the_sampler_works(tmp_path):
   printed = many_devices.run(

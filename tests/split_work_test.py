@@ -96,6 +96,7 @@ def eight_devices():
   return {line.pop('name'): line for line in lines}
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', MESHES)
@@ -109,6 +110,7 @@ def test_eight_devices_share_the_work(eight_devices, name, layout):
   assert eight['rows'] == pytest.approx(one['rows'] / shards, rel=0.1)
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['packed on eight', 'packed on four'])
 def test_packed_rows_on_a_mesh_teach_what_one_device_learns(
@@ -124,6 +126,7 @@ def test_packed_rows_on_a_mesh_teach_what_one_device_learns(
   np.testing.assert_allclose(many['parameters'], one['parameters'], rtol=1e-4)
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 def test_rows_split_by_tokens_need_a_part_of_the_memory():
   [line] = many_devices.run(

@@ -378,6 +378,7 @@ def one_device(tmp_path_factory):
   )
 
 
+@pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh, rank, num_slots, own_tensor, kernel', [
     # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.

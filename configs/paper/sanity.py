@@ -3,11 +3,11 @@
     python -m dppo_jax.main --config=configs/paper/sanity.py
 
 All problems are ones that the start model solves in 20 % to 80 % of 40 tries
-(1,460 of MATH, which are yours to find), so a stable algorithm must solve nearly all of them in the end.
-bfloat16 throughout, to have a mismatch of sampling and training. Another
-algorithm follows a colon: `sanity.py:minirl`. Rows of docs/algorithms.md have
-the numbers of this test. Mesh, micro-batches and chunks are ours; nobody has
-run it here.
+(1,460 of MATH, which are yours to find), so a stable algorithm must solve
+nearly all of them in the end. bfloat16 throughout, to have a mismatch of
+sampling and training. Another algorithm follows a colon: `sanity.py:minirl`.
+Rows of docs/algorithms.md have the numbers of this test. Mesh, micro-batches
+and chunks are ours; nobody has run it here.
 """
 
 from configs import default
