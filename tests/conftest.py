@@ -25,14 +25,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile('repeatable')
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  """For `--dist=loadgroup`: the tests of a file share what they compile."""
-  for item in items:
-    if not item.get_closest_marker('xdist_group'):
-      item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture
 def no_nans():
   """Raises where a NaN is made. `pytestmark = usefixtures('no_nans')`."""

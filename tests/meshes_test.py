@@ -195,17 +195,10 @@ def check(one, many, apart_from=()):
   )
 
 
-def of_family(family, *values):
-  """A mark, or values with it: what a family's tests share is computed once."""
-  mark = pytest.mark.xdist_group(f'meshes, {family}')
-  return pytest.param(*values, marks=mark) if values else mark
-
-
 def test_every_family_is_here():
   assert SIZES.keys() == load.FAMILIES.keys()
 
 
-@of_family('qwen3')
 @pytest.mark.several_devices
 def test_a_mesh_of_all_axes_takes_the_steps_of_one_device():
   check(run_on('qwen3', 'one')['one'], run_on('qwen3', 'all')['all'])
@@ -214,16 +207,14 @@ def test_a_mesh_of_all_axes_takes_the_steps_of_one_device():
 @pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES)
-@pytest.mark.parametrize('family', [of_family(x, x) for x in SIZES])
+@pytest.mark.parametrize('family', SIZES)
 def test_three_steps_on_a_mesh_are_those_of_one_device(family, mesh):
   check(run_on(family, 'one')['one'], run_on(family, *MESHES)[mesh])
 
 
 @pytest.mark.several_devices
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'name', [of_family(family, name) for name, (family, *_) in LAYOUTS.items()]
-)
+@pytest.mark.parametrize('name', LAYOUTS)
 def test_split_rows_and_a_sampler_of_its_own_change_no_number(name):
   family, _, options = LAYOUTS[name]
   one, many = run_on(family, 'one')['one'], run_on(family, name)[name]
