@@ -494,21 +494,22 @@ def describe(plan: Plan) -> Iterator[str]:
       f'{memory.readable(total)} of {memory.readable(chip.memory)} on each '
       'device: it fits.'
   )
-  yield f'  lasting      {_shown(plan.lasting)}; other arguments {_gb(other)}'
+  lasting = _shown(plan.lasting)
+  yield f'  lasting      {lasting}; other arguments {_bytes(other)}'
   yield f'  temporary    {_shown(plan.temporary)}'
-  yield f'  results      {_gb(plan.sizes["results"])}'
+  yield f'  results      {_bytes(plan.sizes["results"])}'
   for phase in plan.phases:
     bound, seconds = phase.bound(chip)
     yield (
-        f'  {phase.name:<12} {phase.flops / 1e12:,.1f} TFLOP, '
-        f'{phase.traffic / 1e9:,.0f} GB of memory, '
-        f'{phase.sent / 1e9:,.1f} GB sent: {seconds:,.1f} s, bound by {bound}'
+        f'  {phase.name:<12} {_operations(phase.flops)}, '
+        f'{_bytes(phase.traffic, 0)} of memory, {_bytes(phase.sent, 1)} sent: '
+        f'{_time(seconds)}, bound by {bound}'
     )
     if phase.collectives:
       yield '               ' + ', '.join(
           f'{number:,.0f} {kind}' for kind, number in phase.collectives.items()
       )
-  yield f'  step         {plan.seconds:,.1f} s at least'
+  yield f'  step         {_time(plan.seconds)} at least'
   if plan.unknown_loops:
     yield f'  {plan.unknown_loops} loops of unknown length count once.'
 
@@ -536,17 +537,32 @@ def table(plans: list[Plan]) -> Iterator[str]:
     yield (
         f'| {_axes(plan.mesh)} | {plan.config.learner.num_microbatches} '
         f'| {memory.readable(plan.sizes["total"])} | '
-        + ' | '.join(f'{x:,.1f} s' for x in (*times, plan.seconds)) + ' |'
+        + ' | '.join(map(_time, (*times, plan.seconds))) + ' |'
     )
 
 
-def _gb(size: int) -> str:
-  return f'{size / 1e9:.2f} GB'
+def _bytes(size: float, digits: int = 2) -> str:
+  scale, unit = (1e9, 'GB') if size >= 1e9 else (1e6, 'MB')
+  return f'{size / scale:,.{digits}f} {unit}'
+
+
+def _operations(number: float) -> str:
+  scale, unit = (1e12, 'TFLOP') if number >= 1e12 else (1e9, 'GFLOP')
+  return f'{number / scale:,.1f} {unit}'
+
+
+def _time(seconds: float) -> str:
+  scale, unit = next(
+      ((scale, unit) for scale, unit in ((1, 's'), (1e-3, 'ms'))
+       if seconds >= scale),
+      (1e-6, 'us'),
+  )
+  return f'{seconds / scale:,.1f} {unit}'
 
 
 def _shown(kinds: dict[str, int]) -> str:
   return ', '.join(
-      f'{name} {_gb(size)}' for name, size in kinds.items() if size
+      f'{name} {_bytes(size)}' for name, size in kinds.items() if size
   )
 
 

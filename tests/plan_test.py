@@ -383,6 +383,10 @@ def test_a_plan_prints_what_it_knows(plan):
   assert chips.CHIPS['v5e'].source in plan_lib.assumptions(plan)
   header, _, row = plan_lib.table([plan])
   assert header.count('|') == row.count('|')
+  # A model of a few thousand parameters: nothing of it is shown as zero.
+  assert ' MB of memory, ' in text and ' GFLOP, ' in text and ' us' in row
+  zero = re.compile(r'\b0\.0+ (s|ms|us|GB|TFLOP)')
+  assert not zero.search(row) and not zero.search(text)
 
 
 @needs_libtpu
