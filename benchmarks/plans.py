@@ -58,7 +58,7 @@ PLANS = {
 }
 
 
-def make(name: str) -> int:
+def make(name: str, commit: str | None) -> int:
   """Runs one plan and keeps what it says; returns its exit status."""
   command = PLANS[name]
   print(shlex.join(command), flush=True)
@@ -71,7 +71,7 @@ def make(name: str) -> int:
   RESULTS.mkdir(parents=True, exist_ok=True)
   (RESULTS / f'{name}.txt').write_text('\n'.join([
       shlex.join(command),
-      f'{datetime.date.today().isoformat()}, commit {machine.commit()}',
+      f'{datetime.date.today().isoformat()}, commit {commit}',
       said,
   ]))
   print(said, flush=True)
@@ -82,4 +82,5 @@ if __name__ == '__main__':
   chosen = sys.argv[1:] or list(PLANS)
   if unknown := [name for name in chosen if name not in PLANS]:
     sys.exit(f'error: no plan {unknown[0]!r}; known: {", ".join(PLANS)}.')
-  sys.exit(max(make(name) for name in chosen))
+  measured = machine.commit()  # Before results change the files.
+  sys.exit(max(make(name, measured) for name in chosen))

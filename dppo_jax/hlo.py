@@ -310,14 +310,21 @@ def _read(program, around, instruction, place):
 
 def _used_within(program, computation, place):
   """Bytes that a fused computation takes of a parameter; None for all."""
+  used, leaves = _use(program, computation, place)
+  return None if leaves else used
+
+
+def _use(program, computation, place):
+  """Bytes taken of a parameter (None for all), and whether it is the result."""
   within = program.computations[computation]
   name = next(
       x.name for x in within.values()
       if x.opcode == 'parameter' and x.arguments == str(place)
   )
-  total, names = 0, [name]
+  total, names, leaves = 0, [name], False
   while names:
     name = names.pop()
+    leaves |= within[name].is_root
     for user in within.values():
       if name not in user.operands:
         continue
@@ -329,13 +336,15 @@ def _used_within(program, computation, place):
       elif user.opcode in _WRITES_A_PART and not first:
         continue
       elif user.opcode == 'fusion':
-        used = _used_within(program, user.called[0], first)
+        used, passes = _use(program, user.called[0], first)
         if used is None:
-          return None
+          return None, False
         total += used
+        if passes:  # It is what its users make of it.
+          names.append(user.name)
       else:
-        return None
-  return total
+        return None, False
+  return total, leaves
 
 
 class Collective(NamedTuple):

@@ -76,9 +76,10 @@ def initialize(
 def allow_threads() -> None:
   """Lets XLA have threads enough for a CPU that looks like several devices.
 
-  By itself it has one for each. All of them may wait for each other in
-  collectives while what they wait for waits for a thread; after 40 s XLA ends
-  the process. Call it before any device is used; `PJRT_NPROC` is kept if set.
+  By itself it has one for each, if there are no more cores. All of them may
+  wait for each other in collectives while what they wait for waits for a
+  thread; after 40 s XLA ends the process. Call it before any device is used;
+  `PJRT_NPROC` is kept if set.
   """
   asked = re.search(
       r'--xla_force_host_platform_device_count=(\d+)',
@@ -86,7 +87,8 @@ def allow_threads() -> None:
   )
   count = int(asked[1]) if asked else jax.config.jax_num_cpu_devices
   if count > 1:
-    os.environ.setdefault('PJRT_NPROC', str(_THREADS_PER_DEVICE * count))
+    threads = max(_THREADS_PER_DEVICE * count, os.cpu_count() or 1)
+    os.environ.setdefault('PJRT_NPROC', str(threads))
 
 
 def _check_arguments(coordinator, num_processes, process_id) -> None:

@@ -96,11 +96,12 @@ def make_mesh(
         f'mesh {sizes} does not fit {count} devices: the sizes must multiply '
         f'to {count}; one of them may be -1 for the rest.'
     )
-  slices = {getattr(device, 'slice_index', 0) for device in devices}
-  if len(slices) > 1:
-    raise ValueError(
-        f'{count} devices of {len(slices)} slices: a run takes a single slice.'
-    )
+  if devices[0].platform == 'tpu':
+    slices = {getattr(device, 'slice_index', 0) for device in devices}
+    if len(slices) > 1:
+      raise ValueError(
+          f'{count} TPU chips of {len(slices)} slices: a run takes one slice.'
+      )
   # As jax.make_mesh, which refuses an axis of 8 on a torus of 4 x 4 x 4.
   placed = mesh_utils.create_device_mesh(
       tuple(sizes.values()), devices, allow_split_physical_axes=True
