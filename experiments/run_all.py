@@ -21,6 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 # ruff: noqa: E402
 from experiments.lib import options
 
+options.define('workers')
 _ONLY = flags.DEFINE_list('only', [], 'Only these; all if empty.')
 
 # What each experiment calls before its plot.
@@ -47,7 +48,7 @@ def main(_):
       subprocess.run(
           [
               sys.executable, HERE / name / script, *flags_of,
-              f'--workers={options.WORKERS.value}',
+              '--workers', str(options.given('workers')),
           ],
           check=True,
       )

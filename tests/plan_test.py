@@ -267,7 +267,8 @@ _WEIGHTS = '''HloModule jit_step
 ENTRY %main.1_spmd (a: bf16[64,32], b: bf16[4,64]) -> bf16[4,32] {
   %a = bf16[64,32]{1,0} parameter(0)
   %b = bf16[4,64]{1,0} parameter(1)
-  ROOT %fusion.1 = bf16[4,32]{1,0} fusion(%a, %b), kind=kOutput, calls=%product.1
+  ROOT %fusion.1 = bf16[4,32]{1,0} fusion(%a, %b), kind=kOutput, \
+calls=%product.1
 }
 '''
 

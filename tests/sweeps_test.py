@@ -16,6 +16,7 @@ from dppo_jax import main
 from dppo_jax import metrics as metrics_lib
 from experiments.lib import cells as cells_lib
 from experiments.lib import command
+from experiments.lib import options
 from experiments.lib import pool
 from experiments.lib import stability
 from experiments.lib import sweep
@@ -167,7 +168,17 @@ def test_a_summary_knows_on_what_and_how_long_each_call_measured(tmp_path):
   assert [call['runs'] for call in last['calls']] == [2, 1]
   assert last['calls'][0] == first['calls'][0]
   assert last['calls'][1]['seconds'] > 0
-  assert last['calls'][1]['machine']['commit']
+  assert last['calls'][1]['machine']['device'] == 'cpu'
+
+
+def test_a_summary_knows_what_was_measured_before_something_failed(tmp_path):
+  path = tmp_path / 'runs.csv'
+  batches = [[make_cell(seed)] for seed in (2, 0, 1)]
+  with pytest.raises(ExceptionGroup):
+    pool.measure(batches, rows_but_of_2, path, workers=1, summarize=len)
+  summary = table.read_summary(tmp_path / 'runs.json')
+  assert summary['results'] == 2
+  assert [call['runs'] for call in summary['calls']] == [2]
 
 
 def rows_but_of_2(cells):
@@ -293,7 +304,9 @@ def test_every_command_of_an_experiment_has_a_config_that_main_takes(name):
     plain = dict(flatten(config))
     config.update_from_flattened_dict({
         # As the flags of ml_collections read a text.
-        option: type(plain[option])(value)
+        option: value == 'True'
+        if isinstance(plain[option], bool) and isinstance(value, str)
+        else type(plain[option])(value)
         for option, value in line.flags.items()
     })
     checks.check(config, num_batch_shards=1)
@@ -347,9 +360,16 @@ def test_a_sweep_of_commands_keeps_the_metrics_of_its_runs(tmp_path):
       x['accuracy'] for x in by[jobs[0]] if x['accuracy']
   ]
   assert not (tmp_path / 'runs' / 'evaluations-0').exists()
+  # Without their rows they are measured anew, though a run has ended there.
+  (workdir / 'of the first run').touch()
+  table.write(path, [row for row in rows if row['method'] != jobs[0].method])
+  with given(f'--runs={tmp_path / "runs"}'):
+    command.measure(jobs, tiny_command, path, summarize=len)
+  assert not (workdir / 'of the first run').exists()
+  assert len(table.read(path)) == len(rows)
   summary = table.read_summary(tmp_path / 'runs.json')
   assert summary['results'] == 5
-  assert [call['runs'] for call in summary['calls']] == [2]
+  assert [call['runs'] for call in summary['calls']] == [2, 1]
 
 
 def test_a_command_that_fails_names_its_log(tmp_path):
@@ -362,6 +382,12 @@ def test_a_command_that_fails_names_its_log(tmp_path):
   log = tmp_path / 'runs' / 'x-0.log'
   assert said == f'Exit code 2; {log} says why.'
   assert 'group_size=0' in log.read_text()
+
+
+def test_a_name_that_is_given_twice_runs_once():
+  options.define('methods')
+  with given('--methods=grpo,cispo,grpo'):
+    assert options.given('methods') == ['grpo', 'cispo']
 
 
 def test_an_unknown_setting_is_an_error_that_names_the_known_ones():

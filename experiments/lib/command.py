@@ -18,6 +18,7 @@ from experiments.lib import options
 from experiments.lib import pool
 from experiments.lib import table
 
+options.define('workers')
 _RUNS = flags.DEFINE_string(
     'runs', '', 'Where work directories and logs go; runs/EXPERIMENT if empty.'
 )
@@ -56,7 +57,7 @@ def measure(
       [[job] for job in jobs],
       functools.partial(_rows, command_of=command_of, runs=runs),
       path,
-      workers=options.WORKERS.value,
+      workers=options.given('workers'),
       summarize=summarize,
   )
 
@@ -66,10 +67,15 @@ def _rows(
     command_of: Callable[[Any], Command],
     runs: pathlib.Path,
 ) -> list[dict[str, Any]]:
-  """Runs a single job, or what is left of it; its steps as rows."""
+  """Runs a single job, or what is left of it; its steps as rows.
+
+  A run that ended and has no row is to be measured anew.
+  """
   [job] = jobs
   command = command_of(job)
   workdir = runs / '-'.join(job).replace(' ', '_').lower()
+  if (workdir / 'report.html').exists():
+    shutil.rmtree(workdir)
   _train(command, workdir)
   pool.tick(1)
   rows = [

@@ -37,20 +37,41 @@ def measure(
     path: of the CSV file.
     workers: see there.
     summarize: from all rows of the file to the results.
+
+  Raises:
+    ExceptionGroup: see there. What did not fail is in both files.
   """
-  start = time.perf_counter()
-  measured = run_missing(batches, run, path, workers=workers)
-  summary = path.with_suffix('.json')
-  calls = table.read_summary(summary).get('calls', [])
-  if measured:
-    calls.append({
-        'runs': measured,
-        'seconds': time.perf_counter() - start,
-        'machine': machine.describe(),
-    })
-  table.write_summary(
-      summary, {'calls': calls, 'results': summarize(table.read(path))}
-  )
+  batches = list(batches)
+  start, summary = time.perf_counter(), path.with_suffix('.json')
+  waiting = _count_missing(batches, path)
+  # Before rows change a file of the commit.
+  on = _in_a_process(machine.describe) if waiting else {}
+  try:
+    run_missing(batches, run, path, workers=workers)
+  finally:
+    calls = table.read_summary(summary).get('calls', [])
+    if measured := waiting - _count_missing(batches, path):
+      calls.append({
+          'runs': measured,
+          'seconds': time.perf_counter() - start,
+          'machine': on,
+      })
+    if rows := table.read(path):
+      table.write_summary(
+          summary, {'calls': calls, 'results': summarize(rows)}
+      )
+
+
+def _count_missing(batches, path) -> int:
+  rows = table.read(path)
+  return sum(len(not_in(rows, jobs)) for jobs in batches)
+
+
+def _in_a_process(fn):
+  """What `fn` returns in a process that ends: devices are free again."""
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    return pool.submit(fn).result()
 
 
 def run_missing(
@@ -59,7 +80,7 @@ def run_missing(
     path: pathlib.Path,
     *,
     workers: int,
-) -> int:
+) -> None:
   """Runs batches of jobs and appends their rows as soon as they are there.
 
   Each worker is a process on a core of its own. A job is done if a row has all
@@ -72,9 +93,6 @@ def run_missing(
       job; can be pickled.
     path: of the CSV file.
     workers: batches at a time, at most.
-
-  Returns:
-    how many jobs were missing and have been run.
 
   Raises:
     ExceptionGroup: what batches raised, after all have ended.
@@ -114,7 +132,6 @@ def run_missing(
     bar.update(bar.total - bar.n)
   if errors:
     raise ExceptionGroup(f'{len(errors)} of {len(missing)} failed', errors)
-  return sum(map(len, missing))
 
 
 def not_in(rows: list[dict[str, str]], jobs: Sequence[Any]) -> list[Any]:

@@ -20,6 +20,7 @@ from experiments.lib import options
 from experiments.lib import pool
 from experiments.lib import table
 
+options.define('seeds', 'methods', 'rates', 'file', 'workers')
 _PART = flags.DEFINE_string('part', 'runs', 'Of an experiment, if it has some.')
 _SETTINGS = flags.DEFINE_list('settings', [], 'Only these; all if empty.')
 _TOGETHER = flags.DEFINE_integer('together', 5, 'Runs in a program, at most.')
@@ -94,16 +95,16 @@ def run(sweep: Sweep) -> None:
   """Runs what the flags ask for and is not there yet; within `app.run`."""
   cells = cells_of(
       sweep,
-      options.SEEDS.value or SEEDS,
+      options.given('seeds') or SEEDS,
       _SETTINGS.value,
-      options.METHODS.value,
-      options.RATES.value,
+      options.given('methods'),
+      options.given('rates'),
   )
   pool.measure(
       cells_lib.programs(cells, _TOGETHER.value),
       functools.partial(cells_lib.run, columns=sweep.columns, how=_HOW.value),
-      sweep.folder / options.FILE.value,
-      workers=options.WORKERS.value,
+      sweep.folder / options.given('file'),
+      workers=options.given('workers'),
       summarize=sweep.summarize,
   )
 

@@ -23,6 +23,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from experiments.lib import command
 from experiments.lib import options
 
+options.define('seeds', 'methods', 'file')
+
 HERE = pathlib.Path(__file__).parent
 MAIN = 'tv_topk'
 SEEDS = {MAIN: ('0', '1', '2')}
@@ -100,9 +102,9 @@ def summarize(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
 
 def main(_):
   command.measure(
-      jobs(options.SEEDS.value, options.METHODS.value),
+      jobs(options.given('seeds'), options.given('methods')),
       command_of,
-      HERE / options.FILE.value,
+      HERE / options.given('file'),
       summarize=summarize,
   )
 

@@ -67,7 +67,7 @@ def draw_staleness(curves):
     shift = (number - (len(LABELS) - 1) / 2) * 0.13
     for place, staleness in enumerate(ages):
       runs = select(curves, method, staleness).values()
-      ends = [sweep.final_accuracy(method, curve) for curve in runs]
+      ends = [sweep.accuracy_at_half(method, curve) for curve in runs]
       axes.scatter(
           [place + shift] * len(ends), ends, s=14, color=f'C{number}',
           label=label if not place else None,
@@ -115,7 +115,7 @@ def print_tables(curves):
     cells = []
     for staleness in ages:
       runs = select(curves, method, staleness).values()
-      ends = [sweep.final_accuracy(method, curve) for curve in runs]
+      ends = [sweep.accuracy_at_half(method, curve) for curve in runs]
       low, high = figures.interval(ends)
       cells.append(f'{np.mean(ends):.3f} ({low:.3f} to {high:.3f})')
     print(f'| {label} |', ' | '.join(cells), '|')

@@ -26,6 +26,7 @@ from experiments.lib import command
 from experiments.lib import options
 from experiments.lib import table
 
+options.define('seeds', 'methods')
 _STALENESS = flags.DEFINE_list(
     'staleness', ['0', '4', '16'], 'Steps between sampling and learning.'
 )
@@ -78,8 +79,8 @@ METHODS = {
     'r2vpo': ('r2vpo', ()),
     'r2vpo_replay': ('r2vpo', _REPLAY),
 }
-# Where methods are compared under staleness: the last quarter of those runs, in
-# rollouts.
+# Where methods are compared under staleness, in rollouts: the last quarter of
+# those runs, which end after half the steps of the others.
 ENDS = {method: (3840, 5120) for method in METHODS}
 ENDS['r2vpo_replay'] = (2400, 3200)
 
@@ -108,7 +109,7 @@ def final(best, methods):
   return [
       Job(method, best[method], staleness, seed)
       for staleness in _STALENESS.value
-      for seed in options.SEEDS.value or SEEDS
+      for seed in options.given('seeds') or SEEDS
       for method in methods
   ]
 
@@ -168,8 +169,8 @@ def rollouts_to_target(curve, target=TARGET):
   return float(rollouts[i - 1] + share * (rollouts[i] - rollouts[i - 1]))
 
 
-def final_accuracy(method, curve):
-  """Held-out accuracy, averaged over the evaluations of the last quarter."""
+def accuracy_at_half(method, curve):
+  """Held-out accuracy, averaged over the evaluations of `ENDS`."""
   rollouts, accuracy = curve
   first, last = ENDS[method]
   return float(accuracy[(rollouts >= first) & (rollouts <= last)].mean())
@@ -182,11 +183,11 @@ def summarize(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     ages = results[job.method].setdefault(job.learning_rate, {})
     of_age = ages.setdefault(
         job.staleness,
-        {'seeds': [], 'rollouts_to_target': [], 'final_accuracy': []},
+        {'seeds': [], 'rollouts_to_target': [], 'accuracy_at_half': []},
     )
     of_age['seeds'].append(job.seed)
     of_age['rollouts_to_target'].append(rollouts_to_target(curve))
-    of_age['final_accuracy'].append(final_accuracy(job.method, curve))
+    of_age['accuracy_at_half'].append(accuracy_at_half(job.method, curve))
   return results
 
 
@@ -210,7 +211,7 @@ def best_rates(rows):
 
 
 def main(_):
-  methods = options.chosen('methods', options.METHODS.value, METHODS)
+  methods = options.chosen('methods', options.given('methods'), METHODS)
   command.measure(grid(methods), command_of, RATES, summarize=summarize)
   best = best_rates(table.read(RATES))
   print('Best learning rates:', best)

@@ -20,6 +20,8 @@ from experiments.lib import command
 from experiments.lib import options
 from experiments.lib import stability
 
+options.define('seeds', 'methods', 'rates', 'file')
+
 HERE = pathlib.Path(__file__).parent
 SEEDS = ('0', '1', '2')
 RATES = ('5e-4',)
@@ -91,9 +93,9 @@ def summarize(rows):
 
 def main(_):
   command.measure(
-      jobs(options.SEEDS.value, options.METHODS.value, options.RATES.value),
+      jobs(*map(options.given, ('seeds', 'methods', 'rates'))),
       command_of,
-      HERE / options.FILE.value,
+      HERE / options.given('file'),
       summarize=summarize,
   )
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 from experiments.lib import command
 from experiments.lib import options
 
+options.define('seeds')
 _TASKS = flags.DEFINE_list('tasks', [], 'Only these; all if empty.')
 
 HERE = pathlib.Path(__file__).parent
@@ -71,7 +72,7 @@ def summarize(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
 def main(_):
   for task in options.chosen('tasks', _TASKS.value, TASKS):
     command.measure(
-        [Job(seed) for seed in options.SEEDS.value or SEEDS],
+        [Job(seed) for seed in options.given('seeds') or SEEDS],
         functools.partial(command_of, task=task),
         HERE / f'{task}.csv',
         summarize=summarize,
