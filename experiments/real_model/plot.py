@@ -29,7 +29,7 @@ PANELS = (
 
 
 def draw(curves, methods, path):
-  """A panel for each column; a run is a thin line, the mean a thick one."""
+  """A panel for each column: runs, their mean, its bootstrapped interval."""
   fig = figure.Figure(figsize=(10.5, 5.6), layout='constrained')
   for axes, (column, title) in zip(fig.subplots(2, 3).flat, PANELS):
     for style, method in enumerate(methods):
@@ -40,14 +40,11 @@ def draw(curves, methods, path):
       if not measured.any():
         continue
       steps, values = steps[measured], values[:, measured]
-      color = figures.COLORS[style]
       axes.plot(
-          steps, values.T, color=color, linewidth=0.7, alpha=0.5
+          steps, values.T, color=figures.COLORS[style], linewidth=0.6,
+          alpha=0.5,
       )
-      axes.plot(
-          steps, values.mean(axis=0), figures.STYLES[style], color=color,
-          linewidth=2, label=method,
-      )
+      figures.band(axes, steps, values, style=style, label=method)
     axes.set_title(title, fontsize=9, loc='left')
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel('step (64 completions, 4 updates)', fontsize=8)
