@@ -542,22 +542,21 @@ def table(plans: list[Plan]) -> Iterator[str]:
 
 
 def _bytes(size: float, digits: int = 2) -> str:
-  scale, unit = (1e9, 'GB') if size >= 1e9 else (1e6, 'MB')
-  return f'{size / scale:,.{digits}f} {unit}'
+  return _scaled(size, {'GB': 1e9, 'MB': 1e6, 'kB': 1e3}, digits)
 
 
 def _operations(number: float) -> str:
-  scale, unit = (1e12, 'TFLOP') if number >= 1e12 else (1e9, 'GFLOP')
-  return f'{number / scale:,.1f} {unit}'
+  return _scaled(number, {'TFLOP': 1e12, 'GFLOP': 1e9, 'MFLOP': 1e6}, 1)
 
 
 def _time(seconds: float) -> str:
-  scale, unit = next(
-      ((scale, unit) for scale, unit in ((1, 's'), (1e-3, 'ms'))
-       if seconds >= scale),
-      (1e-6, 'us'),
-  )
-  return f'{seconds / scale:,.1f} {unit}'
+  return _scaled(seconds, {'s': 1, 'ms': 1e-3, 'us': 1e-6}, 1)
+
+
+def _scaled(value: float, units: dict[str, float], digits: int) -> str:
+  """In the largest unit of which there is one, or in the last."""
+  unit = next((x for x in units if value >= units[x]), list(units)[-1])
+  return f'{value / units[unit]:,.{digits}f} {unit}'
 
 
 def _shown(kinds: dict[str, int]) -> str:
