@@ -34,6 +34,7 @@ EXPERIMENTS = {
     'topk': [['sweep.py', '--part=tightness'], ['sweep.py', '--part=runs']],
     'sensitivity': [['sweep.py']],
     'stability': [['sweep.py']],
+    'staleness': [['sweep.py']],
     'r2vpo_sample_efficiency': [['sweep.py']],
     'real_model': [['sweep.py']],
     'main_job': [['sweep.py']],

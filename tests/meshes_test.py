@@ -174,6 +174,11 @@ def run_on(family, *names):
   return {line.pop('name'): line for line in map(json.loads, printed)}
 
 
+def run_all_of(family):
+  layouts = [name for name, (whose, *_) in LAYOUTS.items() if whose == family]
+  return run_on(family, 'one', *MESHES, *layouts)
+
+
 def check(one, many, apart_from=()):
   """Tokens exactly, every metric to 1e-4."""
   assert (one['devices'], many['devices']) == (1, 8)
@@ -201,7 +206,8 @@ def test_every_family_is_here():
 
 @pytest.mark.several_devices
 def test_a_mesh_of_all_axes_takes_the_steps_of_one_device():
-  check(run_on('qwen3', 'one')['one'], run_on('qwen3', 'all')['all'])
+  found = run_on('qwen3', 'one', 'all')
+  check(found['one'], found['all'])
 
 
 @pytest.mark.several_devices
@@ -209,7 +215,8 @@ def test_a_mesh_of_all_axes_takes_the_steps_of_one_device():
 @pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize('family', SIZES)
 def test_three_steps_on_a_mesh_are_those_of_one_device(family, mesh):
-  check(run_on(family, 'one')['one'], run_on(family, *MESHES)[mesh])
+  found = run_all_of(family)
+  check(found['one'], found[mesh])
 
 
 @pytest.mark.several_devices
@@ -217,10 +224,10 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(family, mesh):
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_split_rows_and_a_sampler_of_its_own_change_no_number(name):
   family, _, options = LAYOUTS[name]
-  one, many = run_on(family, 'one')['one'], run_on(family, name)[name]
+  found = run_all_of(family)
   # How many rows there are is another number where they are packed.
   packed = 'learner__row_length' in options
-  check(one, many, apart_from='learner/' if packed else ())
+  check(found['one'], found[name], apart_from='learner/' if packed else ())
 
 
 @pytest.mark.several_devices

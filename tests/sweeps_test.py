@@ -246,7 +246,7 @@ def test_a_summary_is_json_whatever_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name', ['clipping', 'sensitivity', 'stability', 'topk']
+    'name', ['clipping', 'sensitivity', 'stability', 'staleness', 'topk']
 )
 def test_every_run_of_an_experiment_has_a_config_that_main_takes(name):
   module = importlib.import_module(f'experiments.{name}.sweep')

@@ -18,12 +18,15 @@ from experiments.lib import stability
 from experiments.lib import sweep as sweep_lib
 from experiments.sensitivity import sweep
 
+COLUMNS = 3
+
 
 def draw(curves):
   """Final accuracy by threshold, a panel for each divergence."""
   algorithms = dict.fromkeys(name.split()[0] for _, name in curves)
-  fig = figure.Figure(figsize=(11, 5.6), layout='constrained')
-  panels = fig.subplots(2, 3, sharey=True).ravel()
+  lines = -(-len(algorithms) // COLUMNS)
+  fig = figure.Figure(figsize=(11, 2.8 * lines), layout='constrained')
+  panels = fig.subplots(lines, COLUMNS, sharey=True).ravel()
   for axes, algorithm in zip(panels, algorithms):
     ends = {
         float(name.split()[1]): [
@@ -49,9 +52,9 @@ def draw(curves):
     axes.minorticks_off()
     axes.set_title(algorithm, fontsize=10, loc='left')
     figures.clean(axes)
-  for axes in panels[3:]:
+  for axes in panels[-COLUMNS:]:
     axes.set_xlabel('threshold', fontsize=9)
-  for axes in panels[::3]:
+  for axes in panels[::COLUMNS]:
     axes.set_ylabel('final held-out accuracy', fontsize=9)
   fig.savefig(sweep.HERE / 'sensitivity.png', dpi=120)
 
