@@ -57,6 +57,7 @@ setuptools.setup(
         'test': [
             'gguf>=0.17',
             'hypothesis>=6.100',
+            'ipython>=8.0',
             # The TPU compiler that belongs to the jax: plans are tested.
             'jax[tpu]',
             'math-verify>=0.9',

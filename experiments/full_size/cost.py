@@ -30,6 +30,7 @@ from dppo_jax.models.causal_lm import CausalLM  # noqa: E402
 
 _WRITE = flags.DEFINE_bool('write', False, 'Write instead of printing.')
 
+PLANS = HERE.parents[1] / 'benchmarks' / 'results' / 'plans'
 FOLDERS = (*scaling.COLUMNS, 'sanity')
 BEGIN, END = '<!-- From here on: cost.py -->', '<!-- Until here: cost.py -->'
 
@@ -239,6 +240,20 @@ sbatch --nodes={count // GPUS_OF_A_NODE} experiments/launch/slurm.sbatch \\
 ```"""
 
 
+def _plan(folder: str) -> str:
+  """What the first command printed when it was last kept."""
+  path = PLANS / f'{folder}.txt'
+  if not path.exists():
+    return 'The plan was not made yet.'
+  _, when, said = path.read_text().split('\n', 2)
+  return f"""The plan says ({when}, `python benchmarks/plans.py {folder}`; its seconds are lower
+bounds, see [docs/plans.md](../../../docs/plans.md)):
+
+```
+{said.strip()}
+```"""
+
+
 def _cost(folder: str) -> str:
   todo, config = work(folder), get_config(folder)
   count = num_devices(config)
@@ -289,6 +304,8 @@ def section(folder: str) -> str:
   return f"""{_facts(folder)}
 
 {_commands(folder)}
+
+{_plan(folder)}
 
 An estimate, nobody has run it; what is assumed is in [the index](../README.md).
 

@@ -1,6 +1,6 @@
 """What the plots of the experiments share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,23 @@ def band(
   axes.fill_between(
       x, *interval(values), color=color, alpha=0.18, linewidth=0
   )
+
+
+def runs(
+    axes: Any, values: Mapping[str, Mapping[int, float]], *, marker: str = ''
+) -> None:
+  """{seed: {step: value}} as thin lines, with their mean and its band.
+
+  All seeds have the same steps.
+  """
+  steps = sorted(next(iter(values.values())))
+  lines = np.array([[x[step] for step in steps] for x in values.values()])
+  for number, (seed, line) in enumerate(zip(values, lines)):
+    axes.plot(
+        steps, line, color=COLORS[1 + number], linewidth=0.9, alpha=0.7,
+        marker=marker, markersize=3, label=f'seed {seed}',
+    )
+  band(axes, steps, lines, style=0, label='mean')
 
 
 def clean(axes: Any) -> None:

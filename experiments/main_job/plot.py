@@ -18,20 +18,17 @@ from experiments.main_job import sweep
 
 
 def draw(runs):
-  """Three panels of the main run, a line a seed."""
+  """Three panels of the main run: its seeds, their mean and its band."""
   panels = (
-      ('Held-out accuracy (avg@8)', 'eval/avg@8', 'o-', False),
-      ('Divergence, largest of a step', 'divergence/max', '-', True),
-      ('mean |pi - mu|', 'mismatch/prob_gap_mean', '-', True),
+      ('Held-out accuracy (avg@8)', 'eval/avg@8', 'o', False),
+      ('Divergence, largest of a step', 'divergence/max', '', True),
+      ('mean |pi - mu|', 'mismatch/prob_gap_mean', '', True),
   )
   fig = figure.Figure(figsize=(11, 3.2), layout='constrained')
-  for axes, (title, column, style, log) in zip(fig.subplots(1, 3), panels):
-    for number, (seed, columns) in enumerate(runs.items()):
-      steps, values = zip(*sorted(columns[column].items()))
-      axes.plot(
-          steps, values, style, color=figures.COLORS[number],
-          label=f'seed {seed}', linewidth=1.4, markersize=4,
-      )
+  for axes, (title, column, marker, log) in zip(fig.subplots(1, 3), panels):
+    figures.runs(
+        axes, {seed: x[column] for seed, x in runs.items()}, marker=marker
+    )
     if log:
       axes.set_yscale('log')
     else:

@@ -59,7 +59,7 @@ def draw_curves(curves):
 
 
 def draw_staleness(curves):
-  """Accuracy by staleness, a point for each run."""
+  """Accuracy by staleness: a point for each run, the mean's interval."""
   fig = figure.Figure(figsize=(7.2, 3.6), layout='constrained')
   axes = fig.subplots()
   ages = sorted({job.staleness for job in curves}, key=int)
@@ -75,6 +75,10 @@ def draw_staleness(curves):
       axes.hlines(
           np.mean(ends), place + shift - 0.05, place + shift + 0.05,
           color=f'C{number}',
+      )
+      axes.vlines(
+          place + shift, *figures.interval(ends), color=f'C{number}',
+          alpha=0.35, linewidth=5,
       )
   axes.set_xticks(range(len(ages)), [f'{x} steps' for x in ages])
   axes.set_xlabel('staleness')

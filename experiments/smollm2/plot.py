@@ -18,23 +18,20 @@ from experiments.smollm2 import sweep
 
 NAMES = {'arithmetic': 'One-digit sums', 'reasoning_gym': 'reasoning-gym'}
 PANELS = (
-    ('right held-out answers (avg@8)', 'eval/avg@8', 'o-'),
-    ('right answers while training', 'reward/mean', '-'),
-    ('entropy of a token, nats', 'entropy/mean', '-'),
+    ('right held-out answers (avg@8)', 'eval/avg@8', 'o'),
+    ('right answers while training', 'reward/mean', ''),
+    ('entropy of a token, nats', 'entropy/mean', ''),
 )
 
 
 def draw(tasks):
-  """A row of panels for each task, a colour for each seed."""
+  """A row of panels for each task: its seeds, their mean and its band."""
   fig = figure.Figure(figsize=(11, 5.8), layout='constrained')
   for row, (task, seeds) in zip(fig.subplots(2, 3), tasks.items()):
-    for axes, (title, column, style) in zip(row, PANELS):
-      for number, (seed, columns) in enumerate(seeds.items()):
-        steps, values = zip(*sorted(columns[column].items()))
-        axes.plot(
-            steps, values, style, color=figures.COLORS[number],
-            label=f'seed {seed}', linewidth=1.4, markersize=4,
-        )
+    for axes, (title, column, marker) in zip(row, PANELS):
+      figures.runs(
+          axes, {seed: x[column] for seed, x in seeds.items()}, marker=marker
+      )
       axes.set_ylim(0, None if column == 'entropy/mean' else 1.02)
       axes.set_title(f'{NAMES[task]}: {title}', fontsize=9, loc='left')
       axes.set_xlabel('step (64 completions)', fontsize=9)
