@@ -246,12 +246,11 @@ def _plan(folder: str) -> str:
   if not path.exists():
     return 'The plan was not made yet.'
   _, when, said = path.read_text().split('\n', 2)
-  return f"""The plan says ({when}, `python benchmarks/plans.py {folder}`; its seconds are lower
-bounds, see [docs/plans.md](../../../docs/plans.md)):
-
-```
-{said.strip()}
-```"""
+  head = (
+      f'The plan says ({when}, `python benchmarks/plans.py {folder}`; seconds '
+      'are lower bounds, see [docs/plans.md](../../../docs/plans.md)):'
+  )
+  return f'{head}\n\n```\n{said.strip()}\n```'
 
 
 def _cost(folder: str) -> str:
