@@ -83,17 +83,35 @@ def report(result: dict[str, Any], output: str | None) -> None:
   print(json.dumps(result), flush=True)
 
 
+# What measuring writes and reading does not change.
+_RESULTS = (
+    'benchmarks/results', 'experiments/*/*.csv', 'experiments/*/*.json',
+    'experiments/*/*.png', '*.md',
+)
+
+
 def commit() -> str | None:
-  """The commit that was measured, with '-dirty' if files differ from it."""
-  # Read only: no lock, so it never disturbs a git command beside it.
-  command = ['git', '--no-optional-locks', 'describe', '--always', '--dirty']
+  """The commit that was measured, with '-dirty' if code differs from it.
+
+  Results and texts may differ: one experiment writes what the next would find.
+  """
   try:
-    done = subprocess.run(
-        command, cwd=_ROOT, capture_output=True, text=True, check=False
+    name = _git('describe', '--always')
+    changes = _git(
+        'status', '--porcelain', '--untracked-files=no', '--', '.',
+        *(f':(exclude){x}' for x in _RESULTS),
     )
   except FileNotFoundError:
     return None
-  return done.stdout.strip() or None
+  return f'{name}-dirty' if changes else name or None
+
+
+def _git(*arguments: str) -> str:
+  # Read only: no lock, so it never disturbs a git command beside it.
+  return subprocess.run(
+      ['git', '--no-optional-locks', *arguments],
+      cwd=_ROOT, capture_output=True, text=True, check=False,
+  ).stdout.strip()
 
 
 def _cpu_model() -> str:

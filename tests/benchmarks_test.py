@@ -8,9 +8,37 @@ import sys
 
 import pytest
 
+from benchmarks import machine
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = pytest.mark.slow
+
+
+def test_a_commit_is_dirty_for_changed_code_and_not_for_results(
+    tmp_path, monkeypatch
+):
+  def git(*arguments):
+    subprocess.run(
+        ['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *arguments],
+        cwd=tmp_path, check=True, capture_output=True,
+    )
+
+  code = tmp_path / 'experiments' / 'x' / 'sweep.py'
+  result = code.with_name('runs.csv')
+  code.parent.mkdir(parents=True)
+  for path in (code, result):
+    path.write_text('1')
+  git('init')
+  git('add', '.')
+  git('commit', '-m', 'a')
+  monkeypatch.setattr(machine, '_ROOT', tmp_path)
+  clean = machine.commit()
+  assert clean and 'dirty' not in clean
+  result.write_text('2')
+  assert machine.commit() == clean
+  code.write_text('2')
+  assert machine.commit() == f'{clean}-dirty'
 
 
 def run(script, *options, data_dir):

@@ -37,8 +37,6 @@ SIZES = {
     'eval.num_samples': 2,
     'checkpoint_every': 2,
     'keep_checkpoints': 9,
-    'tensorboard': False,
-    'optimizer.schedule': 'constant',
 }
 SLURM_PORTS = range(61440, 65535)  # Where JAX puts the job's number.
 
@@ -109,8 +107,8 @@ def launch(tmp_path_factory):
       with open(folder / f'{i}.err', 'w') as stderr:
         running.append(subprocess.Popen(
             [sys.executable, '-c', textwrap.dedent(SPY),
-             f'--config={ROOT}/configs/tv_topk.py', f'--workdir={workdir}',
-             *flags,
+             f'--config={ROOT}/experiments/small/config.py',
+             f'--workdir={workdir}', *flags,
              *(f'--config.{k}={v}' for k, v in (SIZES | options).items())],
             env=environment | variables | {
                 'SCORED': str(folder / f'{i}.jsonl'),

@@ -5,7 +5,6 @@ these four, or on four and others that sample.
 """
 
 import collections
-import functools
 import json
 import logging
 import pathlib
@@ -63,8 +62,13 @@ class _Compilations(logging.Handler):
       self.names.append(found[1])
 
 
-def on_eight_devices(name):
-  """Prints three steps of a layout for each staleness, and what compiled."""
+def on_eight_devices(*names):
+  """Prints three steps of each layout for each staleness, and what compiled."""
+  for name in names:
+    print(json.dumps({'name': name, **_take_steps(name)}))
+
+
+def _take_steps(name):
   small = whole_step.make_small(
       tiny_model.MODEL, mesh=LEARNER, divergence__k=8, **LAYOUTS[name]
   )
@@ -78,20 +82,19 @@ def on_eight_devices(name):
   with jax.log_compiles():
     with tiny_model.quick_compilation():
       arguments = main.abstract_arguments(config, mesh, program)
-      compiled = program.train_step.lower(*arguments).compile()
+      program.train_step.lower(*arguments).compile()
     runs = [
         whole_step.take_steps(
             *small, tiny_model.params(), num_blank=1 + k, on_rollout=note
         )
         for k in range(NUM_STALENESS)
     ]
-  print(json.dumps({
-      'name': name,
+  logging.getLogger('jax').removeHandler(compilations)
+  return {
       'runs': runs,
       'compiled': compilations.names,
       'sampled_on': sorted(x.id for x in sampled_on),
-      'memory': memory.of_step(compiled),
-  }))
+  }
 
 
 def on_two_devices(workdir):
@@ -206,20 +209,22 @@ def test_a_sampler_that_goes_on_is_not_waited_for_by_the_logbook():
     }
 
 
-@functools.cache
-def run_on(name):
-  [line] = many_devices.run(
-      f'import split_step_test; split_step_test.on_eight_devices({name!r})',
+@pytest.fixture(scope='module')
+def layouts():
+  printed = many_devices.run(
+      'import sys, split_step_test as test; '
+      'test.on_eight_devices(*sys.argv[1:])',
+      *LAYOUTS,
       optimized=False,
   )
-  return json.loads(line)
+  return {line.pop('name'): line for line in map(json.loads, printed)}
 
 
 @pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [x for x in LAYOUTS if 'fused' not in x])
-def test_two_programs_take_the_steps_of_one(name):
-  split, fused = run_on(name), run_on(REFERENCE.get(name, 'fused'))
+def test_two_programs_take_the_steps_of_one(layouts, name):
+  split, fused = layouts[name], layouts[REFERENCE.get(name, 'fused')]
   assert len(split['runs']) == len(fused['runs']) == NUM_STALENESS
   for staleness, (ours, theirs) in enumerate(zip(split['runs'], fused['runs'])):
     assert ours['tokens'] == theirs['tokens']
@@ -242,8 +247,8 @@ def test_two_programs_take_the_steps_of_one(name):
 @pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('name', [x for x in LAYOUTS if 'fused' not in x])
-def test_each_program_compiles_once_and_has_its_devices(name):
-  run = run_on(name)
+def test_each_program_compiles_once_and_has_its_devices(layouts, name):
+  run = layouts[name]
   for program in ('learn_part', 'sample_part'):
     assert run['compiled'].count(program) == 1
   assert 'train_step' not in run['compiled']

@@ -1,4 +1,4 @@
-"""Each device of a mesh computes its part of a step, and only its part."""
+"""Each device of a mesh learns its part of a step, and only its part."""
 
 import functools
 import json
@@ -29,11 +29,20 @@ SIZES = {
 LAYOUTS = {'as sampled': 0, 'packed': 128}
 
 
+def compile_learner(mesh, **options):
+  """The half of a step that learns, without weights or data."""
+  config, mesh = whole_step.make_config(**options), whole_step.make_mesh(**mesh)
+  program = whole_step.make_program(config, mesh, tiny_model.MODEL)
+  state, scored, _ = main.abstract_arguments(config, mesh, program)
+  with tiny_model.quick_compilation():
+    return jax.jit(program.learn).lower(
+        state, scored, jax.random.key(0)
+    ).compile()
+
+
 def facts(mesh, row_length):
-  """FLOP of a device in a step, loops counted once, and its largest matmul."""
-  compiled = whole_step.compile_step(
-      tiny_model.MODEL, mesh=mesh, learner__row_length=row_length, **SIZES
-  )
+  """FLOP of a device, loops counted once, and its largest matmul."""
+  compiled = compile_learner(mesh, learner__row_length=row_length, **SIZES)
   dots = re.findall(r'= f32\[(\d+),\d+\]\S* dot\(', compiled.as_text())
   return {
       'flops': compiled.cost_analysis()['flops'],
@@ -43,7 +52,7 @@ def facts(mesh, row_length):
 
 def bytes_of_long_rows(mesh, **options):
   """Temporary memory of a device that learns from rows of 8,192 tokens."""
-  config = whole_step.make_config(**{
+  compiled = compile_learner(mesh, **{
       'num_prompts': 8,
       'group_size': 2,
       'max_prompt_length': 1025,
@@ -53,13 +62,6 @@ def bytes_of_long_rows(mesh, **options):
       'model__remat': 'full',
       **options,
   })
-  mesh = whole_step.make_mesh(**mesh)
-  program = whole_step.make_program(config, mesh, tiny_model.MODEL)
-  state, scored, _ = main.abstract_arguments(config, mesh, program)
-  with tiny_model.quick_compilation():
-    compiled = jax.jit(program.learn).lower(
-        state, scored, jax.random.key(0)
-    ).compile()
   return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -96,7 +98,8 @@ def one_device(layout):
 @pytest.fixture(scope='module')
 def eight_devices():
   printed = many_devices.run(
-      'import split_work_test; split_work_test.on_eight_devices()'
+      'import split_work_test; split_work_test.on_eight_devices()',
+      optimized=False,
   )
   lines = map(json.loads, printed)
   return {line.pop('name'): line for line in lines}

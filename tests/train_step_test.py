@@ -299,21 +299,20 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes):
 ONE_STEP = """
     import json, sys
     import jax, numpy as np
-    from configs import default
     from dppo_jax import main
     from dppo_jax import training
     from dppo_jax.models import weights
+    from experiments.small import config as small
 
-    config = default.get_config('dppo_topk_tv')
+    config = small.get_config('dppo_topk_tv')
     config.num_prompts, config.group_size = 8, 4
     config.eval.num_prompts, config.eval.num_samples = 6, 2
     config.learner.num_minibatches = 2
     config.replay.capacity = 2
-    config.task.data_dir = sys.argv[1]
-    config.mesh.update(json.loads(sys.argv[2]))
-    config.lora.rank = int(sys.argv[3])
-    config.sampling.num_slots = int(sys.argv[4])
-    config.sampling.mesh.tensor = int(sys.argv[5])
+    config.mesh.update(json.loads(sys.argv[1]))
+    config.lora.rank = int(sys.argv[2])
+    config.sampling.num_slots = int(sys.argv[3])
+    config.sampling.mesh.tensor = int(sys.argv[4])
     reader, parts_read = weights._reader, []
     def spied(parameter, *rest):
       read = reader(parameter, *rest)
@@ -362,42 +361,38 @@ ONE_STEP = """
 """
 
 
-def run_on(num_devices, data_dir, mesh, rank=0, num_slots=0, own_tensor=0):
+def run_on(num_devices, mesh, rank=0, num_slots=0, own_tensor=0):
   printed = many_devices.run(
-      ONE_STEP, data_dir, json.dumps(mesh), rank, num_slots, own_tensor,
+      ONE_STEP, json.dumps(mesh), rank, num_slots, own_tensor,
       num_devices=num_devices, optimized=False,
   )
   return json.loads(printed[-1])
 
 
-@pytest.fixture(scope='module')
-def one_device(tmp_path_factory):
-  data_dir = tmp_path_factory.mktemp('tfds')
-  return data_dir, functools.cache(
-      lambda rank: run_on(1, data_dir, {}, rank)
-  )
+@functools.cache
+def one_device(rank):
+  return run_on(1, {}, rank)
 
 
 @pytest.mark.several_devices
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh, rank, num_slots, own_tensor, kernel', [
-    # Stacked kernels of 4 layers, 160 to 480; fsdp splits the 160.
-    ({'data': 8}, 0, 0, 0, [4, 160, 480]),
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, 12, 0, [4, 80, 240]),
-    # Of an adapter from 160 to a rank of 4, fsdp splits the 160. The sampler
+    # Stacked kernels of 2 layers, 64 to 192; fsdp splits the 64.
+    ({'data': 8}, 0, 0, 0, [2, 64, 192]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 0, 12, 0, [2, 32, 96]),
+    # Of an adapter from 64 to a rank of 4, fsdp splits the 64. The sampler
     # and the evaluation have whole heads.
-    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, 0, 1, [4, 80, 4]),
+    ({'data': 2, 'fsdp': 2, 'tensor': 2}, 4, 0, 1, [2, 32, 4]),
 ], ids=['data', 'all', 'adapters'])
 def test_eight_devices_compute_what_one_does(
-    one_device, mesh, rank, num_slots, own_tensor, kernel
+    mesh, rank, num_slots, own_tensor, kernel
 ):
-  data_dir, run_on_one = one_device
-  expected = run_on_one(rank)
-  actual = run_on(8, data_dir, mesh, rank, num_slots, own_tensor)
+  expected = one_device(rank)
+  actual = run_on(8, mesh, rank, num_slots, own_tensor)
   assert (expected['devices'], actual['devices']) == (1, 8)
   assert actual['kernel'] == kernel
   # No device's part, much less the whole, is ever read for another.
-  part = [4, 160 // mesh.get('fsdp', 1), 480 // mesh.get('tensor', 1)]
+  part = [2, 64 // mesh.get('fsdp', 1), 192 // mesh.get('tensor', 1)]
   assert actual['parts_read'] and all(x == part for x in actual['parts_read'])
   assert expected['compilations'] == actual['compilations'] == 1
   assert actual['tokens'] == expected['tokens']
