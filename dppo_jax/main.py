@@ -472,7 +472,10 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
   learner_mesh = mesh if config.mode == 'fused' else sampling_mesh
   return rollout_lib.make_rollout_fn(
       sharding.on_its_own_mesh(
-          sampler, mesh=sampling_mesh, learner_mesh=learner_mesh
+          sampler,
+          mesh=sampling_mesh,
+          learner_mesh=learner_mesh,
+          head_dim=model.config.head_dim,
       ),
       group_size=config.group_size,
   )
@@ -606,7 +609,9 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       add_special_tokens=task.chat is None,
   )
   evaluate_fn = evaluate.make_evaluate_fn(
-      sampler=sharding.by_rows(sampler, sampling_mesh),
+      sampler=sharding.by_rows(
+          sampler, sampling_mesh, head_dim=model.config.head_dim
+      ),
       batch=batch,
       num_samples=settings.num_samples,
       verify=verify,

@@ -197,19 +197,23 @@ def tokens(mesh) -> NamedSharding:
   return NamedSharding(mesh, TOKENS)
 
 
-def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
+def by_rows(
+    sample: Callable[..., Any], mesh, *, head_dim: int
+) -> Callable[..., Any]:
   """`sample(params, prompts, keys)`, on each shard of the rows by itself.
 
   Every device group decodes its own rows and leaves its loop when these have
   ended: no collective asks the others, and none moves weights within the loop,
   as they are gathered over `fsdp` before it. Over `tensor` and `expert` they
-  stay split.
+  stay split, but between heads only: parts of one would be brought together for
+  every token, on a CPU by all devices, which wait for those that have left.
 
   Args:
     sample: from `sampling.make_sampler`; rows only know their own prompt.
     mesh: its axes of rows must divide the number of prompts.
+    head_dim: width of a head.
   """
-  if num_row_shards(mesh) == 1:
+  if mesh.size == 1:
     return sample
 
   def sample_shard(*arguments):
@@ -218,6 +222,12 @@ def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
     return completions._replace(num_steps=num_steps)
 
   def sample_all(params, prompts, keys):
+    # Or they could come split as suits what made them.
+    params = jax.lax.with_sharding_constraint(
+        params, _between_heads(of_params(params, mesh), params, head_dim)
+    )
+    if num_row_shards(mesh) == 1:
+      return sample(params, prompts, keys)
     # Only a shape: rows go over the mesh, the number of steps does not.
     shapes = jax.eval_shape(sample, params, prompts, keys)
     return jax.shard_map(
@@ -230,6 +240,21 @@ def by_rows(sample: Callable[..., Any], mesh) -> Callable[..., Any]:
     )(params, prompts, keys)
 
   return sample_all
+
+
+def _between_heads(shardings: PyTree, params: PyTree, head_dim: int) -> PyTree:
+  """What makes or mixes heads, whole where a device would get parts of one."""
+
+  def pin(path, sharding, x):
+    if not re.search('/[qkvo]/', _name(path)) or 'tensor' not in sharding.spec:
+      return sharding
+    axis = list(sharding.spec).index('tensor')
+    if not sharding.shard_shape(x.shape)[axis] % head_dim:
+      return sharding
+    spec = P(*(None if x == 'tensor' else x for x in sharding.spec))
+    return NamedSharding(sharding.mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(pin, shardings, params)
 
 
 def by_queries(mesh) -> Callable[..., Any] | None:
@@ -437,13 +462,13 @@ def by_rows_and_heads(mesh) -> Callable[..., Any]:
 
 
 def on_its_own_mesh(
-    sample: Callable[..., Any], *, mesh, learner_mesh
+    sample: Callable[..., Any], *, mesh, learner_mesh, head_dim: int
 ) -> Callable[..., Any]:
   """`by_rows` of what is brought from the learner's mesh to `mesh`.
 
   The parameters move once for a rollout, before its loop.
   """
-  sample_rows = by_rows(sample, mesh)
+  sample_rows = by_rows(sample, mesh, head_dim=head_dim)
   if mesh == learner_mesh:
     return sample_rows
 

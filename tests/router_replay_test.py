@@ -59,7 +59,9 @@ def make_rollout_fn(
       **options,
   )
   if mesh is not None:
-    sampler = sharding.by_rows(sampler, mesh)
+    sampler = sharding.by_rows(
+        sampler, mesh, head_dim=model.config.head_dim
+    )
   return rollout_lib.make_rollout_fn(sampler, group_size=tiny_model.GROUP_SIZE)
 
 
