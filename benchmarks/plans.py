@@ -54,7 +54,6 @@ PLANS = {
     'dense_base': _command('paper/scaling.py:dense_base', 64),
     'moe_base': _command('paper/scaling.py:moe_base', 256),
     'moe_base_r3': _command('paper/scaling.py:moe_base_r3', 256),
-    'moe_thinking': _command('paper/scaling.py:moe_thinking', 256),
     'moe_base_lora': _command('paper/scaling.py:moe_base_lora', 64),
 }
 

@@ -1,5 +1,6 @@
 """The folders of the paper's runs say what their configs say, and add up."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import re
@@ -51,6 +52,23 @@ def test_the_commands_ask_for_the_devices_of_the_mesh(folder):
   assert f'TYPE=v5p-{2 * count}' in words  # Two cores a chip.
   assert f'--nodes={count // 8}' in words
   assert words.count(cost.config_flag(folder)) == 3
+
+
+@pytest.mark.parametrize('folder, other', cost.SAME_STEP.items())
+def test_who_has_the_plan_of_another_has_its_step(folder, other):
+  mine, theirs = (cost.get_config(x).to_dict() for x in (folder, other))
+  for config in (mine, theirs):
+    del config['total_steps'], config['model']['name']
+  assert mine == theirs
+  sizes = [
+      cost.load.read_sizes(cost.get_config(x).model.name)[1]
+      for x in (folder, other)
+  ]
+  # A limit, and no part of what is computed.
+  mine, theirs = (
+      dataclasses.replace(x, max_position_embeddings=0) for x in sizes
+  )
+  assert mine == theirs
 
 
 def test_the_arithmetic_of_the_dense_run():

@@ -31,6 +31,8 @@ from dppo_jax.models.causal_lm import CausalLM  # noqa: E402
 _WRITE = flags.DEFINE_bool('write', False, 'Write instead of printing.')
 
 PLANS = HERE.parents[1] / 'benchmarks' / 'results' / 'plans'
+# Whose step is another's: only weights and the number of steps differ.
+SAME_STEP = {'moe_thinking': 'moe_base'}
 FOLDERS = (*scaling.COLUMNS, 'sanity')
 BEGIN, END = '<!-- From here on: cost.py -->', '<!-- Until here: cost.py -->'
 
@@ -242,6 +244,12 @@ sbatch --nodes={count // GPUS_OF_A_NODE} experiments/launch/slurm.sbatch \\
 
 def _plan(folder: str) -> str:
   """What the first command printed when it was last kept."""
+  if folder in SAME_STEP:
+    other = SAME_STEP[folder]
+    return (
+        f'The plan is that of [{other}](../{other}/README.md): but for weights '
+        'and the number of steps, the configs are the same.'
+    )
   path = PLANS / f'{folder}.txt'
   if not path.exists():
     return 'The plan was not made yet.'
