@@ -1,9 +1,9 @@
 """Reruns the small experiments, figures and tables included, one by one.
 
-    python experiments/run_all.py [--only=stability,topk] [--workers=2]
+    python experiments/run_all.py [--only=stability,topk] [--workers=2] [--fresh]
 
-A sweep runs only what its file does not hold: delete an experiment's `*.csv` to
-measure it anew. Each experiment's tables go to its `tables.md`.
+A sweep runs only what its file does not hold; `--fresh` removes the results of
+an experiment before, to measure it anew. Its tables go to its `tables.md`.
 """
 
 import pathlib
@@ -23,6 +23,7 @@ from experiments.lib import options
 
 options.define('workers')
 _ONLY = flags.DEFINE_list('only', [], 'Only these; all if empty.')
+_FRESH = flags.DEFINE_bool('fresh', False, 'Measure anew what is there.')
 
 # What each experiment calls before its plot.
 EXPERIMENTS = {
@@ -42,9 +43,18 @@ EXPERIMENTS = {
 }
 
 
+def forget(folder: pathlib.Path) -> None:
+  """Removes what the sweeps of an experiment measured, but for pilots."""
+  for path in (*folder.glob('*.csv'), *folder.glob('*.json')):
+    if path.stem != 'pilots':
+      path.unlink()
+
+
 def main(_):
   for name in options.chosen('only', _ONLY.value, EXPERIMENTS):
     start = time.perf_counter()
+    if _FRESH.value:
+      forget(HERE / name)
     for script, *flags_of in EXPERIMENTS[name]:
       subprocess.run(
           [

@@ -258,6 +258,15 @@ def test_every_run_of_an_experiment_has_a_config_that_main_takes(name):
     main.make_method(config)
 
 
+def test_measuring_anew_forgets_results_and_keeps_pilots(tmp_path):
+  run_all = importlib.import_module('experiments.run_all')
+  kept = {'pilots.csv', 'pilots.json', 'sweep.py', 'tables.md', 'curves.png'}
+  for name in kept | {'runs.csv', 'runs.json', 'tightness.csv'}:
+    (tmp_path / name).touch()
+  run_all.forget(tmp_path)
+  assert {x.name for x in tmp_path.iterdir()} == kept
+
+
 @contextlib.contextmanager
 def given(*arguments):
   """Flags as on a command line with these arguments, until the end."""

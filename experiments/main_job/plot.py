@@ -50,8 +50,9 @@ def print_table(results):
       [
           [
               f'`{config}`', str(x['seeds']), f'{x["before"]:.3f}',
-              f'{x["after"]:.3f} ({x["after_min"]:.3f} to '
-              f'{x["after_max"]:.3f})',
+              f'{x["after"]:.3f}' + (x['seeds'] > 1) * (
+                  f' ({x["after_min"]:.3f} to {x["after_max"]:.3f})'
+              ),
               ', '.join(map(str, x['steps_to_target'])),
           ]
           for config, x in results.items()
