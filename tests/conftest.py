@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 
@@ -23,6 +24,24 @@ hypothesis.settings.register_profile(
     'repeatable', derandomize=True, deadline=None
 )
 hypothesis.settings.load_profile('repeatable')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """As `--dist loadfile`, but the families of meshes_test.py may be apart."""
+  if config.getvalue('dist') != 'loadfile':
+    return None
+  from xdist.scheduler import LoadFileScheduling  # Is there if this is called.
+
+  class LoadFamilies(LoadFileScheduling):
+
+    def _split_scope(self, nodeid):
+      found = re.fullmatch(r'(.*\bmeshes_test\.py)::.*\[(\w+)-.*\]', nodeid)
+      if found:
+        return '::'.join(found.groups())
+      return super()._split_scope(nodeid)
+
+  return LoadFamilies(config, log)
 
 
 @pytest.fixture

@@ -34,6 +34,8 @@ def run(code, *arguments, num_devices=8, optimized=True):
       [sys.executable, '-c', textwrap.dedent(code), *map(str, arguments)],
       cwd=HERE.parent,
       env=os.environ | {
+          # Each compiles what no other does, and writing takes a tenth of it.
+          'JAX_ENABLE_COMPILATION_CACHE': 'false',
           'JAX_PLATFORMS': 'cpu',
           # As in a run, see `processes.allow_threads`.
           'PJRT_NPROC': str(4 * num_devices),

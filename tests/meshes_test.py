@@ -221,9 +221,11 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(family, mesh):
 
 @pytest.mark.several_devices
 @pytest.mark.slow
-@pytest.mark.parametrize('name', LAYOUTS)
-def test_split_rows_and_a_sampler_of_its_own_change_no_number(name):
-  family, _, options = LAYOUTS[name]
+@pytest.mark.parametrize(
+    'family, name', [(x[0], name) for name, x in LAYOUTS.items()]
+)
+def test_split_rows_and_a_sampler_of_its_own_change_no_number(family, name):
+  *_, options = LAYOUTS[name]
   found = run_all_of(family)
   # How many rows there are is another number where they are packed.
   packed = 'learner__row_length' in options
