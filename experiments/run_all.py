@@ -1,6 +1,6 @@
 """Reruns the small experiments, figures and tables included, one by one.
 
-    python experiments/run_all.py [--only=stability,topk] [--workers=2] [--fresh]
+    python experiments/run_all.py [--only=stability,topk] [--fresh]
 
 A sweep runs only what its file does not hold; `--fresh` removes the results of
 an experiment before, to measure it anew. Its tables go to its `tables.md`.

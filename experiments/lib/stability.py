@@ -13,6 +13,13 @@ WINDOW = 3
 # A run that is so far below its best until then has collapsed, even if it
 # recovers.
 FALL = 0.1
+# What a sweep keeps of a run, if it asks for no more.
+COLUMNS = {
+    'reward': ('reward/mean', np.mean),
+    'gap_mean': ('mismatch/prob_gap_mean', np.mean),
+    'masked': ('mask/fraction', np.mean),
+    'ratio_second_moment': ('ratio/second_moment', np.mean),
+}
 
 Curves = Mapping[tuple[str, str], Mapping[str, Mapping[str, np.ndarray]]]
 

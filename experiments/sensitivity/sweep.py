@@ -10,7 +10,6 @@ import pathlib
 import sys
 
 from absl import app
-import numpy as np
 
 # experiments/ is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -49,14 +48,12 @@ def _methods():
   }
 
 
-COLUMNS = {
-    'reward': ('reward/mean', np.mean),
-    'gap_mean': ('mismatch/prob_gap_mean', np.mean),
-    'masked': ('mask/fraction', np.mean),
-    'ratio_second_moment': ('ratio/second_moment', np.mean),
-}
 SWEEP = sweep.Sweep(
-    HERE, {'4 epochs': sweep.BINDING}, _methods(), COLUMNS, stability.summarize
+    HERE,
+    {'4 epochs': sweep.BINDING},
+    _methods(),
+    stability.COLUMNS,
+    stability.summarize,
 )
 
 if __name__ == '__main__':

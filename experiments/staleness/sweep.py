@@ -9,7 +9,6 @@ import pathlib
 import sys
 
 from absl import app
-import numpy as np
 
 # experiments/ is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -34,17 +33,11 @@ METHODS = {
     # The limit that is best in ../sensitivity.
     'R2VPO, limit 0.05': sweep.Method('r2vpo', {'dual__limit': 0.05}),
 }
-COLUMNS = {
-    'reward': ('reward/mean', np.mean),
-    'gap_mean': ('mismatch/prob_gap_mean', np.mean),
-    'masked': ('mask/fraction', np.mean),
-    'ratio_second_moment': ('ratio/second_moment', np.mean),
-}
 SWEEP = sweep.Sweep(
     HERE,
     {str(age): {'staleness': age} for age in AGES},
     METHODS,
-    COLUMNS,
+    stability.COLUMNS,
     stability.summarize,
 )
 
