@@ -66,6 +66,7 @@ setuptools.setup(
             'pytest>=8.0',
             'pytest-xdist>=3.6',
             'reasoning-gym>=0.1.23',
+            'scipy>=1.13',
         ],
         'tpu': ['jax[tpu]'],
         'verifiers': ['math-verify>=0.9', 'pebble>=5.1'],
