@@ -398,13 +398,13 @@ def abstract_arguments(
 ) -> tuple[TrainState, ScoredRollout, Prompts]:
   """Shapes of what a run calls its step with, where they will be."""
   rows = sharding.batch(mesh)
-  prompts = _prompt_shapes(config)
+  place = functools.partial(_placed, where=rows)
+  prompts = jax.tree.map(place, _prompt_shapes(config))
   blank = functools.partial(
       train_step_lib.blank, program.rollout_fn, trainable=program.trainable
   )
   scored = jax.eval_shape(blank, program.state, prompts)
-  place = functools.partial(_placed, where=rows)
-  return program.state, *jax.tree.map(place, (scored, prompts))
+  return program.state, jax.tree.map(place, scored), prompts
 
 
 def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:

@@ -279,6 +279,7 @@ def over_parts(
   num_parts = layout.source.shape[0]
   if isinstance(layout.num_parts, int):
     return jax.lax.scan(fn, carry, jnp.arange(num_parts))
+  fn = jax.jit(fn, inline=True)  # Traced once, here and in the loop.
   _, shapes = jax.eval_shape(fn, carry, jnp.int32(0))
   outputs = jax.tree.map(
       lambda x: jnp.zeros((num_parts, *x.shape), x.dtype), shapes

@@ -6,6 +6,7 @@ with `tokens[:, 1:]`; index P - 1 is about the first sampled token.
 """
 
 from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ def make_rollout_fn(sampler, *, group_size: int) -> RolloutFn:
     decode steps)`; the key is consumed.
   """
 
+  @functools.partial(jax.jit, inline=True)  # Traced once, shapes included.
   def rollout_fn(params, prompts, key, policy_version):
     batch = prompts.tokens.shape[0] * group_size
     completions = sampler(params, prompts, sampling.row_keys(key, batch))

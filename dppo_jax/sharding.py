@@ -219,7 +219,7 @@ def by_rows(
   def sample_shard(*arguments):
     completions = sample(*arguments)
     num_steps = jax.lax.pmax(completions.num_steps, ROW_AXES)
-    return completions._replace(num_steps=num_steps)
+    return completions._replace(num_steps=()), num_steps
 
   def sample_all(params, prompts, keys):
     # Or they could come split as suits what made them.
@@ -228,16 +228,15 @@ def by_rows(
     )
     if num_row_shards(mesh) == 1:
       return sample(params, prompts, keys)
-    # Only a shape: rows go over the mesh, the number of steps does not.
-    shapes = jax.eval_shape(sample, params, prompts, keys)
-    return jax.shard_map(
+    completions, num_steps = jax.shard_map(
         sample_shard,
         mesh=mesh,
         in_specs=(P(), BATCH, BATCH),
-        out_specs=jax.tree.map(lambda x: BATCH if x.ndim else P(), shapes),
+        out_specs=(BATCH, P()),
         axis_names=set(ROW_AXES),
         check_vma=False,
     )(params, prompts, keys)
+    return completions._replace(num_steps=num_steps)
 
   return sample_all
 

@@ -7,6 +7,7 @@ the same two halves as two programs.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -107,6 +108,7 @@ def make_halves(
     trainable: what is trained, and how it makes a policy.
   """
 
+  @functools.partial(jax.jit, inline=True)  # Traced once, here and in `skip`.
   def learn_and_measure(state, scored, key):
     pool, replay_metrics = scored, {}
     if replay is not None:
@@ -224,9 +226,14 @@ def blank(
     trainable: trainable_lib.Trainable = trainable_lib.EVERYTHING,
 ) -> ScoredRollout:
   """A `ScoredRollout` of zeros in the shapes that `rollout_fn` makes."""
-  policy = jax.eval_shape(trainable.merge, state.params, state.frozen)
   shapes, _ = jax.eval_shape(
-      rollout_fn, policy, prompts, state.key, state.policy_version
+      lambda state: rollout_fn(
+          trainable.merge(state.params, state.frozen),
+          prompts,
+          state.key,
+          state.policy_version,
+      ),
+      state,
   )
   rollout = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   batch = rollout.token_mask.shape[0]
