@@ -108,19 +108,18 @@ def take_steps(config, mesh, program, params, *, num_blank=1, on_rollout=None):
     the absolute values of each parameter, the devices that hold parameters.
   """
   rows = sharding.batch(mesh)
-  prompts = tiny_model.prompts(config.num_prompts)
+  prompts = jax.device_put(tiny_model.prompts(config.num_prompts), rows)
   steps = []
   with tiny_model.quick_compilation():
     state = jax.jit(program.init, out_shardings=program.shardings)(
         jax.tree.map(jnp.copy, params),
         *jax.random.split(jax.random.key(5)),
     )
-    blank = jax.device_put(
-        train_step.blank(
-            program.rollout_fn, state, prompts, program.trainable
-        ),
-        rows,
+    blank = train_step.blank(
+        program.rollout_fn, state, prompts, program.trainable
     )
+    # By the host, here and below: it compiles nothing for a mesh.
+    blank = jax.device_put(jax.device_get(blank), rows)
     pending = collections.deque([blank] * num_blank)
     for _ in range(num_blank + 3):
       state, rollout, metrics = program.train_step(
@@ -128,11 +127,12 @@ def take_steps(config, mesh, program, params, *, num_blank=1, on_rollout=None):
       )
       if on_rollout is not None:
         on_rollout(rollout)
+      tokens = np.asarray(rollout.tokens)
       steps.append({
-          'tokens': np.asarray(rollout.tokens).tolist(),
+          'tokens': tokens.tolist(),
           'metrics': {k: float(v) for k, v in metrics.items() if not v.ndim},
       })
-      rewards = np.asarray(rollout.tokens[:, config.max_prompt_length] % 2)
+      rewards = tokens[:, config.max_prompt_length] % 2
       pending.append(jax.device_put(
           ScoredRollout(rollout, rewards.astype(np.float32)), rows
       ))
@@ -140,6 +140,6 @@ def take_steps(config, mesh, program, params, *, num_blank=1, on_rollout=None):
   return {
       'tokens': [step['tokens'] for step in steps],
       'metrics': [step['metrics'] for step in steps[num_blank:]],
-      'parameters': [float(jnp.sum(jnp.abs(x))) for x in leaves],
+      'parameters': [float(np.sum(np.abs(x))) for x in leaves],
       'devices': len({d for x in leaves for d in x.sharding.device_set}),
   }
