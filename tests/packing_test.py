@@ -278,13 +278,14 @@ def test_updates_are_those_of_the_rows_as_sampled(scored, options):
     scored = scored._replace(rewards=scored.rewards.at[:8].set(1.0))
   expected, stats, metrics = learn(scored, **options)
   state, packed_stats, packed_metrics = learn(scored, packed=2 * T, **options)
+  moved = max(jax.tree.leaves(jax.tree.map(
+      lambda a, b: jnp.abs(a - b).max(), expected.params, tiny_model.params()
+  )))
+  assert moved > 1e-3
+  # A penalty moves them by more than they are.
   tiny_model.assert_trees_close(
-      state.params, expected.params, rtol=0, atol=1e-5
+      state.params, expected.params, rtol=0, atol=1e-5 * max(float(moved), 1)
   )
-  moved = jax.tree.map(
-      lambda a, b: jnp.abs(a - b).max(), state.params, tiny_model.params()
-  )
-  assert max(jax.tree.leaves(moved)) > 1e-3
   for name, value in metrics.items():
     if not name.startswith('learner/'):
       np.testing.assert_allclose(
