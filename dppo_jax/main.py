@@ -366,7 +366,7 @@ def make_program(
       init=init,
       trainable=trainable,
       shardings=shardings,
-      state=jax.tree.map(_placed, state, shardings),
+      state=jax.tree.map(sharding.placed, state, shardings),
       rollout_fn=rollout_fn,
       learn=learn,
       train_step=_make_step(config, mesh)(
@@ -398,17 +398,13 @@ def abstract_arguments(
 ) -> tuple[TrainState, ScoredRollout, Prompts]:
   """Shapes of what a run calls its step with, where they will be."""
   rows = sharding.batch(mesh)
-  place = functools.partial(_placed, where=rows)
+  place = functools.partial(sharding.placed, where=rows)
   prompts = jax.tree.map(place, _prompt_shapes(config))
   blank = functools.partial(
       train_step_lib.blank, program.rollout_fn, trainable=program.trainable
   )
   scored = jax.eval_shape(blank, program.state, prompts)
   return program.state, jax.tree.map(place, scored), prompts
-
-
-def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def abstract_params(config: Any, model: CausalLM) -> PyTree:

@@ -103,10 +103,10 @@ def make_mesh(
           f'{count} TPU chips of {len(slices)} slices: a run takes one slice.'
       )
   # As jax.make_mesh, which refuses an axis of 8 on a torus of 4 x 4 x 4.
-  placed = mesh_utils.create_device_mesh(
+  grid = mesh_utils.create_device_mesh(
       tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
-  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sampling_mesh(
@@ -497,6 +497,11 @@ def in_slots(mesh) -> NamedSharding:
 def replicated(mesh) -> NamedSharding:
   """A copy on every device."""
   return NamedSharding(mesh, P())
+
+
+def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
+  """The shape and dtype of an array that will be there; for `lower`."""
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def of_params(tree: PyTree, mesh) -> PyTree:

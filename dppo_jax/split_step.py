@@ -6,6 +6,7 @@ learner takes its next step while the sampler is still at work, as long as the
 loop has older rollouts to learn from (`config.staleness`).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -82,8 +83,12 @@ class SplitStep(NamedTuple):
     """Both programs, from arrays or their shapes."""
     there = self.sampling_mesh
     policy = jax.eval_shape(self.merge, state.params, state.frozen)
-    policy = jax.tree.map(_placed, policy, sharding.of_params(policy, there))
-    place = lambda tree, where: jax.tree.map(lambda x: _placed(x, where), tree)
+    policy = jax.tree.map(
+        sharding.placed, policy, sharding.of_params(policy, there)
+    )
+    place = lambda tree, where: jax.tree.map(
+        functools.partial(sharding.placed, where=where), tree
+    )
     when = place(_when(state), sharding.replicated(there))
     return _Lowered(
         self.learn.lower(state, scored),
@@ -167,7 +172,3 @@ def combined(
 def _when(state: TrainState):
   """What `Halves.sample` takes behind the prompts."""
   return state.key, state.step, state.policy_version
-
-
-def _placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
