@@ -1,12 +1,13 @@
-"""What packed rows save in the learner.
+"""What packed rows and shared prompts save in the learner.
 
     python benchmarks/learner.py --output=benchmarks/results/learner.json
 
-One update from the same completions of geometric length, by rows as they were
-sampled and by packed ones, for each number of micro-batches given. Runs
-alternate with the fastest of the rows as sampled, A B A C; a ratio is the
-median over rounds of A over the run after it, so above 1 is faster. Parameters
-after the update agree, or the benchmark fails.
+One update from the same completions of geometric length, or of a fixed one, by
+rows as they were sampled, by those with a prompt for its group, and by packed
+ones, for each number of micro-batches given. Runs alternate with the fastest of
+the rows as sampled, A B A C; a ratio is the median over rounds of A over the
+run after it, so above 1 is faster. Parameters after the update agree, or the
+benchmark fails.
 """
 
 import pathlib
@@ -35,17 +36,22 @@ _SIZE = flags.DEFINE_enum('size', 'tiny', ['tiny', 'small'], 'Of the model.')
 _PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts of 32 tokens.')
 _GROUP = flags.DEFINE_integer('group', 8, 'Completions of each.')
 _LENGTH = flags.DEFINE_integer('length', 64, 'Longest completion.')
-_MEAN = flags.DEFINE_float('mean', 16.0, 'Mean length before it is cut.')
+_MEAN = flags.DEFINE_float('mean', 16.0, 'Mean length before it is cut; 0: fixed.')
 _MICRO = flags.DEFINE_list('microbatches', ['1', '4', '16'], 'As sampled.')
 _PACKED = flags.DEFINE_list(
     'packed', ['192:32', '256:16', '256:32', '512:16', '512:32'],
     'Row lengths and micro-batches.',
 )
+_SHARED = flags.DEFINE_list(
+    'shared', ['4', '16'], 'Micro-batches of rows that share their prompt.'
+)
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Runs of each.', lower_bound=1)
 _OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
 
 
-def make_config(row_length: int, num_microbatches: int):
+def make_config(
+    row_length: int, num_microbatches: int, share_prompts: bool = False
+):
   """GRPO with one update for each rollout."""
   config = default.get_config('grpo')
   config.num_prompts, config.group_size = _PROMPTS.value, _GROUP.value
@@ -55,6 +61,7 @@ def make_config(row_length: int, num_microbatches: int):
   config.learner.num_minibatches = 1
   config.learner.num_microbatches = num_microbatches
   config.learner.row_length = row_length
+  config.learner.share_prompts = share_prompts
   return config
 
 
@@ -89,7 +96,9 @@ def make_programs(model, layouts):
 def measure() -> dict:
   """One row for each layout."""
   model = shapes.make_model(_SIZE.value, mean=_MEAN.value)
+  # Options of `make_config`.
   layouts = [(0, int(x)) for x in _MICRO.value]
+  layouts += [(0, int(x), True) for x in _SHARED.value]
   layouts += [tuple(map(int, x.split(':'))) for x in _PACKED.value]
   programs, state, scored, key = make_programs(model, layouts)
 
@@ -113,6 +122,7 @@ def measure() -> dict:
     _, _, metrics = outputs[layout]
     rows.append({
         'row_length': layout[0],
+        'share_prompts': len(layout) == 3,
         'num_microbatches': layout[1],
         'microbatches_run': int(metrics['learner/microbatches'][0]),
         'sampled_share': float(metrics['learner/sampled_share'][0]),

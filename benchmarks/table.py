@@ -112,8 +112,11 @@ def rollout_table(result: dict) -> str:
 
 def learner_table(result: dict) -> str:
   """One row for each layout of the learner's rows."""
+  name = lambda row: row['row_length'] or (
+      'shared prompts' if row['share_prompts'] else 'as sampled'
+  )
   lines = [
-      f'| {row["row_length"] or "as sampled"} '
+      f'| {name(row)} '
       f'| {row["microbatches_run"]} of {row["num_microbatches"]} '
       f'| {row["sampled_share"]:.2f} | {range_of(row["seconds"], " s")} '
       f'| {range_of(row["speedup"])} | {_megabytes(row["temporary_bytes"])} |'
@@ -121,7 +124,7 @@ def learner_table(result: dict) -> str:
   ]
   sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
   head = (
-      '### Packed rows in the learner, against the fastest as sampled\n\n'
+      '### Rows of the learner, against the fastest as sampled\n\n'
       f'{sizes}: {result["tokens"]} tokens, {result["mean_length"]} a '
       f'completion. {machine_line(result)}\n\n'
       '| row length | micro-batches run | slots that predict a sampled token '

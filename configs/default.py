@@ -132,6 +132,9 @@ def _step(config):
       # Slots of a packed row: completions next to each other, behind their
       # prompt. 0 for a row as long as the longest for each completion.
       'row_length': 0,
+      # Rows as sampled, with a prompt computed once for its group. A
+      # mini-batch then consists of whole groups.
+      'share_prompts': False,
       # Tokens of a device whose logits exist at a time, one of each row at
       # least; 0: all.
       'chunk_size': 0,

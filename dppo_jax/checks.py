@@ -94,6 +94,7 @@ def check(
   _check_eval_sampling(config.eval)
   _check_dual(config)
   _check_packing(config)
+  _check_sharing(config, num_batch_shards, num_row_shards or num_batch_shards)
   _check_replay(config, num_batch_shards)
   _check_sizes(config)
   row_shards = num_row_shards or num_batch_shards
@@ -353,7 +354,8 @@ def _check_replay(config, num_batch_shards):
           f'{replay.ratio}.'
       )
     shards = 1 if config.learner.row_length else num_batch_shards
-    if 2 * groups * config.group_size % (parts * shards):
+    together = config.group_size if config.learner.share_prompts else 1
+    if 2 * groups * config.group_size % (parts * shards * together):
       raise ValueError(
           f"config.replay.sampling='ess' looks at {2 * groups:g} groups of "
           f'group_size={config.group_size} in {parts} parts of equal size'
@@ -461,6 +463,42 @@ def _check_packing(config):
         f'config.learner.row_length={length} packs rows, but with '
         'learner.num_microbatches=1 all are computed, filled or not; use more '
         'micro-batches, for example 8, or row_length=0.'
+    )
+
+
+def _check_sharing(config, num_batch_shards, num_row_shards):
+  """Whether groups can stay together, see `packing.make_grouped`."""
+  sizes = config.learner
+  if not sizes.share_prompts:
+    return
+  asked = 'config.learner.share_prompts=True'
+  if sizes.row_length:
+    raise ValueError(
+        f'{asked} is for rows as sampled, and learner.row_length='
+        f'{sizes.row_length} packs them, with a prompt once for what shares a '
+        'row already; use row_length=0 or share_prompts=False.'
+    )
+  if config.max_prompt_length < 2:
+    raise ValueError(
+        f'{asked} shares what is before the last token of a prompt, and '
+        'max_prompt_length=1 leaves nothing; use share_prompts=False.'
+    )
+  if num_row_shards != num_batch_shards:
+    raise ValueError(
+        f'{asked} takes whole rows, and mesh.sequence='
+        f'{num_row_shards // num_batch_shards} splits them; use sequence=1 or '
+        'share_prompts=False.'
+    )
+  groups = _num_completions(config) // config.group_size
+  parts = sizes.num_minibatches * _equal_parts(config)
+  if groups % (parts * num_batch_shards):
+    on = f', each on {num_batch_shards} devices' if num_batch_shards > 1 else ''
+    raise ValueError(
+        f'{asked} keeps groups together, and {groups} are not divisible into '
+        f'learner.num_minibatches={sizes.num_minibatches} times '
+        f'num_microbatches={_equal_parts(config)} parts{on}; '
+        f'{_nearest(groups, parts * num_batch_shards)}, or '
+        'share_prompts=False.'
     )
 
 

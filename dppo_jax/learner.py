@@ -32,6 +32,7 @@ def make_learner(
     dual: duals.Dual | None = None,
     trainable: trainable_lib.Trainable = trainable_lib.EVERYTHING,
     arrange: packing.ArrangeFn = packing.as_sampled,
+    rows_together: int = 1,
     place: Callable[[PyTree], PyTree] = lambda tree: tree,
 ) -> Callable[..., tuple[TrainState, diagnostics.TokenStats, dict]]:
   """A pure function that learns from one scored rollout.
@@ -47,6 +48,7 @@ def make_learner(
     dual: of the loss's constraint, moved one step with each update.
     trainable: what is trained, and how it makes a policy.
     arrange: lays out the rows of a mini-batch, see packing.py.
+    rows_together: so many neighbours stay together in a mini-batch.
     place: puts the rows of a micro-batch where they belong on a mesh.
 
   Returns:
@@ -98,10 +100,12 @@ def make_learner(
     )
     # Weights make the loss of the rollout; a mini-batch is a part of it.
     batch = batch._replace(weights=batch.weights * num_minibatches)
-    num_rows = batch.weights.shape[0]
-    shuffles = jax.vmap(lambda k: jax.random.permutation(k, num_rows))(
+    num_units = batch.weights.shape[0] // rows_together
+    shuffles = jax.vmap(lambda k: jax.random.permutation(k, num_units))(
         jax.random.split(key, num_epochs)
     )
+    own = jnp.arange(rows_together)[None, None]
+    shuffles = shuffles[..., None] * rows_together + own
     chosen = shuffles.reshape(num_epochs * num_minibatches, -1)
     state, (stats, metrics) = jax.lax.scan(
         lambda state, chosen: update(state, batch, chosen), state, chosen

@@ -271,10 +271,16 @@ def _with_attention(
     }[name]()
 
   learner, prefill = _asked_of_attention(config, mesh, model)
+  of_learner = make(learner, learning, parts=parts, split=split)
+  if config.learner.share_prompts:
+    groups = attention.Groups(config.max_prompt_length - 1, config.group_size)
+    by_xla = _choose_attention(config, learner).name == 'xla'
+    if by_xla and learner.length <= attention.LONG_ROW:
+      of_learner = attention.in_merged_groups(groups)
+    else:
+      of_learner = attention.in_groups(of_learner, groups)
   return (
-      model.replace(
-          row_attention=make(learner, learning, parts=parts, split=split)
-      ),
+      model.replace(row_attention=of_learner),
       # The sampler has its own rows already, and whole ones.
       model.replace(row_attention=make(prefill, sampling_mesh)),
   )
@@ -501,6 +507,10 @@ def make_method(config: Any) -> Method:
 
 def _make_arrange(config: Any, mesh: Any) -> packing.ArrangeFn:
   """How the learner lays out rows."""
+  if config.learner.share_prompts:
+    return packing.make_grouped(
+        prompt_length=config.max_prompt_length, group_size=config.group_size
+    )
   if not config.learner.row_length:
     return packing.as_sampled
   return packing.make_packed(
@@ -577,6 +587,7 @@ def _make_learner(
       dual=method.dual,
       trainable=trainable,
       arrange=arrange,
+      rows_together=config.group_size if sizes.share_prompts else 1,
       place=place,
   )
 

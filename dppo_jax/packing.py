@@ -1,7 +1,8 @@
-"""The rows that a policy is run over: as they were sampled, or packed.
+"""The rows that a policy is run over: as sampled, grouped or packed.
 
 A rollout has a row for each completion, as long as the longest that is allowed
-and with the prompt repeated for each completion of a group. Packed rows hold
+and with the prompt repeated for each completion of a group. Grouped rows hold
+the prompt once and behind it all these completions. Packed rows hold
 several completions next to each other, and a prompt once for all those of its
 group that share a row; what is left of the longest is not computed. How many
 rows that takes is known at run time: a loop runs over as many as there are.
@@ -57,6 +58,44 @@ def as_sampled(rows: Rows, chosen: jax.Array, num_parts: int) -> Layout:
   length = rows.token_mask.shape[1]
   source = chosen[:, None] * length + jnp.arange(length)[None]
   return Layout(source.reshape(num_parts, -1, length), num_parts)
+
+
+def make_grouped(*, prompt_length: int, group_size: int) -> ArrangeFn:
+  """A row for each group: its prompt once, behind it all its completions.
+
+  They stand as they were sampled, as long as the longest that is allowed; the
+  rows' attention is that of `attention.Groups`.
+
+  Args:
+    prompt_length: P, see `make_packed`; at least 2.
+    group_size: G; what is chosen are whole groups, one after the other.
+  """
+  first = prompt_length - 1  # A prompt's last token is read for a completion.
+
+  def arrange(rows, chosen, num_parts):
+    length = rows.token_mask.shape[1]
+    slots = (chosen[:, None] * length + jnp.arange(length)[None]).reshape(
+        -1, group_size, length
+    )
+    of_group = lambda prompt, own: jnp.concatenate(
+        [prompt, own.reshape(len(own), -1)], axis=1
+    )
+    source = of_group(slots[:, 0, :first], slots[:, :, first:])
+    places = jnp.arange(group_size)[None, :, None]
+    number = of_group(
+        jnp.ones((1, first), jnp.int32),
+        jnp.broadcast_to(places + 2, (1, group_size, length - first)),
+    )
+    real = jnp.take(rows.input_segments.ravel(), source) > 0
+    parts = lambda x: x.reshape(num_parts, -1, x.shape[-1])
+    return Layout(
+        parts(source),
+        num_parts,
+        parts(jnp.where(real, number, 0)),
+        parts(jnp.where(real & (number > 1), 1, 0)),
+    )
+
+  return arrange
 
 
 def make_packed(

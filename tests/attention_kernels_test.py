@@ -272,9 +272,12 @@ def test_auto_on_a_cpu_is_xla():
 
 
 PACKED = {'learner__row_length': 49, 'learner__num_microbatches': 2}
+SHARED = {'learner__share_prompts': True, 'learner__num_minibatches': 1}
 
 
-@pytest.mark.parametrize('options', [{}, PACKED], ids=['rows', 'packed'])
+@pytest.mark.parametrize(
+    'options', [{}, PACKED, SHARED], ids=['rows', 'packed', 'shared']
+)
 def test_a_step_for_cuda_calls_cudnn(monkeypatch, options):
   # JAX asks the library, which is not here, for its version.
   monkeypatch.setattr(
@@ -291,8 +294,8 @@ def test_a_step_for_cuda_calls_cudnn(monkeypatch, options):
 
 
 @pytest.mark.parametrize('options, learner', [
-    ({}, '_segmented'), (PACKED, '')
-], ids=['rows', 'packed'])
+    ({}, '_segmented'), (PACKED, ''), (SHARED, '_segmented')
+], ids=['rows', 'packed', 'shared'])
 def test_a_step_for_tpu_calls_splash(options, learner):
   with attention.traced_for('tpu'):
     text = lowered_step('tpu', model__attention='splash', **options)
@@ -308,9 +311,8 @@ def steps_on_eight_devices():
   """Prints three steps by XLA on one device, and by splash on eight."""
   model = tiny_model.MODEL
   params = tiny_model.params()
-  for packed_rows in (False, True):
-    options = PACKED | {'learner__row_length': 25} if packed_rows else {}
-    options |= {'num_prompts': 8, 'learner__num_minibatches': 1}
+  for options in ({}, PACKED | {'learner__row_length': 25}, SHARED):
+    options = options | {'num_prompts': 8, 'learner__num_minibatches': 1}
     one = whole_step.three_steps(model, params, **options)
     with attention.traced_for('tpu'), pytest.MonkeyPatch.context() as patch:
       patch.setattr(attention_kernels, 'splash', functools.partial(
@@ -330,9 +332,10 @@ def test_three_steps_by_splash_on_a_mesh_are_those_of_one_device():
       'import attention_kernels_test as test; test.steps_on_eight_devices()',
       optimized=False,
   )
-  whole, packed_rows = map(json.loads, lines)
+  whole, packed_rows, shared = map(json.loads, lines)
   meshes_test.check(*whole)
   meshes_test.check(*packed_rows, apart_from='learner/')
+  meshes_test.check(*shared)
 
 
 @plan_test.needs_libtpu
@@ -340,7 +343,8 @@ def test_three_steps_by_splash_on_a_mesh_are_those_of_one_device():
 @pytest.mark.parametrize('options, learner', [
     ({}, '_segmented'),
     ({'learner.row_length': 600, 'learner.num_microbatches': 2}, ''),
-], ids=['rows', 'packed'])
+    ({'learner.share_prompts': True}, '_segmented'),
+], ids=['rows', 'packed', 'shared'])
 def test_the_compiler_for_tpu_takes_the_kernels(monkeypatch, options, learner):
   """Mosaic compiles them, forwards and backwards, in a step on four chips."""
   texts, parse = [], hlo.parse

@@ -214,6 +214,38 @@ def test_packed_rows_hold_the_longest_completion_and_come_in_parts():
   checks.check(config, num_batch_shards=8)
 
 
+def test_groups_that_share_a_prompt_stay_together_and_whole():
+  shared = {'learner.share_prompts': True}
+  refused(
+      'share_prompts=True is for rows as sampled, and learner.row_length=64 '
+      'packs them.*use row_length=0 or share_prompts=False',
+      **shared, **{'learner.row_length': 64, 'learner.num_microbatches': 8},
+  )
+  refused('max_prompt_length=1 leaves nothing', max_prompt_length=1, **shared)
+  # 32 groups, 4 mini-batches.
+  refused(
+      'keeps groups together, and 32 are not divisible into '
+      'learner.num_minibatches=4 times num_microbatches=16 parts; try 64, or '
+      'share_prompts=False',
+      **shared, **{'learner.num_microbatches': 16},
+  )
+  config = default.get_config()
+  config.learner.share_prompts = True
+  config.learner.num_microbatches = 2
+  checks.check(config, num_batch_shards=4)
+  with pytest.raises(ValueError, match='parts, each on 8 devices; try 64'):
+    checks.check(config, num_batch_shards=8)
+  message = 'takes whole rows, and mesh.sequence=2 splits them; use sequence=1'
+  with pytest.raises(ValueError, match=message):
+    checks.check(config, num_batch_shards=2, num_row_shards=4)
+
+
+def test_micro_batches_to_choose_from_hold_whole_groups_that_share():
+  shared = {'learner.share_prompts': True}
+  assert choices(**shared) == [1, 2, 4, 8]
+  assert choices(4, **shared) == [1, 2]
+
+
 @pytest.mark.parametrize('section, completions', [
     ('sampling', '256 completions of num_prompts=32 times group_size=8'),
     ('eval', '1024 completions of eval.num_prompts=128 times '

@@ -43,6 +43,14 @@ LAYOUTS = {
         {'fsdp': 2, 'tensor': 2, 'sequence': 2},
         {'learner__row_length': 25, 'learner__num_microbatches': 2},
     ),
+    'shared prompts': (
+        'qwen3', {'data': 2, 'fsdp': 2, 'tensor': 2},
+        {'learner__share_prompts': True},
+    ),
+    'shared prompts of experts': (
+        'qwen3_moe', {'fsdp': 2, 'expert': 4},
+        {'learner__share_prompts': True},
+    ),
     'sampler over tensor': (
         'qwen3', {'fsdp': 8}, {'sampling__mesh__tensor': 2}
     ),

@@ -1,4 +1,4 @@
-"""Packed rows: nothing is lost, nothing mixes, and the learner learns the same.
+"""Other rows: nothing is lost, nothing mixes, and the learner learns the same.
 
 B sequences in groups of G, T slots of a row as sampled, P prompt tokens.
 """
@@ -19,6 +19,7 @@ from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
 from dppo_jax import target
 from dppo_jax import train_step
+from dppo_jax.models import attention
 from dppo_jax.types import ScoredRollout
 
 P, C, G = tiny_model.PROMPT_LENGTH, tiny_model.COMPLETION_LENGTH, 4
@@ -242,6 +243,73 @@ def test_hidden_states_are_those_of_the_rows_as_sampled(model):
   np.testing.assert_allclose(back[mask], expected[mask], rtol=0, atol=2e-5)
 
 
+GROUPS = attention.Groups(P - 1, G)
+grouped = packing.make_grouped(prompt_length=P, group_size=G)
+# By XLA: two products merged, or the rows that they stand for.
+GROUPED = {
+    'merged': attention.in_merged_groups(GROUPS),
+    'repeated': attention.in_groups(attention.in_xla(), GROUPS),
+}
+
+
+def test_grouped_rows_hold_each_prompt_once_and_every_completion():
+  lengths = [C, 1, 0, 3] * 2
+  prompt_lengths = [P, 2]
+  rollout = make_rollout(lengths, prompt_lengths)
+  rows = packing.rows_of(rollout)
+  # The second group first.
+  chosen = np.array([4, 5, 6, 7, 0, 1, 2, 3])
+  layout = grouped(rows, jnp.asarray(chosen), 2)
+  assert layout.source.shape == (2, 1, P - 1 + G * C)
+  for part, group in enumerate((1, 0)):
+    [taken] = packing.take(layout, part, rows)
+    real = prompt_lengths[group] - 1
+    segments = np.asarray(taken.input_segments[0])
+    prompt, own = segments[: P - 1], segments[P - 1 :].reshape(G, C)
+    np.testing.assert_array_equal(prompt, np.arange(P - 1) >= P - 1 - real)
+    inputs = np.asarray(taken.inputs[0])
+    of_group = slice(group * G, (group + 1) * G)
+    np.testing.assert_array_equal(
+        inputs[: P - 1], np.asarray(rollout.tokens)[group * G, : P - 1]
+    )
+    np.testing.assert_array_equal(
+        inputs[P - 1 :].reshape(G, C),
+        np.asarray(rollout.tokens)[of_group, P - 1 : -1],
+    )
+    np.testing.assert_array_equal(
+        np.asarray(taken.token_mask[0])[P - 1 :].reshape(G, C),
+        np.asarray(rollout.token_mask)[of_group, P - 1 :],
+    )
+    for index in range(G):
+      # A slot that reads a token of it, the prompt's last one included.
+      reads = np.asarray(rollout.segment_ids)[group * G + index, P - 1 : -1] > 0
+      np.testing.assert_array_equal(own[index], np.where(reads, index + 2, 0))
+    np.testing.assert_array_equal(
+        taken.prompt_segments[0], np.where(segments > 1, 1, 0)
+    )
+
+
+@pytest.mark.parametrize('name', GROUPED)
+@pytest.mark.parametrize('model', [
+    tiny_model.MODEL, SLIDING, tiny_model.WITH_EXPERTS
+], ids=['full', 'sliding', 'experts'])
+def test_hidden_states_of_grouped_rows_are_those_as_sampled(model, name):
+  params = tiny_model.jit(model.init)(jax.random.key(0))
+  rows = packing.rows_of(random_rollout(2))
+  layout = grouped(rows, jnp.arange(24), 1)
+  sharing = model.replace(row_attention=GROUPED[name])
+  run = lambda model: tiny_model.jit(
+      lambda rows: target.hidden_states(model, params, rows)[0]
+  )
+  expected = run(model)(rows)
+  [taken] = packing.take(layout, 0, rows)
+  hidden = run(sharing)(taken)
+  back = packing.put_back(layout, hidden[None], rows.token_mask)
+  mask = np.asarray(rows.token_mask)
+  assert np.abs(expected[mask]).max() > 0.1
+  np.testing.assert_allclose(back[mask], expected[mask], rtol=0, atol=2e-5)
+
+
 TOPK_TV = tiny_model.topk_tv()
 
 
@@ -250,7 +318,13 @@ def scored():
   return tiny_model.make_scored(TOPK_TV)
 
 
-def learn(scored, *, packed=0, **options):
+def learn(scored, *, packed=0, shared='', **options):
+  if shared:
+    options |= {
+        'arrange': grouped,
+        'rows_together': G,
+        'model': tiny_model.MODEL.replace(row_attention=GROUPED[shared]),
+    }
   if packed:
     options['arrange'] = packing.make_packed(
         row_length=packed, prompt_length=P, group_size=G
@@ -264,7 +338,7 @@ def learn(scored, *, packed=0, **options):
   return learn_fn(state, scored, jax.random.key(7))
 
 
-@pytest.mark.parametrize('options', [
+OPTIONS = [
     {},
     {'chunk_size': 8},
     {'anchor': 'recomputed'},
@@ -272,12 +346,32 @@ def learn(scored, *, packed=0, **options):
     {'extras': objective.Extras(kl_coefficient=0.1, kl_where='reward')},
     {'drop_groups_without_spread': True, 'num_groups': 2},
     {'mask_truncated': True},
-], ids=str)
-def test_updates_are_those_of_the_rows_as_sampled(scored, options):
+]
+
+
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_updates_of_packed_rows_are_those_of_the_rows_as_sampled(
+    scored, options
+):
+  check_learning(scored, options, packed=2 * T)
+
+
+@pytest.mark.parametrize('shared', GROUPED)
+@pytest.mark.parametrize('options', OPTIONS, ids=str)
+def test_updates_of_grouped_rows_are_those_of_the_rows_as_sampled(
+    scored, options, shared
+):
+  # In one mini-batch, as several would hold other rows.
+  options = options | {'num_minibatches': 1, 'num_microbatches': 2}
+  check_learning(scored, options, shared=shared)
+
+
+def check_learning(scored, options, **layout):
+  """Rows of a layout teach what those as sampled do."""
   if 'num_groups' in options:  # Two groups teach nothing.
     scored = scored._replace(rewards=scored.rewards.at[:8].set(1.0))
   expected, stats, metrics = learn(scored, **options)
-  state, packed_stats, packed_metrics = learn(scored, packed=2 * T, **options)
+  state, other_stats, other_metrics = learn(scored, **layout, **options)
   moved = max(jax.tree.leaves(jax.tree.map(
       lambda a, b: jnp.abs(a - b).max(), expected.params, tiny_model.params()
   )))
@@ -289,14 +383,14 @@ def test_updates_are_those_of_the_rows_as_sampled(scored, options):
   for name, value in metrics.items():
     if not name.startswith('learner/'):
       np.testing.assert_allclose(
-          packed_metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name
+          other_metrics[name], value, rtol=1e-3, atol=1e-5, err_msg=name
       )
   # The same tokens in each update.
-  for u in range(2):
+  for u in range(len(stats.token_mask)):
     tokens = lambda s, u=u: np.sort(
         np.asarray(s.behaviour_logprobs[u])[np.asarray(s.token_mask[u])]
     )
-    np.testing.assert_array_equal(tokens(packed_stats), tokens(stats))
+    np.testing.assert_array_equal(tokens(other_stats), tokens(stats))
 
 
 def test_the_number_of_parts_follows_the_tokens_without_recompilation(scored):
@@ -354,6 +448,30 @@ def test_the_balance_of_experts_is_the_mean_of_the_parts_that_ran():
   distinct = np.unique(balances.round(5))
   assert len(distinct) == parts
   np.testing.assert_allclose(several, distinct.mean(), rtol=1e-3)
+
+
+def test_a_mini_batch_of_grouped_rows_consists_of_whole_groups(scored):
+  _, stats, _ = learn(
+      scored, shared='merged', num_minibatches=2, num_microbatches=1,
+      num_epochs=2,
+  )
+  logprobs = np.asarray(scored.rollout.behaviour_logprobs)
+  mask = np.asarray(scored.rollout.token_mask)
+  num_groups = len(mask) // G
+  of_group = [
+      set(logprobs[i : i + G][mask[i : i + G]]) for i in range(0, len(mask), G)
+  ]
+  seen = []
+  for update in range(4):
+    values = set(np.asarray(stats.behaviour_logprobs[update])[
+        np.asarray(stats.token_mask[update])
+    ])
+    groups = {i for i in range(num_groups) if of_group[i] & values}
+    assert values == set().union(*(of_group[i] for i in groups))
+    assert len(groups) == num_groups // 2
+    seen.append(groups)
+  for epoch in (0, 2):  # All of them, each once.
+    assert not seen[epoch] & seen[epoch + 1]
 
 
 def test_a_whole_step_with_packed_rows_is_one_without():

@@ -32,6 +32,7 @@ CASES = {
     'dppo_topk_tv': {},
     'dppo_topk_tv, 64 slots': {'sampling__num_slots': 64},
     'dppo_topk_tv, packed': {'learner__row_length': 128},
+    'dppo_topk_tv, shared prompts': {'learner__share_prompts': True},
     'dppo_binary_tv_recompute': {
         'algorithm': 'dppo_binary_tv_recompute'
     },
@@ -77,6 +78,9 @@ def test_the_costs_are_in_proportion():
   # Rows of twice the length: attention has as many scores again.
   packed = cases['dppo_topk_tv, packed']
   assert packed['temporary_bytes'] <= 1.5 * topk['temporary_bytes']
+  # 15 of a row's 63 slots are needed once in 8 rows.
+  shared = cases['dppo_topk_tv, shared prompts']
+  assert shared['temporary_bytes'] <= 0.9 * topk['temporary_bytes']
 
 
 if __name__ == '__main__':

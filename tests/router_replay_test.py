@@ -31,6 +31,7 @@ MODEL = tiny_model.WITH_EXPERTS.replace(config=dataclasses.replace(
 ))
 TOPK_TV = tiny_model.topk_tv()
 LAYERS, CHOSEN = 2, 2
+SEED = 7  # Sampled in bfloat16, 3 of 88 tokens met other experts.
 SAMPLED = tiny_model.PROMPT_LENGTH + tiny_model.COMPLETION_LENGTH - 1  # T
 
 
@@ -228,7 +229,7 @@ def test_replay_makes_the_mismatch_of_a_bfloat16_sampler_smaller(seed):
 
 
 def test_packed_rows_are_replayed_as_the_rows_that_were_sampled():
-  rollout = sampled(dtype='bfloat16')
+  rollout = sampled(seed=SEED, dtype='bfloat16')
   in_packed_rows = tiny_model.jit(objective.make_logprobs_fn(
       model=MODEL, num_parts=2, temperature=1.0, chunk_size=0,
       arrange=packing.make_packed(
@@ -264,7 +265,7 @@ def one_update(rollout, *, extras=None, **options):
 def test_both_anchors_are_those_of_the_replayed_experts(anchor):
   # Before the first update the recomputed anchor is the policy itself: only
   # if both are replayed alike is there no divergence.
-  rollout = sampled(dtype='bfloat16')
+  rollout = sampled(seed=SEED, dtype='bfloat16')
   _, stats, _ = one_update(rollout, anchor=anchor)
   mask = np.asarray(stats.token_mask)
   divergence = np.asarray(stats.divergence)[mask]
@@ -278,7 +279,7 @@ def test_both_anchors_are_those_of_the_replayed_experts(anchor):
 
 
 def test_disagreement_is_counted_by_token_and_layer():
-  rollout = sampled(dtype='bfloat16')
+  rollout = sampled(seed=SEED, dtype='bfloat16')
   _, stats, _ = one_update(rollout, num_microbatches=2)
   recorded = np.asarray(rollout.routing)
   changed, changed_sets = (

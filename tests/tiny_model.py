@@ -177,6 +177,7 @@ def make_learner(
     dual=None,
     trainable=trainable_lib.EVERYTHING,
     arrange=packing.as_sampled,
+    rows_together=1,
     **options,
 ):
   """`learner.make_learner` with one update, unless told otherwise."""
@@ -198,6 +199,7 @@ def make_learner(
       dual=dual,
       trainable=trainable,
       arrange=arrange,
+      rows_together=rows_together,
   )
 
 

@@ -4,8 +4,9 @@
         --microbatches=8,16 --row_lengths=256,512 --slots=16,32
 
 One call learns from a rollout and samples the next; rewards are computed on the
-host between two calls, as `dppo_jax.main` does it. With packed rows a
-micro-batch is as large as its completions would be at their longest.
+host between two calls, as `dppo_jax.main` does it. Rows as sampled share their
+group's prompt, so a micro-batch is one group at least; with packed rows it is as
+large as its completions would be at their longest.
 """
 
 import argparse
@@ -86,6 +87,7 @@ def make_config(
       'learner.num_minibatches': 1,
       'learner.num_microbatches': work.BATCH // microbatch,
       'learner.row_length': row_length,
+      'learner.share_prompts': not row_length,
       'optimizer.learning_rate': work.LEARNING_RATE,
       'optimizer.schedule': 'constant',
       'optimizer.weight_decay': work.WEIGHT_DECAY,
@@ -139,7 +141,7 @@ def main():
   flags = work.parser(__doc__)
   flags.add_argument(
       '--row_lengths', type=work.integers, default=[0, 256],
-      help='config.learner.row_length, to try one by one.',
+      help='config.learner.row_length, to try one by one; 0 shares prompts.',
   )
   flags.add_argument(
       '--slots', type=work.integers, default=[0],

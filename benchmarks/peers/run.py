@@ -42,12 +42,9 @@ PACKAGES = {
 SCRIPTS = {
     'dppo_jax': 'ours.py', 'trl': 'trl_grpo.py', 'tunix': 'tunix_grpo.py'
 }
-# What is tried, by the kind of lengths. Packed rows of 288 slots hold a prompt
-# and 4 of the longest completions.
+# What is tried, by the kind of lengths.
 OURS = {
-    'fixed': {
-        'microbatches': [4, 8, 16], 'row_lengths': [0, 288], 'slots': [0]
-    },
+    'fixed': {'microbatches': [8, 16, 32], 'row_lengths': [0], 'slots': [0]},
     'geometric': {
         'microbatches': [4, 8],
         'row_lengths': [128, 256, 512],

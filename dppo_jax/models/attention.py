@@ -9,6 +9,7 @@ completions of each, P prompt tokens, C completion tokens.
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import contextvars
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -251,6 +252,103 @@ def in_xla(*, parts: int = 1, split: SplitFn | None = None) -> RowAttention:
   return attention
 
 
+class Groups(NamedTuple):
+  """Rows that hold a prompt and behind it all its completions.
+
+  Such a row has `prompt` + G * C slots; it stands for G rows of `prompt` + C.
+  """
+
+  prompt: int  # Slots of the prompt, at least one.
+  size: int  # G
+
+  def apart(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Prompts [B, prompt, ...] and completions [B * G, C, ...]."""
+    prompts, own = x[:, : self.prompt], x[:, self.prompt :]
+    return prompts, own.reshape(len(x) * self.size, -1, *x.shape[2:])
+
+  def together(self, prompts: jax.Array, own: jax.Array) -> jax.Array:
+    """The rows that `apart` took apart."""
+    own = own.reshape(len(prompts), -1, *own.shape[2:])
+    return jnp.concatenate([prompts, own], axis=1)
+
+  def repeated(self, x: jax.Array) -> jax.Array:
+    """A row for each completion, its prompt in front. [B * G, T, ...]."""
+    prompts, own = self.apart(x)
+    return jnp.concatenate(
+        [jnp.repeat(prompts, self.size, axis=0), own], axis=1
+    )
+
+  def sequences(self, where: Where) -> Where:
+    """Of the rows that `repeated` makes, of one sequence each."""
+    real = self.repeated(where.segment_ids) > 0
+    return Where(real.astype(jnp.int32), self.repeated(where.positions))
+
+
+def in_groups(rows: RowAttention, groups: Groups) -> RowAttention:
+  """Attention of rows that share a prompt, by that of a row for each.
+
+  All other parts of a layer see the prompt once for its group.
+
+  Args:
+    rows: attention of the rows that these stand for.
+    groups: how rows share prompts.
+  """
+
+  def attention(where, windows: Sequence[int | None], **scores):
+    sights, attend_with = rows(groups.sequences(where), windows, **scores)
+
+    def attend_groups_with(sight):
+      def attend(q, k, v):
+        out, _ = attend_with(sight)(*map(groups.repeated, (q, k, v)))
+        prompts = out[:: groups.size, : groups.prompt]
+        return groups.together(prompts, out[:, groups.prompt :]), (k, v)
+
+      return attend
+
+    return sights, attend_groups_with
+
+  return attention
+
+
+def in_merged_groups(groups: Groups) -> RowAttention:
+  """As `in_groups`, without a kernel and for rows that are not long.
+
+  A completion's attention to its prompt and that to itself are two products
+  each, and one softmax; nothing of the prompt is repeated.
+
+  Args:
+    groups: how rows share prompts.
+  """
+
+  def attention(where, windows: Sequence[int | None], **scores):
+    split = groups.prompt
+    sights = []
+    for window in windows:
+      visible = visible_within_segments(groups.sequences(where), window=window)
+      sights.append((
+          visible[:: groups.size, :split, :split], visible[:, split:]
+      ))
+
+    def attend_with(sight):
+      among_prompts, of_completions = sight
+
+      def attend(q, k, v):
+        prompts, completions = zip(*map(groups.apart, (q, k, v)), strict=True)
+        out = groups.together(
+            _attention(*prompts, among_prompts, **scores),
+            _attention_after_prompts(
+                *completions, *prompts[1:], of_completions, **scores
+            ),
+        )
+        return out, (k, v)
+
+      return attend
+
+    return sights, attend_with
+
+  return attention
+
+
 def _in_blocks(x, largest):
   """[B, n, ...] -> [blocks, B, `largest` or less, ...], 0 at the end."""
   length = x.shape[1]
@@ -293,14 +391,67 @@ def _attention(q, k, v, visible, *, scale, cap):
   keys, values = cache_of(k, v)
   scores = _product('bkhte,bkes->bkhts', queries, keys)
   scores = softcap(scores * scale, cap)
-  # Finite, for rows of padding that see nothing.
-  scores = jnp.where(
-      visible[:, None, None], scores, jnp.finfo(scores.dtype).min
-  )
-  weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-  out = _product('bkhts,bkse->bkhte', weights, values)
+  [weights], sums = _softmax_parts([_hide(scores, visible[:, None, None])])
+  out = _product('bkhts,bkse->bkhte', weights.astype(q.dtype), values) / sums
   out = jnp.moveaxis(out.reshape(batch, heads, length, size), 1, 2)
   return out.astype(q.dtype)
+
+
+def _attention_after_prompts(
+    q, k, v, prompt_k, prompt_v, visible, *, scale, cap
+):
+  """Of B completions, G of each of N prompts. [B, C, H, E].
+
+  Queries, keys and values are [B, C, H or K, E], those of the prompts
+  [N, P, K, E]; visible [B, C, P + C].
+  """
+  batch, length, heads, size = q.shape
+  num_prompts, split, num_keys, _ = prompt_k.shape
+  # [N, K, G, H / K, C, E], with the queries of a prompt next to each other.
+  queries = jnp.transpose(
+      q.reshape(num_prompts, -1, length, num_keys, heads // num_keys, size),
+      (0, 3, 1, 4, 2, 5),
+  )
+  together = lambda x: x.reshape(num_prompts, num_keys, -1, x.shape[-1])
+  apart = lambda x: x.reshape(*queries.shape[:-1], x.shape[-1])
+  by_group = lambda x: x.reshape(num_prompts, -1, *x.shape[1:])
+  keys = jnp.transpose(by_group(k), (0, 3, 1, 4, 2))  # [N, K, G, E, C]
+  values = jnp.transpose(by_group(v), (0, 3, 1, 2, 4))
+  prompt_keys, prompt_values = cache_of(prompt_k, prompt_v)
+  scores = (
+      apart(_product('nkte,nkep->nktp', together(queries), prompt_keys)),
+      _product('nkghte,nkges->nkghts', queries, keys),
+  )
+  seen = by_group(visible)[:, None, :, None]  # [N, 1, G, 1, C, P + C]
+  (of_prompt, of_own), sums = _softmax_parts([
+      _hide(softcap(x * scale, cap), y)
+      for x, y in zip(scores, jnp.split(seen, [split], axis=-1), strict=True)
+  ])
+  cast = lambda x: x.astype(q.dtype)
+  out = apart(
+      _product('nktp,nkpe->nkte', together(cast(of_prompt)), prompt_values)
+  )
+  out += _product('nkghts,nkgse->nkghte', cast(of_own), values)
+  out = jnp.transpose(out / sums, (0, 2, 4, 1, 3, 5))
+  return cast(out).reshape(batch, length, heads, size)
+
+
+def _hide(scores, visible):
+  """Scores of what is not visible are finite, as padding may see nothing."""
+  return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
+
+
+def _softmax_parts(scores):
+  """Exponentials of scores that share a softmax, and their sum [..., 1].
+
+  What they weigh is divided by the sum, and not each of them: it is smaller.
+  """
+  largest = functools.reduce(
+      jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in scores)
+  )
+  largest = jax.lax.stop_gradient(largest)  # The result does not depend on it.
+  weights = [jnp.exp(x - largest) for x in scores]
+  return weights, sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
 
 
 class Cache(NamedTuple):
@@ -362,7 +513,7 @@ def attend_to_cache(
     scale: of the scores.
     cap: see `softcap`; of the scores.
   """
-  num_prompts, split = prompt.keys.shape[0], prompt.keys.shape[3]
+  num_prompts = prompt.keys.shape[0]
 
   def attend(q, k, v):  # [B, 1, H or K, E]
     new = convert_cache(cache_of(k, v), quantization.dtype_of(cache.keys))
@@ -375,26 +526,38 @@ def attend_to_cache(
     )
     batch, _, heads, size = q.shape
     num_keys = k.shape[2]
-    # The cache is read as it is kept: through a reshape, XLA copies it.
-    q = q.reshape(batch, num_keys, heads // num_keys, size)
     own_keys, own_values, prompt_keys, prompt_values = (
         quantization.widen(x, q.dtype).astype(q.dtype) for x in (*kept, *prompt)
     )
     groups = lambda x: x.reshape(num_prompts, -1, *x.shape[1:])
     rows = lambda x: x.reshape(batch, *x.shape[2:])
-    capped = lambda scores: softcap(scores * scale, cap)
-    of_prompt = capped(_product('ngkhe,nkep->ngkhp', groups(q), prompt_keys))
-    own = groups(capped(_product('bkhe,bkec->bkhc', q, own_keys)))
-    scores = [
-        rows(jnp.where(seen[:, :, None, None], x, -jnp.inf))
-        for x, seen in zip((of_prompt, own), visible, strict=True)
-    ]
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    weights = weights.astype(q.dtype)
-    out = rows(_product(
-        'ngkhp,nkpe->ngkhe', groups(weights[..., :split]), prompt_values
+    # Of a prompt, what its completions ask stands together: [N, K, G, ...].
+    by_prompt = lambda x: jnp.moveaxis(groups(x), 1, 2)
+    by_row = lambda x: rows(jnp.moveaxis(x, 2, 1))
+    # The cache is read as it is kept: through a reshape, XLA copies it.
+    q = q.reshape(batch, num_keys, heads // num_keys, size)
+    of_prompt = _product('nkghe,nkep->nkghp', by_prompt(q), prompt_keys)
+    own = _product('bkhe,bkec->bkhc', q, own_keys)
+    seen_prompt, seen_own = visible
+    of_prompt = jnp.where(
+        seen_prompt[:, None, :, None], softcap(of_prompt * scale, cap), -jnp.inf
+    )
+    own = rows(jnp.where(
+        seen_own[:, :, None, None], groups(softcap(own * scale, cap)), -jnp.inf
     ))
-    out += _product('bkhc,bkce->bkhe', weights[..., split:], own_values)
+    # One softmax of both; its sum divides what the weights bring, not them.
+    over = lambda reduce, x: reduce(x, axis=-1, keepdims=True)
+    largest = jnp.maximum(
+        by_row(over(jnp.max, of_prompt)), over(jnp.max, own)
+    )
+    of_prompt = jnp.exp(of_prompt - by_prompt(largest))
+    own = jnp.exp(own - largest)
+    sums = by_row(over(jnp.sum, of_prompt)) + over(jnp.sum, own)
+    out = by_row(_product(
+        'nkghp,nkpe->nkghe', of_prompt.astype(q.dtype), prompt_values
+    ))
+    out += _product('bkhc,bkce->bkhe', own.astype(q.dtype), own_values)
+    out /= sums
     return out.astype(v.dtype).reshape(batch, 1, heads, size), kept
 
   return attend

@@ -164,7 +164,10 @@ class GatedMLP(nnx.Module):
     self.activation = ACTIVATIONS[config.hidden_act]
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(self.activation(self.gate(x)) * self.up(x))
+    # In the backward pass, what is between the products is computed again.
+    rest = lambda gate, up: self.down(self.activation(gate) * up)
+    rest = jax.checkpoint(rest, prevent_cse=False)
+    return rest(self.gate(x), self.up(x))
 
 
 class GroupedQueryAttention(nnx.Module):
