@@ -36,7 +36,9 @@ _SIZE = flags.DEFINE_enum('size', 'tiny', ['tiny', 'small'], 'Of the model.')
 _PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts of 32 tokens.')
 _GROUP = flags.DEFINE_integer('group', 8, 'Completions of each.')
 _LENGTH = flags.DEFINE_integer('length', 64, 'Longest completion.')
-_MEAN = flags.DEFINE_float('mean', 16.0, 'Mean length before it is cut; 0: fixed.')
+_MEAN = flags.DEFINE_float(
+    'mean', 16.0, 'Mean length before it is cut; 0: fixed.'
+)
 _MICRO = flags.DEFINE_list('microbatches', ['1', '4', '16'], 'As sampled.')
 _PACKED = flags.DEFINE_list(
     'packed', ['192:32', '256:16', '256:32', '512:16', '512:32'],

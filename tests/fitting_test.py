@@ -292,9 +292,9 @@ SMALL = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('row_length, limit', [(0, 37e6), (24, 33e6)])
+@pytest.mark.parametrize('row_length', [0, 24])
 def test_a_run_compiles_its_step_once_for_each_trial(
-    monkeypatch, caplog, row_length, limit
+    monkeypatch, caplog, row_length
 ):
   config = config_with(
       **SMALL, learner__num_microbatches=0, learner__row_length=row_length
@@ -306,7 +306,9 @@ def test_a_run_compiles_its_step_once_for_each_trial(
     return told[-1]
 
   monkeypatch.setattr(memory, 'of_step', of_step)
-  monkeypatch.setattr(memory, 'limit', lambda: int(limit))
+  # Between the step in one part, or two, and that in many.
+  limit = 31_000_000
+  monkeypatch.setattr(memory, 'limit', lambda: limit)
   with tiny_model.quick_compilation(), jax.log_compiles():
     parts = main.build(config)
     training.warm_up(

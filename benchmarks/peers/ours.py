@@ -4,9 +4,9 @@
         --microbatches=8,16 --row_lengths=256,512 --slots=16,32
 
 One call learns from a rollout and samples the next; rewards are computed on the
-host between two calls, as `dppo_jax.main` does it. Rows as sampled share their
-group's prompt, so a micro-batch is one group at least; with packed rows it is as
-large as its completions would be at their longest.
+host between two calls, as `dppo_jax.main` does it. Rows as sampled share the
+prompt of their group, so a micro-batch is one group at least; with packed rows
+it is as large as its completions would be at their longest.
 """
 
 import argparse
