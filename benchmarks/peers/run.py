@@ -46,12 +46,10 @@ SCRIPTS = {
 OURS = {
     'fixed': {'microbatches': [8, 16, 32], 'row_lengths': [0], 'slots': [0]},
     'geometric': {
-        'microbatches': [4, 8],
-        'row_lengths': [128, 256, 512],
-        'slots': [16, 32],
+        'microbatches': [4, 8], 'row_lengths': [128, 256], 'slots': [16, 32]
     },
 }
-PEERS = {'microbatches': [8, 16, 32, 64]}
+PEERS = [8, 16, 32, 64]  # Micro-batches.
 # What one of the values is called.
 SETTING = {
     'microbatches': 'microbatch', 'row_lengths': 'row_length', 'slots': 'slots'
@@ -110,7 +108,9 @@ def measure(
   """One row of the result, and the versions of everybody."""
   sweeps, chosen = {}, {}
   for name, python in environments.items():
-    tried = OURS[cell['lengths']] if name == 'dppo_jax' else PEERS
+    tried = {'microbatches': args.peer_microbatches}
+    if name == 'dppo_jax':
+      tried = OURS[cell['lengths']]
     if args.quick:
       tried = {option: values[:1] for option, values in tried.items()}
     sweeps[name] = call(
@@ -173,6 +173,10 @@ def parse() -> argparse.Namespace:
   flags.add_argument('--pip', default='', help='Options of pip install.')
   flags.add_argument('--trl_python', help='Of an environment that exists.')
   flags.add_argument('--tunix_python', help='Of an environment that exists.')
+  flags.add_argument(
+      '--peer_microbatches', type=work.integers, default=PEERS,
+      help='That the peers try.',
+  )
   names = lambda text: text.split(',')
   flags.add_argument('--sizes', type=names, default=list(work.SIZES))
   flags.add_argument('--lengths', type=names, default=list(work.STOP))
