@@ -113,7 +113,8 @@ def rollout_table(result: dict) -> str:
 def learner_table(result: dict) -> str:
   """One row for each layout of the learner's rows."""
   name = lambda row: row['row_length'] or (
-      'shared prompts' if row['share_prompts'] else 'as sampled'
+      # Older results have no such rows.
+      'shared prompts' if row.get('share_prompts') else 'as sampled'
   )
   lines = [
       f'| {name(row)} '
