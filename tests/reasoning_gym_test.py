@@ -1,6 +1,7 @@
 """Problems of reasoning-gym: apart, deterministic, judged in full."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -29,6 +30,24 @@ def answer_of(row):
 def test_problems_follow_from_the_seed():
   assert build().train == build().train
   assert build().train != build(seed=1).train
+
+
+def test_problems_are_the_same_in_any_process():
+  # One draws from Python's global random numbers, one goes through sets.
+  program = (
+      'from dppo_jax import tasks\n'
+      "for name in 'list_functions', 'ransom_note':\n"
+      "  task = tasks.build('reasoning_gym', dataset=name, train_size=40)\n"
+      '  print(task.train)'
+  )
+  made = {
+      subprocess.run(
+          [sys.executable, '-c', program], capture_output=True, check=True,
+          env=os.environ | {'PYTHONHASHSEED': hash_seed},
+      ).stdout
+      for hash_seed in '12'
+  }
+  assert len(made) == 1
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -125,8 +144,9 @@ def test_a_problem_without_an_answer_is_judged_by_the_problem():
     build('graph_color', train_size=2, test_size=1, num_shots=1)
 
 
-def test_the_verifier_makes_the_same_problem_in_another_process():
-  task = build('countdown', train_size=3, test_size=2)
+@pytest.mark.parametrize('dataset', ['countdown', 'list_functions'])
+def test_the_verifier_judges_the_same_problem_in_another_process(dataset):
+  task = build(dataset, train_size=3, test_size=2)
   row = task.test[-1]
   program = (
       'import pickle, sys\n'
@@ -188,6 +208,7 @@ def test_a_mistake_is_named_in_one_line(options, message):
 
 def test_a_missing_package_names_its_extra(monkeypatch):
   reasoning_gym._data_set.cache_clear()
+  reasoning_gym._problems.cache_clear()
   monkeypatch.setitem(sys.modules, 'reasoning_gym', None)
   with pytest.raises(ImportError, match=r"install 'dppo_jax\[reasoning-gym\]'"):
     build()

@@ -6,11 +6,21 @@
 
 Problems follow from a seed. Training and test problems have seeds of their own,
 and those that occur in both, or among the examples, are taken out of training.
+
+Some data sets also draw from Python's global random numbers, or go through sets
+of strings, whose order differs from process to process: made twice, a problem
+is not the same. So problems are made once, in a process where those are fixed,
+and the answer of a row carries its problem to the verifier.
 """
 
+import base64
 import functools
 import json
+import os
+import pickle
 import re
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -25,6 +35,24 @@ _TAGS = re.compile(r'<answer>((?:(?!<answer>).)*?)</answer>', re.DOTALL)
 # Problem i of seed s is often problem i - 1 of seed s + 1, so the seeds of the
 # parts are further apart than any of them is large.
 _SEEDS_APART = 10_000_019
+
+# Reads data sets, writes their problems. What they print is no problem.
+_MAKE = """
+import json, pickle, random, sys
+import numpy as np
+out, sys.stdout = sys.stdout.buffer, sys.stderr
+import reasoning_gym
+made = []
+for name, options, seed, size in pickle.load(sys.stdin.buffer):
+  data_set = reasoning_gym.create_dataset(
+      name, seed=seed, size=size, **json.loads(options))
+  made.append([])
+  for index in range(size):
+    random.seed(seed + index)
+    np.random.seed((seed + index) % 2**32)
+    made[-1].append(data_set[index])
+pickle.dump(made, out)
+"""
 
 
 class Part(NamedTuple):
@@ -94,18 +122,19 @@ def reasoning_gym(
       Part(dataset, dataset_options, (3 * seed + i) * _SEEDS_APART, size)
       for i, size in enumerate((train_size, test_size, num_shots))
   ]
-  train, test = _by_question(parts[0]), _by_question(parts[1])
-  shots = _by_question(parts[2]) if num_shots else {}
+  made = _problems(tuple(part for part in parts if part.size))
+  train, test, *shots = map(_by_question, made)
+  shots = shots[0] if shots else {}
   test = {key: row for key, row in test.items() if key not in shots}
-  made = len(train)
+  num_made = len(train)
   train = {
       key: row for key, row in train.items()
       if key not in test and key not in shots
   }
   if not train or not test:
     raise ValueError(
-        f'Of {made} different problems of {dataset!r} {len(train)} are left to '
-        f'learn from and {len(test)} to test on; lower test_size={test_size} '
+        f'Of {num_made} different problems of {dataset!r} {len(train)} are left '
+        f'to learn from and {len(test)} to test on; lower test_size={test_size} '
         'or change dataset_options so that there are more.'
     )
   logging.info('%d training and %d test problems.', len(train), len(test))
@@ -114,46 +143,41 @@ def reasoning_gym(
       plain_answers=bool(verifier),
   )
   return base.Task(
-      as_rows(train, part=parts[0]),
-      as_rows(test, part=parts[1]),
+      as_rows(train),
+      as_rows(test),
       own_verifier.load(verifier) if verifier
-      else GymScore(parts[:2], answer_in, partial_credit),
+      else GymScore(parts[0], answer_in, partial_credit),
       chat=base.chat_options(chat_template, system_prompt),
       drop_long_prompts=drop_long_prompts,
   )
 
 
 class GymScore:
-  """The verifier of a data set; makes the problem again from its seed.
+  """The verifier of a data set.
 
-  An answer is JSON, for example `{"answer": "7", "seed": 0, "index": 3}`: some
-  data sets judge by more than their answer.
+  An answer is JSON, for example `{"answer": "7", "problem": "gASV..."}`: many
+  data sets judge by more than their answer, so it has the whole problem too.
   """
 
   # Some evaluate what a policy writes as an expression.
   may_hang = True
 
-  def __init__(
-      self, parts: list[Part], answer_in: str, partial_credit: bool
-  ):
-    self._parts = {part.seed: part for part in parts}
+  def __init__(self, part: Part, answer_in: str, partial_credit: bool):
+    self._part = part
     self._answer_in = answer_in
     self._partial_credit = partial_credit
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     """Imports the package where a worker starts, before time is counted."""
     self.__dict__.update(state)
-    for part in self._parts.values():
-      _data_set(part)
+    _data_set(self._part)
 
   def __call__(self, completion: str, answer: str) -> float:
     given = _ANSWER_IN[self._answer_in](completion)
     if not given:  # Some data sets give credit for saying nothing.
       return 0.0
-    row = json.loads(answer)
-    part = self._parts[row['seed']]
-    problem = _problem(part, row['index'])
-    credit = _data_set(part).score_answer(given, problem)
+    problem = pickle.loads(base64.b64decode(json.loads(answer)['problem']))
+    credit = _data_set(self._part).score_answer(given, problem)
     return float(credit) if self._partial_credit else float(credit >= 1.0)
 
 
@@ -170,30 +194,53 @@ _ANSWER_IN = {
 }
 
 
-def _by_question(part: Part) -> dict[str, tuple[int, dict[str, Any]]]:
-  """(index, problem) by question; the first counts where one is repeated."""
-  found: dict[str, tuple[int, dict[str, Any]]] = {}
-  for index, problem in enumerate(_data_set(part)):
-    found.setdefault(problem['question'], (index, problem))
+@functools.lru_cache(maxsize=16)
+def _problems(parts: tuple[Part, ...]) -> list[list[dict[str, Any]]]:
+  """The problems of each part, the same in any process: see the module."""
+  for part in parts:
+    _data_set(part)  # Names what is wrong with it.
+  done = subprocess.run(
+      [sys.executable, '-P', '-c', _MAKE],
+      input=pickle.dumps([tuple(part) for part in parts]),
+      capture_output=True,
+      env=os.environ | {'PYTHONHASHSEED': '0'},
+      check=False,
+  )
+  if done.returncode:
+    raise RuntimeError(
+        f'{parts[0].dataset!r} of reasoning-gym made no problems:\n'
+        + done.stderr.decode(errors='replace')
+    )
+  return pickle.loads(done.stdout)
+
+
+def _by_question(
+    problems: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+  """Problems by question; the first counts where one is repeated."""
+  found: dict[str, dict[str, Any]] = {}
+  for problem in problems:
+    found.setdefault(problem['question'], problem)
   return found
 
 
 def _rows(
-    problems, *, part: Part, shots, instruction, answer_in, plain_answers
+    problems, *, shots, instruction, answer_in, plain_answers
 ) -> list[dict[str, str]]:
   asked = f'\n{instruction}' if instruction else ''
   before = ''.join(
       f'{question}{asked} {_shown(problem["answer"], answer_in)}\n'
-      for question, (_, problem) in shots.items()
+      for question, problem in shots.items()
   )
   return [
       {
           'prompt': f'{before}{question}{asked}',
           'answer': problem['answer'] or '' if plain_answers else json.dumps({
-              'answer': problem['answer'], 'seed': part.seed, 'index': index,
+              'answer': problem['answer'],
+              'problem': base64.b64encode(pickle.dumps(problem)).decode(),
           }),
       }
-      for question, (index, problem) in problems.items()
+      for question, problem in problems.items()
   ]
 
 
@@ -203,12 +250,6 @@ def _shown(answer: str | None, answer_in: str) -> str:
         'This data set has no answers to show; use config.task.num_shots=0.'
     )
   return f'<answer>{answer}</answer>' if answer_in == 'tags' else answer
-
-
-@functools.lru_cache(maxsize=4096)
-def _problem(part: Part, index: int) -> dict[str, Any]:
-  """Some take a tenth of a second to make, and a group asks for one often."""
-  return _data_set(part)[index]
 
 
 @functools.lru_cache(maxsize=16)
