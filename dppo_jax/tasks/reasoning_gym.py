@@ -133,9 +133,10 @@ def reasoning_gym(
   }
   if not train or not test:
     raise ValueError(
-        f'Of {num_made} different problems of {dataset!r} {len(train)} are left '
-        f'to learn from and {len(test)} to test on; lower test_size={test_size} '
-        'or change dataset_options so that there are more.'
+        f'Of {num_made} different problems of {dataset!r} {len(train)} are '
+        f'left to learn from and {len(test)} to test on; lower '
+        f'test_size={test_size} or change dataset_options so that there are '
+        'more.'
     )
   logging.info('%d training and %d test problems.', len(train), len(test))
   as_rows = functools.partial(
