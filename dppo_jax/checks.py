@@ -434,6 +434,7 @@ def _check_shards(config, num_batch_shards, num_row_shards, num_sampler_shards):
           f'config.{name}={rows} is not divisible by the {shards} devices of '
           f'mesh axes {axes}; {_nearest(rows, shards)}.'
       )
+  _check_halvings(config, num_sampler_shards)
 
 
 def _num_completions(config) -> int:
@@ -509,6 +510,27 @@ def _check_slots(section, num_slots, config, *factors):
         f'config.{section}.num_slots={num_slots} must be between 0 (all) and '
         f'the {math.prod(sizes)} completions of {factors[0]}={sizes[0]} times '
         f'{factors[1]}={sizes[1]}.'
+    )
+
+
+def _check_halvings(config, num_sampler_shards):
+  sizes = config.sampling
+  if sizes.num_halvings < 0:
+    raise ValueError(
+        f'config.sampling.num_halvings={sizes.num_halvings} must be 0 or more.'
+    )
+  divisor = num_sampler_shards * 2**sizes.num_halvings
+  slots = sizes.num_slots or config.num_prompts * config.group_size
+  if slots % divisor:
+    name = 'num_slots' if sizes.num_slots else 'num_prompts * group_size'
+    on = (
+        f' on each of {num_sampler_shards} devices'
+        if num_sampler_shards > 1 else ''
+    )
+    raise ValueError(
+        f'config.sampling.num_halvings={sizes.num_halvings} halves slots so '
+        f'many times, and {name}={slots} cannot be{on}; '
+        f'{_nearest(slots, divisor)}, or fewer halvings.'
     )
 
 

@@ -23,8 +23,9 @@ from dppo_jax.models.causal_lm import Kept
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 
-# Scope of the loop that copies prompts to slots.
+# Scopes of the loop that copies prompts to slots, and of loops over fewer.
 FILL = 'fill'
+HALVED = 'halved'
 
 
 class Column(NamedTuple):
@@ -159,6 +160,7 @@ def in_slots(
     start: Start,
     *,
     num_slots: int,
+    num_halvings: int,
     length: int,
     pad_id: int,
 ) -> Drawn:
@@ -169,19 +171,21 @@ def in_slots(
   later sees less of it. Only the keys and values of a prompt are copied, once
   for each row.
 
+  Once the queue is empty, slots stay empty. When half of them are, another loop
+  goes on with the other half, and so on: a step costs what half the rows do,
+  for half a cache more memory and the time to compile another loop.
+
   Args:
     model: the architecture, in the sampler's dtype.
     draw: takes token number `index` of every slot.
     start: the prompts, read.
     num_slots: S, at most B.
+    num_halvings: how many times; S is divisible by 2 so many times.
     length: C.
     pad_id: the token of what was not sampled.
   """
   batch = start.keys.shape[0]
   fill = _make_fill(start)
-
-  def unfinished(carry):
-    return jnp.any(carry[1].row < batch)
 
   def advance(carry):
     step, slots, following, own_prompts, cache, outputs, choices = carry
@@ -219,34 +223,59 @@ def in_slots(
         choices,
     )
 
-  nobody = jnp.full(num_slots, batch, jnp.int32)
-  zeros = jnp.zeros(num_slots, jnp.int32)
-  copies = jax.tree.map(
-      lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype),
-      start.prompt.cache,
-  )
+  slots, following, own_prompts = _first_slots(start, fill, num_slots)
   outputs = jax.tree.map(
       lambda old, new: old.at[:, 0].set(new.astype(old.dtype)),
       _blank(start.first, length, pad_id),
       start.first,
   )
-  filled = fill(
-      Slots(nobody, zeros, zeros),
-      jnp.ones(num_slots, bool),
-      jnp.int32(0),
-      copies,
-  )
   carry = (
       jnp.int32(0),
-      *filled,
+      slots,
+      following,
+      own_prompts,
       model.empty_cache(num_slots, length, start.cache_dtype),
       outputs,
       _blank_choices(start, length),
   )
-  if length > 1:
-    carry = jax.lax.while_loop(unfinished, advance, carry)
+  if length == 1:
+    return Drawn(outputs, carry[-1], jnp.int32(1))
+
+  def until(enough, carry):
+    """Advances while more slots than that are taken: all, with a queue."""
+    busy = lambda carry: jnp.sum(carry[1].row < batch) > enough
+    return jax.lax.while_loop(busy, advance, carry)
+
+  # Half of the slots at most go on, and in the end none.
+  enough = [num_slots // 2**i for i in range(1, num_halvings + 1)] + [0]
+  carry = until(enough[0], carry)
+  for count in enough[1:]:
+    with jax.named_scope(HALVED):
+      carry = until(count, _halve(carry, nobody=batch))
   step, *_, outputs, choices = carry
   return Drawn(outputs, choices, step + 1)
+
+
+def _first_slots(start: Start, fill, num_slots: int):
+  """The first of the queue: what `fill` makes of slots that are all free."""
+  zeros = jnp.zeros(num_slots, jnp.int32)
+  nobody = Slots(zeros + start.keys.shape[0], zeros, zeros)
+  copies = jax.tree.map(
+      lambda x: jnp.zeros((num_slots, *x.shape[1:]), x.dtype),
+      start.prompt.cache,
+  )
+  return fill(nobody, jnp.ones(num_slots, bool), jnp.int32(0), copies)
+
+
+def _halve(carry, *, nobody):
+  """The half of the slots in which all rows are that there still are."""
+  step, slots, following, own_prompts, cache, *rest = carry
+  order = jnp.argsort(slots.row == nobody, stable=True)
+  kept = order[: len(order) // 2]
+  slots, own_prompts, cache = jax.tree.map(
+      lambda x: jnp.take(x, kept, axis=0), (slots, own_prompts, cache)
+  )
+  return step, slots, following, own_prompts, cache, *rest
 
 
 def _make_fill(start: Start) -> Callable[..., tuple[Slots, jax.Array, PyTree]]:

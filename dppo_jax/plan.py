@@ -38,6 +38,7 @@ from dppo_jax import sharding
 from dppo_jax.chips import Chip
 from dppo_jax.chips import CHIPS
 from dppo_jax.decoding import FILL
+from dppo_jax.decoding import HALVED
 from dppo_jax.models import attention
 from dppo_jax.models import load
 
@@ -239,6 +240,8 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   filled = config.num_prompts * config.group_size // shards - slots
 
   def trips(phase, loop):
+    if HALVED in loop.op_name.split('/'):
+      return 'decode', 0  # Slots are always full, see `expect`.
     if FILL in loop.op_name.split('/'):
       of_phase = {'sample': slots, 'decode': filled / expected.decode_steps}
       return phase, of_phase[phase]
@@ -250,7 +253,9 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
     unknown.append(loop)
     return phase, 1
 
-  def traced_trips(phase, _):
+  def traced_trips(phase, equation):
+    if HALVED in str(equation.source_info.name_stack).split('/'):
+      return 'decode', 0
     if phase == 'sample':
       return 'decode', expected.decode_steps
     return phase, expected.microbatches if phase == 'learn' else 1

@@ -136,6 +136,7 @@ def make_sampler(
     weights_dtype: Any = None,
     cache_dtype: Any = None,
     num_slots: int = 0,
+    num_halvings: int = 0,
     record_routing: bool = False,
 ) -> Callable[[PyTree, Prompts, jax.Array], Completions]:
   """A function that samples G completions of each prompt.
@@ -158,6 +159,7 @@ def make_sampler(
       and float8 with a scale for each token and head.
     num_slots: completions that are decoded at a time, see `decoding`; 0 or B
       for all of them.
+    num_halvings: see `decoding.in_slots`.
     record_routing: whether to remember the experts of every token.
 
   Returns:
@@ -188,9 +190,11 @@ def make_sampler(
         model.unstacked(params), model.rotations(num_positions), prompts,
         prompt, routing, keys, first, ended, cache_dtype,
     )
-    if 0 < num_slots < keys.shape[0]:
+    num_rows = keys.shape[0]
+    if 0 < num_slots < num_rows or num_halvings:
       drawn = decoding.in_slots(
-          model, draw, start, num_slots=num_slots, **sizes
+          model, draw, start, num_slots=num_slots or num_rows,
+          num_halvings=num_halvings, **sizes,
       )
     else:
       drawn = decoding.together(model, draw, start, **sizes)

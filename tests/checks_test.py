@@ -195,6 +195,22 @@ def test_slots_are_those_of_the_devices_that_sample():
     checks.check(config, **shards)
 
 
+def test_slots_are_halved_on_each_device():
+  refused('num_halvings=-1 must be 0', **{'sampling.num_halvings': -1})
+  refused(
+      'num_halvings=3 .* num_slots=12 cannot be; try 8 or 16, or fewer',
+      **{'sampling.num_halvings': 3, 'sampling.num_slots': 12},
+  )
+  # All at once are 32 * 8.
+  config = default.get_config()
+  config.sampling.num_halvings = 5
+  checks.check(config, num_batch_shards=8)
+  config.sampling.num_halvings = 6
+  message = r'num_prompts \* group_size=256 cannot be on each of 8.* try 512'
+  with pytest.raises(ValueError, match=message):
+    checks.check(config, num_batch_shards=8)
+
+
 def test_packed_rows_hold_the_longest_completion_and_come_in_parts():
   many = {'learner.num_microbatches': 8}
   refused(

@@ -86,6 +86,41 @@ def test_any_number_of_slots_gives_the_same_tokens(num_slots):
   assert_same(sample(num_slots), expected)
 
 
+@pytest.mark.parametrize('num_slots, num_halvings', [
+    (2, 1), (12, 2), (8, 3), (0, 5),
+])
+def test_slots_that_are_halved_give_the_same_tokens_in_as_many_steps(
+    num_slots, num_halvings
+):
+  halved = sample(num_slots, num_halvings=num_halvings)
+  assert_same(halved, sample(0))
+  assert halved.num_steps == sample(num_slots).num_steps
+  in_window = {'config': WINDOW, 'num_halvings': num_halvings}
+  assert_same(sample(num_slots, **in_window), sample(0, config=WINDOW))
+
+
+def test_loops_over_halves_have_half_the_rows():
+  """And half of what is kept for them."""
+  sampler = make_sampler(8, num_halvings=2)
+  keys = sampling.row_keys(jax.random.key(3), NUM_ROWS)
+  traced = jax.make_jaxpr(sampler)(
+      tiny_model.params(), tiny_model.prompts(NUM_PROMPTS), keys
+  )
+  loops = [
+      equation for equation in traced.jaxpr.eqns
+      if equation.primitive.name == 'while'
+  ]
+  heads, size = (
+      tiny_model.CONFIG.num_key_value_heads, tiny_model.CONFIG.head_dim
+  )
+  caches = [
+      {x.aval.shape[0] for x in loop.outvars
+       if x.aval.shape[1:] == (heads, C, size)}
+      for loop in loops
+  ]
+  assert [x for x in caches if x] == [{8}, {4}, {2}]
+
+
 def test_a_slot_does_not_see_what_its_last_owner_left():
   # Rows begin anywhere in the ring and go around its end.
   expected = sample(0, config=WINDOW)
@@ -157,9 +192,10 @@ def on_eight_devices():
         tiny_model.params(), sharding.of_params(tiny_model.params(), mesh)
     )
     rows = jax.device_put((prompts, keys), sharding.batch(mesh))
-    for num_slots in (0, 2):
+    for num_slots, num_halvings in ((0, 0), (2, 0), (2, 1)):
       sampler = sharding.by_rows(
-          make_sampler(num_slots), mesh, head_dim=tiny_model.CONFIG.head_dim
+          make_sampler(num_slots, num_halvings=num_halvings), mesh,
+          head_dim=tiny_model.CONFIG.head_dim,
       )
       program = jax.jit(sampler).lower(params, *rows).compile()
       out = program(params, *rows)
@@ -189,7 +225,7 @@ def test_over_a_mesh_tokens_are_the_same_and_no_loop_moves_weights_or_waits():
       optimized=False,
   )
   lines = [json.loads(x) for x in printed]
-  assert len(lines) == 6
+  assert len(lines) == 9
   expected = sample(0)
   for line in lines:
     assert line['devices'] == 8

@@ -1,7 +1,7 @@
 """A step of dppo_jax: the very program that a run compiles.
 
     python benchmarks/peers/ours.py --size=tiny --lengths=geometric \
-        --microbatches=8,16 --row_lengths=256,512 --slots=16,32
+        --microbatches=8,16 --row_lengths=256,512 --slots=32,64 --halvings=3
 
 One call learns from a rollout and samples the next; rewards are computed on the
 host between two calls, as `dppo_jax.main` does it. Rows as sampled share the
@@ -73,7 +73,12 @@ def make_model(size: work.Size, stop: float) -> Stopping:
 
 
 def make_config(
-    args: argparse.Namespace, *, microbatch: int, row_length: int, slots: int
+    args: argparse.Namespace,
+    *,
+    microbatch: int,
+    row_length: int,
+    slots: int,
+    halvings: int,
 ):
   """GRPO with the sizes of `work`."""
   config = default.get_config('grpo')
@@ -84,6 +89,7 @@ def make_config(
       'max_prompt_length': work.PROMPT_LENGTH,
       'max_completion_length': work.MAX_LENGTH,
       'sampling.num_slots': slots,
+      'sampling.num_halvings': halvings,
       'learner.num_minibatches': 1,
       'learner.num_microbatches': work.BATCH // microbatch,
       'learner.row_length': row_length,
@@ -147,12 +153,19 @@ def main():
       '--slots', type=work.integers, default=[0],
       help='config.sampling.num_slots, to try one by one.',
   )
+  flags.add_argument(
+      '--halvings', type=work.integers, default=[0],
+      help='config.sampling.num_halvings, to try one by one.',
+  )
   args = flags.parse_args()
+  tried = {
+      'microbatch': args.microbatches,
+      'row_length': args.row_lengths,
+      'slots': args.slots,
+      'halvings': args.halvings,
+  }
   settings = [
-      {'microbatch': microbatch, 'row_length': row_length, 'slots': slots}
-      for microbatch, row_length, slots in itertools.product(
-          args.microbatches, args.row_lengths, args.slots
-      )
+      dict(zip(tried, values)) for values in itertools.product(*tried.values())
   ]
   work.measure(
       'dppo_jax', args, settings, run,

@@ -44,15 +44,20 @@ SCRIPTS = {
 }
 # What is tried, by the kind of lengths.
 OURS = {
-    'fixed': {'microbatches': [8, 16, 32], 'row_lengths': [0], 'slots': [0]},
+    'fixed': {
+        'microbatches': [8, 16, 32], 'row_lengths': [0], 'slots': [0],
+        'halvings': [0],
+    },
     'geometric': {
-        'microbatches': [4, 8], 'row_lengths': [128, 256], 'slots': [16, 32]
+        'microbatches': [4, 8], 'row_lengths': [128, 256], 'slots': [32, 96],
+        'halvings': [4],
     },
 }
 PEERS = [8, 16, 32, 64]  # Micro-batches.
 # What one of the values is called.
 SETTING = {
-    'microbatches': 'microbatch', 'row_lengths': 'row_length', 'slots': 'slots'
+    'microbatches': 'microbatch', 'row_lengths': 'row_length',
+    'slots': 'slots', 'halvings': 'halvings',
 }
 
 
