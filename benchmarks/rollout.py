@@ -4,12 +4,13 @@
 
 The same completions, token for token, by the loop that ends with the longest
 and by loops with fewer slots, which take the next of the queue when a
-completion ends. Lengths are geometric: a Llama with random weights whose end
-token has probability 1 / mean everywhere. Runs alternate with the loop that
-takes all at once, A B A C; a ratio is the median over rounds of A over the run
-after it, so above 1 is faster.
+completion ends, and are halved as the last ones do. Lengths are geometric: a
+Llama with random weights whose end token has probability 1 / mean everywhere.
+Runs alternate with the loop that takes all at once, A B A C; a ratio is the
+median over rounds of A over the run after it, so above 1 is faster.
 """
 
+import itertools
 import pathlib
 import sys
 import time
@@ -33,22 +34,26 @@ _GROUP = flags.DEFINE_integer('group', 8, 'Completions of each.')
 _LENGTH = flags.DEFINE_integer('length', 64, 'Longest completion.')
 _MEAN = flags.DEFINE_float('mean', 16.0, 'Mean length before it is cut.')
 _SLOTS = flags.DEFINE_list('slots', ['32', '64', '128'], 'Numbers of slots.')
+_HALVINGS = flags.DEFINE_list(
+    'halvings', ['0', '3'], 'How often slots are halved, with each number.'
+)
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Runs of each.', lower_bound=1)
 _OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
 
+
 def measure() -> dict:
-  """One row for each number of slots."""
+  """One row for each number of slots and of halvings."""
   model = shapes.make_model(_SIZE.value, mean=_MEAN.value)
   params = model.init(jax.random.key(0))
   prompts = shapes.make_prompts(_PROMPTS.value, model.config.vocab_size)
   batch = _PROMPTS.value * _GROUP.value
   keys = sampling.row_keys(jax.random.key(1), batch)
 
-  def compile_for(num_slots):
+  def compile_for(num_slots, num_halvings):
     sampler = sampling.make_sampler(
         model, group_size=_GROUP.value, max_completion_length=_LENGTH.value,
         eos_ids=(shapes.EOS_ID,), pad_id=shapes.PAD_ID, temperature=1.0,
-        num_slots=num_slots,
+        num_slots=num_slots, num_halvings=num_halvings,
     )
     return jax.jit(sampler).lower(params, prompts, keys).compile()
 
@@ -57,21 +62,28 @@ def measure() -> dict:
     out = jax.block_until_ready(program(params, prompts, keys))
     return time.perf_counter() - start, out
 
-  slots = [0, *map(int, _SLOTS.value)]
-  programs = {count: compile_for(count) for count in slots}
-  outputs = {count: run(program)[1] for count, program in programs.items()}
-  lengths = np.asarray(outputs[0].mask.sum(-1))
+  at_once = 0, 0
+  settings = [at_once, *itertools.product(
+      map(int, _SLOTS.value), map(int, _HALVINGS.value)
+  )]
+  programs = {setting: compile_for(*setting) for setting in settings}
+  outputs = {setting: run(program)[1] for setting, program in programs.items()}
+  lengths = np.asarray(outputs[at_once].mask.sum(-1))
   rows = []
-  for count, program in programs.items():
-    np.testing.assert_array_equal(outputs[count].tokens, outputs[0].tokens)
+  for setting, program in programs.items():
+    out = outputs[setting]
+    np.testing.assert_array_equal(out.tokens, outputs[at_once].tokens)
     pairs = np.array([
-        (run(programs[0])[0], run(program)[0]) for _ in range(_ROUNDS.value)
+        (run(programs[at_once])[0], run(program)[0])
+        for _ in range(_ROUNDS.value)
     ])
+    slots, halvings = setting
     rows.append({
-        'slots': count or batch,
+        'slots': slots or batch,
+        'halvings': halvings,
         'seconds': machine.spread(pairs[:, 1]),
         'speedup': machine.spread(pairs[:, 0] / pairs[:, 1]),
-        'model_calls': int(outputs[count].num_steps),
+        'model_calls': int(out.num_steps),
         'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
     })
   return {

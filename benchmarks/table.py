@@ -92,9 +92,11 @@ def divergences_table(result: dict) -> str:
 
 
 def rollout_table(result: dict) -> str:
-  """One row for each number of slots."""
+  """One row for each number of slots and of halvings."""
   lines = [
-      f'| {row["slots"]} | {range_of(row["seconds"], " s")} '
+      # Older results were never halved.
+      f'| {row["slots"]} | {row.get("halvings", 0)} '
+      f'| {range_of(row["seconds"], " s")} '
       f'| {range_of(row["speedup"])} | {row["model_calls"]} '
       f'| {_megabytes(row["temporary_bytes"])} |'
       for row in result['rows']
@@ -104,8 +106,8 @@ def rollout_table(result: dict) -> str:
       '### Slots that are filled again, against all completions at once\n\n'
       f'{sizes}: {result["tokens"]} tokens, {result["mean_length"]} a '
       f'completion, at most {result["longest"]}. {machine_line(result)}\n\n'
-      '| slots | time | times as fast | calls of the model | temporary memory '
-      '|\n|---|---|---|---|---|'
+      '| slots | halved | time | times as fast | calls of the model '
+      '| temporary memory |\n|---|---|---|---|---|---|'
   )
   return '\n'.join([head, *lines])
 

@@ -121,11 +121,13 @@ def test_slots_draw_the_same_completions_and_are_timed_against_all_at_once(
 ):
   result = run(
       'rollout.py', '--prompts=4', '--group=2', '--length=8', '--mean=3',
-      '--slots=2', '--rounds=1', data_dir=tmp_path / 'data',
+      '--slots=2', '--halvings=0,1', '--rounds=1', data_dir=tmp_path / 'data',
   )
-  everything, two = result['rows']  # It compares the tokens itself.
-  assert (everything['slots'], two['slots']) == (8, 2)
+  everything, two, halved = result['rows']  # It compares the tokens itself.
+  assert (everything['slots'], two['slots'], halved['slots']) == (8, 2, 2)
+  assert (two['halvings'], halved['halvings']) == (0, 1)
   assert two['model_calls'] > everything['model_calls'] == result['longest']
+  assert two['model_calls'] == halved['model_calls']
   assert result['tokens'] == round(8 * result['mean_length'])
   assert two['speedup']['median'] > 0
 
@@ -135,7 +137,8 @@ def test_the_step_that_peers_are_compared_with_does_the_agreed_work(tmp_path):
   output = tmp_path / 'ours.json'
   result = run(
       'peers/ours.py', '--lengths=geometric', '--microbatches=4',
-      '--row_lengths=128', '--slots=16', '--steps=2', '--warmup=1',
+      '--row_lengths=128', '--slots=16', '--halvings=2', '--steps=2',
+      '--warmup=1',
       f'--output={output}', data_dir=tmp_path / 'data',
   )
   assert result == json.loads(output.read_text())

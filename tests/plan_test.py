@@ -411,6 +411,23 @@ def test_no_weight_moves_while_decoding(plan):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_loops_over_fewer_slots_add_no_operation(topology):
+  in_slots, halved = (
+      plan_lib.make_plan(
+          tiny_config(**{
+              'sampling.num_slots': 8, 'sampling.num_halvings': halvings
+          }),
+          topology, tiny_model.MODEL,
+      )
+      for halvings in (0, 1)
+  )
+  operations = lambda plan: [phase.flops for phase in plan.phases]
+  assert operations(halved) == operations(in_slots)
+  assert not halved.unknown_loops
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_a_plan_prints_what_it_knows(plan):
   text = '\n'.join(plan_lib.describe(plan))
   assert 'it fits' in text and 'all-reduce' in text
