@@ -172,15 +172,15 @@ def in_slots(
   for each row.
 
   Once the queue is empty, slots stay empty. When half of them are, another loop
-  goes on with the other half, and so on: a step costs what half the rows do,
-  for half a cache more memory and the time to compile another loop.
+  goes on with the other half, and so on: a step then costs what half the rows
+  do. Each loop is compiled for itself.
 
   Args:
     model: the architecture, in the sampler's dtype.
     draw: takes token number `index` of every slot.
     start: the prompts, read.
     num_slots: S, at most B.
-    num_halvings: how many times; S is divisible by 2 so many times.
+    num_halvings: how often slots are halved; 2 to its power divides S.
     length: C.
     pad_id: the token of what was not sampled.
   """
