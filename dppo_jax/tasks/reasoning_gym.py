@@ -10,10 +10,9 @@ and those that occur in both, or among the examples, are taken out of training.
 Some data sets also draw from Python's global random numbers, or go through sets
 of strings, whose order differs from process to process: made twice, a problem
 is not the same. So problems are made once, in a process where those are fixed,
-and the answer of a row carries its problem to the verifier.
+and the verifier holds them.
 """
 
-import base64
 import functools
 import json
 import os
@@ -122,8 +121,8 @@ def reasoning_gym(
       Part(dataset, dataset_options, (3 * seed + i) * _SEEDS_APART, size)
       for i, size in enumerate((train_size, test_size, num_shots))
   ]
-  made = _problems(tuple(part for part in parts if part.size))
-  train, test, *shots = map(_by_question, made)
+  problems = _problems(tuple(part for part in parts if part.size))
+  train, test, *shots = map(_by_question, problems)
   shots = shots[0] if shots else {}
   test = {key: row for key, row in test.items() if key not in shots}
   num_made = len(train)
@@ -144,27 +143,37 @@ def reasoning_gym(
       plain_answers=bool(verifier),
   )
   return base.Task(
-      as_rows(train),
-      as_rows(test),
+      as_rows(train, part=parts[0]),
+      as_rows(test, part=parts[1]),
       own_verifier.load(verifier) if verifier
-      else GymScore(parts[0], answer_in, partial_credit),
+      else GymScore(parts[:2], problems[:2], answer_in, partial_credit),
       chat=base.chat_options(chat_template, system_prompt),
       drop_long_prompts=drop_long_prompts,
   )
 
 
 class GymScore:
-  """The verifier of a data set.
+  """The verifier of a data set, with its problems.
 
-  An answer is JSON, for example `{"answer": "7", "problem": "gASV..."}`: many
-  data sets judge by more than their answer, so it has the whole problem too.
+  An answer is JSON, for example `{"answer": "7", "seed": 0, "index": 3}`: some
+  data sets judge by more of a problem than its answer.
   """
 
   # Some evaluate what a policy writes as an expression.
   may_hang = True
 
-  def __init__(self, part: Part, answer_in: str, partial_credit: bool):
-    self._part = part
+  def __init__(
+      self,
+      parts: list[Part],
+      problems: list[list[dict[str, Any]]],
+      answer_in: str,
+      partial_credit: bool,
+  ):
+    self._part = parts[0]
+    self._problems = {
+        part.seed: of_part
+        for part, of_part in zip(parts, problems, strict=True)
+    }
     self._answer_in = answer_in
     self._partial_credit = partial_credit
 
@@ -177,7 +186,8 @@ class GymScore:
     given = _ANSWER_IN[self._answer_in](completion)
     if not given:  # Some data sets give credit for saying nothing.
       return 0.0
-    problem = pickle.loads(base64.b64decode(json.loads(answer)['problem']))
+    row = json.loads(answer)
+    problem = self._problems[row['seed']][row['index']]
     credit = _data_set(self._part).score_answer(given, problem)
     return float(credit) if self._partial_credit else float(credit >= 1.0)
 
@@ -217,31 +227,30 @@ def _problems(parts: tuple[Part, ...]) -> list[list[dict[str, Any]]]:
 
 def _by_question(
     problems: list[dict[str, Any]]
-) -> dict[str, dict[str, Any]]:
-  """Problems by question; the first counts where one is repeated."""
-  found: dict[str, dict[str, Any]] = {}
-  for problem in problems:
-    found.setdefault(problem['question'], problem)
+) -> dict[str, tuple[int, dict[str, Any]]]:
+  """(index, problem) by question; the first counts where one is repeated."""
+  found: dict[str, tuple[int, dict[str, Any]]] = {}
+  for index, problem in enumerate(problems):
+    found.setdefault(problem['question'], (index, problem))
   return found
 
 
 def _rows(
-    problems, *, shots, instruction, answer_in, plain_answers
+    problems, *, part: Part, shots, instruction, answer_in, plain_answers
 ) -> list[dict[str, str]]:
   asked = f'\n{instruction}' if instruction else ''
   before = ''.join(
       f'{question}{asked} {_shown(problem["answer"], answer_in)}\n'
-      for question, problem in shots.items()
+      for question, (_, problem) in shots.items()
   )
   return [
       {
           'prompt': f'{before}{question}{asked}',
           'answer': problem['answer'] or '' if plain_answers else json.dumps({
-              'answer': problem['answer'],
-              'problem': base64.b64encode(pickle.dumps(problem)).decode(),
+              'answer': problem['answer'], 'seed': part.seed, 'index': index,
           }),
       }
-      for question, problem in problems.items()
+      for question, (index, problem) in problems.items()
   ]
 
 

@@ -180,7 +180,7 @@ class Scorer:
       return [functools.partial(self._score, *pair) for pair in pairs]
     return [
       self._pool.schedule(
-        self._score, args=pair, timeout=self._timeout_s
+        _score_in_worker, args=pair, timeout=self._timeout_s
       ).result
       for pair in pairs
     ]
@@ -255,16 +255,26 @@ def _make_pool(num_workers: int, score: ScoreFn):
   return pebble.ProcessPool(
     max_workers=num_workers,
     context=multiprocessing.get_context('spawn'),
-    # The verifier itself is not used by it: that a worker unpickles it imports
-    # its module, and that before the time of the first completion counts.
+    # It goes to a worker once, and not with each completion; what it imports
+    # is imported before the time of the first completion counts.
     initializer=_start_worker,
     initargs=(score,),
   )
 
 
+class _Worker:
+  """What a process of the pool was started with."""
+
+  score: ScoreFn
+
+
 def _start_worker(score: ScoreFn) -> None:
   """A verifier that uses JAX must not claim the memory of the trainer's GPU."""
-  del score
+  _Worker.score = staticmethod(score)
   os.environ['JAX_PLATFORMS'] = 'cpu'
   if 'jax' in sys.modules:  # Then it has read the variable already.
     sys.modules['jax'].config.update('jax_platforms', 'cpu')
+
+
+def _score_in_worker(completion: str, answer: str) -> float:
+  return _Worker.score(completion, answer)
