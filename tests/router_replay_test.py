@@ -115,7 +115,7 @@ def real(rollout):
 
 
 def test_slots_remember_the_experts_that_rows_side_by_side_do():
-  together, slots = sampled(), sampled(num_slots=5)
+  together, slots = sampled(), sampled(num_slots=6, num_halvings=1)
   np.testing.assert_array_equal(slots.tokens, together.tokens)
   read = real(together)
   np.testing.assert_array_equal(slots.routing[read], together.routing[read])
