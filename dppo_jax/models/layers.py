@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dppo_jax.models import rope
 from dppo_jax.models.attention import AttendFn
+from dppo_jax.types import PyTree
 
 ACTIVATIONS = {
     'silu': jax.nn.silu,
@@ -164,10 +165,26 @@ class GatedMLP(nnx.Module):
     self.activation = ACTIVATIONS[config.hidden_act]
 
   def __call__(self, x: jax.Array) -> jax.Array:
+    if isinstance(self.gate.kernel[...], Turned):
+      return self._turned(x)
     # In the backward pass, what is between the products is computed again.
     rest = lambda gate, up: self.down(self.activation(gate) * up)
     rest = jax.checkpoint(rest, prevent_cse=False)
     return rest(self.gate(x), self.up(x))
+
+  def _turned(self, x: jax.Array) -> jax.Array:
+    """The same, with a column for each token between the products."""
+    gate, up, down = (
+        part.kernel[...].kernel.astype(x.dtype)
+        for part in (self.gate, self.up, self.down)
+    )
+    rows = x.reshape(-1, x.shape[-1])
+    # Or the compiler turns the products round again.
+    product = lambda kernel, of, axis: jax.lax.optimization_barrier(
+        jax.lax.dot_general(kernel, of, (((1,), (axis,)), ((), ())))
+    )
+    inner = self.activation(product(gate, rows, 1)) * product(up, rows, 1)
+    return product(down, inner, 0).T.reshape(x.shape)
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -278,6 +295,35 @@ def times(x: jax.Array, kernel: Any) -> jax.Array:
     kernel: [in, out]; or what multiplies itself, as `lora.LowRankSum`.
   """
   return _times(x, kernel) if isinstance(kernel, jax.Array) else x @ kernel
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=['kernel'], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Turned:
+  """A kernel of a `GatedMLP` that is kept as [out, in], for a CPU.
+
+  There, each product packs its second factor anew. In `kernel @ x.T` that is
+  the few rows of a decode step, in `x @ kernel` it would be the kernel.
+  """
+
+  kernel: Any
+
+  def __getitem__(self, index: Any) -> 'Turned':
+    """What reading a parameter does: `kernel[...]`."""
+    if index is not Ellipsis:
+      raise TypeError('Only the whole of a Turned can be read.')
+    return self
+
+
+def turned(mlp: PyTree) -> PyTree:
+  """Parameters of a `GatedMLP` with its kernels [..., in, out] `Turned`."""
+  turn = lambda x: jnp.swapaxes(x, -1, -2)
+  return {
+      name: {'kernel': Turned(jax.tree.map(turn, part['kernel']))}
+      for name, part in mlp.items()
+  }
 
 
 @jax.custom_vjp
