@@ -72,16 +72,43 @@ def test_blocks_of_queries_see_what_whole_rows_see(
   model = MODELS[name]
   params = tiny_model.jit(model.init)(jax.random.key(0))
   weights = np.random.RandomState(1).normal(size=(2, LENGTH, 32))
-  hidden, gradient = outputs(model, params, weights)
+  whole = outputs(model, params, weights)
   monkeypatch.setattr(attention, 'LONG_ROW', LENGTH - 1)
   monkeypatch.setattr(attention, 'BLOCK', block)
   monkeypatch.setattr(attention, 'NUM_STRETCHES', stretches)
-  in_blocks, gradient_in_blocks = outputs(model, params, weights)
+  assert_same(outputs(model, params, weights), whole)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_stretches_of_a_row_see_what_the_whole_row_sees(monkeypatch, name):
+  model = MODELS[name]
+  params = tiny_model.jit(model.init)(jax.random.key(0))
+  weights = np.random.RandomState(1).normal(size=(2, LENGTH, 32))
+  assert num_scores(model) == 1
+  whole = outputs(model, params, weights)
+  monkeypatch.setattr(attention, 'SHORTEST_STRETCH', LENGTH // 3)
+  assert num_scores(model) == 3
+  assert_same(outputs(model, params, weights), whole)
+
+
+def num_scores(model):
+  """Into how many products the scores of a layer are split."""
+  tokens, where = rows()
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  text = str(jax.make_jaxpr(
+      lambda params: model.trunk(params, jnp.asarray(tokens), **where)[0]
+  )(params))
+  return text.count('= exp ')
+
+
+def assert_same(actual, expected):
+  """Hidden states, and gradients up to their size."""
+  (actual, gradients), (hidden, gradient) = actual, expected
   assert np.abs(hidden).max() > 0.1 and np.isfinite(hidden).all()
-  np.testing.assert_allclose(in_blocks, hidden, rtol=0, atol=1e-5)
+  np.testing.assert_allclose(actual, hidden, rtol=0, atol=1e-5)
   largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient))
   tiny_model.assert_trees_close(
-      gradient_in_blocks, gradient, rtol=1e-4, atol=1e-5 * largest
+      gradients, gradient, rtol=1e-4, atol=1e-5 * largest
   )
 
 

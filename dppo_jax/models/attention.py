@@ -31,7 +31,10 @@ RowAttention = Callable[..., tuple[list[Any], Callable[[Any], AttendFn]]]
 # Rows longer than that never have scores [T, T] of all tokens at once.
 LONG_ROW = 2048
 BLOCK = 512
+# A row is cut in so many stretches, if they are long enough: the keys behind a
+# stretch are left out of it.
 NUM_STRETCHES = 4
+SHORTEST_STRETCH = 128
 NO_WINDOW = 2**30
 
 _platform = contextvars.ContextVar('_platform', default=None)
@@ -137,13 +140,20 @@ def attend_within_row(
   """Attention of every token to those that it sees in its row.
 
   Args:
-    visible: [B, T, T] bool.
+    visible: [B, T, T] bool; nobody sees what stands behind.
     scale: of the scores.
     cap: see `softcap`; of the scores.
   """
 
   def attend(q, k, v):
-    return _attention(q, k, v, visible, scale=scale, cap=cap), (k, v)
+    outs = [
+        _attention(
+            q[:, i:j], k[:, :j], v[:, :j], visible[:, i:j, :j],
+            scale=scale, cap=cap,
+        )
+        for i, j in _stretches(q.shape[1], SHORTEST_STRETCH)
+    ]
+    return jnp.concatenate(outs, axis=1), (k, v)
 
   return attend
 
@@ -216,12 +226,10 @@ def attend_in_blocks(
     queries, keys = Queries(q, where, places), Keys(k, v, where, places)
     if split is not None:
       return split(of_all)(queries, keys, window), (k, v)
-    length = q.shape[1]
-    stretch = -(-length // (NUM_STRETCHES * BLOCK)) * BLOCK
     cut = lambda tree, *ends: jax.tree.map(lambda x: x[:, slice(*ends)], tree)
     outs = [
-        of_all(cut(queries, i, i + stretch), cut(keys, i + stretch), window)
-        for i in range(0, length, stretch)
+        of_all(cut(queries, i, j), cut(keys, j), window)
+        for i, j in _stretches(q.shape[1], BLOCK)
     ]
     return jnp.concatenate(outs, axis=1), (k, v)
 
@@ -359,6 +367,13 @@ def _in_blocks(x, largest):
   )
   x = x.reshape(x.shape[0], count, size, *x.shape[2:])
   return jnp.moveaxis(x, 1, 0)
+
+
+def _stretches(length, shortest):
+  """Where the stretches of a row begin and end."""
+  count = min(max(length // shortest, 1), NUM_STRETCHES)
+  size = -(-length // count)
+  return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def _places(where: Where) -> jax.Array:
