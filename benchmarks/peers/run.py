@@ -49,7 +49,7 @@ OURS = {
         'halvings': [0],
     },
     'geometric': {
-        'microbatches': [4, 8], 'row_lengths': [192, 512], 'slots': [32, 64],
+        'microbatches': [4, 8], 'row_lengths': [128, 256], 'slots': [32, 96],
         'halvings': [4],
     },
 }
