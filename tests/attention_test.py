@@ -134,3 +134,44 @@ def test_a_long_row_has_no_array_of_all_pairs():
   heads = tiny_model.CONFIG.num_attention_heads
   for name in ('full', 'sliding'):
     assert sizes(MODELS[name]) <= heads * attention.BLOCK * length
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gradients_of_attention_are_those_that_jax_makes_of_its_formula(dtype):
+  _, where = rows()
+  visible = attention.visible_within_segments(
+      attention.Where(
+          where['segment_ids'], where['positions'], where['prompt_ids']
+      ),
+      window=None,
+  )
+  keys = jax.random.split(jax.random.key(0), 4)
+  normal = lambda key, heads: jax.random.normal(key, (2, LENGTH, heads, 8))
+  weights = normal(keys[3], 4)
+  arguments = [
+      normal(key, heads).astype(dtype)
+      for key, heads in zip(keys[:3], (4, 2, 2), strict=True)
+  ]
+
+  def ours(q, k, v):
+    attend = attention.attend_within_row(visible, scale=0.3, cap=2.0)
+    return jnp.sum(attend(q, k, v)[0] * weights)
+
+  def formula(q, k, v):
+    wide = lambda x: jnp.repeat(x.astype(jnp.float32), 4 // x.shape[2], axis=2)
+    scores = jnp.einsum('bthe,bshe->bhts', wide(q), wide(k))
+    scores = 2.0 * jnp.tanh(0.3 * scores / 2.0)
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1)
+    return jnp.sum(jnp.einsum('bhts,bshe->bthe', shares, wide(v)) * weights)
+
+  gradient = lambda f: tiny_model.jit(jax.grad(f, argnums=(0, 1, 2)))
+  tolerance = {'float32': 1e-5, 'bfloat16': 5e-2}[dtype]
+  for actual, expected in zip(
+      gradient(ours)(*arguments), gradient(formula)(*arguments), strict=True
+  ):
+    assert actual.dtype == dtype
+    actual, expected = (x.astype(jnp.float32) for x in (actual, expected))
+    np.testing.assert_allclose(
+        actual, expected, rtol=tolerance, atol=tolerance
+    )

@@ -42,7 +42,7 @@ PACKAGES = {
 SCRIPTS = {
     'dppo_jax': 'ours.py', 'trl': 'trl_grpo.py', 'tunix': 'tunix_grpo.py'
 }
-# What is tried, by the kind of lengths.
+# What is tried, by the kind of lengths, unless other values are given.
 OURS = {
     'fixed': {
         'microbatches': [8, 16, 32], 'row_lengths': [0], 'slots': [0],
@@ -115,7 +115,7 @@ def measure(
   for name, python in environments.items():
     tried = {'microbatches': args.peer_microbatches}
     if name == 'dppo_jax':
-      tried = OURS[cell['lengths']]
+      tried = OURS[cell['lengths']] | args.ours
     if args.quick:
       tried = {option: values[:1] for option, values in tried.items()}
     sweeps[name] = call(
@@ -182,6 +182,10 @@ def parse() -> argparse.Namespace:
       '--peer_microbatches', type=work.integers, default=PEERS,
       help='That the peers try.',
   )
+  for option in SETTING:
+    flags.add_argument(
+        f'--{option}', type=work.integers, help='That ours tries.'
+    )
   names = lambda text: text.split(',')
   flags.add_argument('--sizes', type=names, default=list(work.SIZES))
   flags.add_argument('--lengths', type=names, default=list(work.STOP))
@@ -196,6 +200,8 @@ def parse() -> argparse.Namespace:
   args = flags.parse_args()
   if not args.envs and not (args.trl_python and args.tunix_python):
     flags.error('--envs, or both --trl_python and --tunix_python')
+  given = {option: getattr(args, option) for option in SETTING}
+  args.ours = {option: values for option, values in given.items() if values}
   return args
 
 

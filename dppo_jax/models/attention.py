@@ -404,12 +404,36 @@ def _attention(q, k, v, visible, *, scale, cap):
       batch, num_keys, heads // num_keys, length, size
   )
   keys, values = cache_of(k, v)
-  scores = _product('bkhte,bkes->bkhts', queries, keys)
+  scores = _scores(multiplicand(queries), multiplicand(keys))
   scores = softcap(scores * scale, cap)
   [weights], sums = _softmax_parts([_hide(scores, visible[:, None, None])])
   out = _product('bkhts,bkse->bkhte', weights.astype(q.dtype), values) / sums
   out = jnp.moveaxis(out.reshape(batch, heads, length, size), 1, 2)
   return out.astype(q.dtype)
+
+
+@jax.custom_vjp
+def _scores(queries, keys):
+  """Of queries [B, K, H / K, T, E] for keys [B, K, E, S]. [B, K, H / K, T, S].
+
+  The gradient for keys that JAX makes turns that of the scores, which are the
+  larger factor; this one turns the queries.
+  """
+  return _product('bkhte,bkes->bkhts', queries, keys)
+
+
+def _scores_forward(queries, keys):
+  return _scores(queries, keys), (queries, keys)
+
+
+def _scores_backward(kept, gradient):
+  queries, keys = kept
+  of_queries = _product('bkhts,bkes->bkhte', gradient, keys)
+  of_keys = _product('bkhte,bkhts->bkes', queries, gradient)
+  return of_queries.astype(queries.dtype), of_keys.astype(keys.dtype)
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
 
 
 def _attention_after_prompts(
