@@ -184,7 +184,8 @@ def parse() -> argparse.Namespace:
   )
   for option in SETTING:
     flags.add_argument(
-        f'--{option}', type=work.integers, help='That ours tries.'
+        f'--{option}', type=work.integers,
+        help='That ours tries, for all of --lengths.',
     )
   names = lambda text: text.split(',')
   flags.add_argument('--sizes', type=names, default=list(work.SIZES))

@@ -404,7 +404,7 @@ def _attention(q, k, v, visible, *, scale, cap):
       batch, num_keys, heads // num_keys, length, size
   )
   keys, values = cache_of(k, v)
-  scores = _scores(multiplicand(queries), multiplicand(keys))
+  scores = _scores(queries, keys)
   scores = softcap(scores * scale, cap)
   [weights], sums = _softmax_parts([_hide(scores, visible[:, None, None])])
   out = _product('bkhts,bkse->bkhte', weights.astype(q.dtype), values) / sums
