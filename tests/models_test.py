@@ -1,6 +1,7 @@
 """The model is the Qwen3 of transformers, however its rows are laid out."""
 
 import functools
+import itertools
 import pathlib
 
 from golden import make_embedded_logits
@@ -164,8 +165,11 @@ def test_cached_decoding_equals_the_full_forward():
     np.testing.assert_allclose(logits, full[:, 4 + i], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize('remat', causal_lm.REMAT[1:])
-def test_recomputing_activations_gives_the_same_gradient(remat):
+@pytest.mark.parametrize('remat, scan_layers', [
+    x for x in itertools.product(causal_lm.REMAT, (True, False))
+    if x != ('none', True)
+])
+def test_recomputing_activations_gives_the_same_gradient(remat, scan_layers):
   params, tokens = tiny_model.params(), jnp.asarray(random_tokens(2, 6))
 
   def gradient(model):
@@ -173,11 +177,20 @@ def test_recomputing_activations_gives_the_same_gradient(remat):
     return tiny_model.jit(jax.grad(loss))(params)
 
   tiny_model.assert_trees_close(
-      gradient(MODEL.replace(remat=remat)),
+      gradient(MODEL.replace(remat=remat, scan_layers=scan_layers)),
       gradient(MODEL),
       rtol=1e-4,
       atol=1e-3,
   )
+
+
+def test_stacking_gives_back_what_was_taken_apart():
+  params, model = tiny_model.params(), MODEL.replace(scan_layers=False)
+  apart = model.by_layer(params)
+  assert len(apart['layers']) == tiny_model.CONFIG.num_hidden_layers
+  assert model.by_layer(apart) is apart
+  tiny_model.assert_trees_equal(causal_lm.stack(apart), params)
+  assert MODEL.by_layer(params) is params and causal_lm.stack(params) is params
 
 
 def test_bfloat16_computes_in_bfloat16_and_ends_in_float32_logits():

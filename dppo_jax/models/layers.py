@@ -138,7 +138,7 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.scale[...].astype(x.dtype)
-    return _unit_rms(x, self.epsilon).astype(x.dtype) * _over_last(scale, x)
+    return _scaled(_unit_rms(x, self.epsilon).astype(x.dtype), scale)
 
 
 class OffsetRMSNorm(nnx.Module):
@@ -150,7 +150,7 @@ class OffsetRMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = 1 + self.scale[...].astype(jnp.float32)
-    wide = _unit_rms(x, self.epsilon) * _over_last(scale, x)
+    wide = _scaled(_unit_rms(x, self.epsilon), scale)
     return wide.astype(x.dtype)
 
 
@@ -352,6 +352,28 @@ def _times_backward(kept, gradient):
 
 
 _times.defvjp(_times_forward, _times_backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+  """[..., D] times [D], of whose gradient the sum is taken at once."""
+  return x * _over_last(scale, x)
+
+
+def _scaled_forward(x, scale):
+  kept = x.value if scale.perturbed else None, scale.value
+  return _scaled(x.value, scale.value), kept
+
+
+def _scaled_backward(kept, gradient):
+  x, scale = kept
+  of_scale = None
+  if x is not None:
+    of_scale = jnp.sum(gradient * x, axis=tuple(range(x.ndim - 1)))
+  return gradient * _over_last(scale, gradient), of_scale
+
+
+_scaled.defvjp(_scaled_forward, _scaled_backward, symbolic_zeros=True)
 
 
 def _unit_rms(x: jax.Array, epsilon: float) -> jax.Array:
