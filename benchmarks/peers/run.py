@@ -126,8 +126,8 @@ def measure(
   rounds = [
       {
           name: call(
-              name, python, cell, chosen[name],
-              steps=args.steps, warmup=args.warmup,
+              name, python, cell, chosen[name], warmup=args.warmup,
+              steps=args.our_steps if name == 'dppo_jax' else args.steps,
           )['best']
           for name, python in environments.items()
       }
@@ -192,6 +192,11 @@ def parse() -> argparse.Namespace:
   flags.add_argument('--lengths', type=names, default=list(work.STOP))
   flags.add_argument('--rounds', type=int, default=3, help='A B C, so often.')
   flags.add_argument('--steps', type=int, default=3, help='Timed, of a turn.')
+  flags.add_argument(
+      '--our_steps', type=int,
+      help='Of ours, whose cost follows the lengths that are drawn; --steps if '
+      'not given.',
+  )
   flags.add_argument('--warmup', type=int, default=2, help='Before, of a turn.')
   flags.add_argument('--sweep_steps', type=int, default=2, help='Of a trial.')
   flags.add_argument(
@@ -201,6 +206,7 @@ def parse() -> argparse.Namespace:
   args = flags.parse_args()
   if not args.envs and not (args.trl_python and args.tunix_python):
     flags.error('--envs, or both --trl_python and --tunix_python')
+  args.our_steps = args.our_steps or args.steps
   given = {option: getattr(args, option) for option in SETTING}
   args.ours = {option: values for option, values in given.items() if values}
   return args
@@ -225,6 +231,7 @@ def main():
             'length': work.MAX_LENGTH,
             'rounds': args.rounds,
             'steps': args.steps,
+            'our_steps': args.our_steps,
         },
         'rows': rows,
         'versions': versions,
