@@ -132,20 +132,16 @@ def make_learn(model):
 def measure() -> list[dict]:
   model = shapes.make_model(FLAGS.size, mean=0)
   decode = make_decode(model, FLAGS.prompts, FLAGS.group)
-  learn = {
-      'learn': make_learn(model),
-      'learn, scan_layers=False': make_learn(model.replace(scan_layers=False)),
-  }
-  found = {name: [] for name in ('decode', *learn)}
+  learn = make_learn(model)
+  found = {'decode': [], 'learn': []}
   for _ in range(FLAGS.rounds):
     flops, bandwidth = rates()
     seconds, work, moved = decode()
     found['decode'].append((
         seconds, max(work / flops, moved / bandwidth), flops, bandwidth,
     ))
-    for name, run in learn.items():
-      seconds, work = run()
-      found[name].append((seconds, work / flops, flops, bandwidth))
+    seconds, work = learn()
+    found['learn'].append((seconds, work / flops, flops, bandwidth))
   rows = []
   for name, values in found.items():
     seconds, floors, flops, bandwidth = np.array(values).T

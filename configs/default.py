@@ -36,9 +36,6 @@ def _what(config):
       # What the backward pass computes again: none, full, or but for what
       # dots_saveable or dots_with_no_batch_dims_saveable keep.
       'remat': 'none',
-      # All layers as one loop: compiling takes no longer for more layers. False
-      # compiles each for itself, which runs faster, docs/scale.md.
-      'scan_layers': True,
       # Among the tokens of rows: by XLA, by a kernel (splash for TPU, cudnn for
       # NVIDIA), or auto, docs/models.md.
       'attention': 'auto',

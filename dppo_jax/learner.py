@@ -34,8 +34,6 @@ def make_learner(
     arrange: packing.ArrangeFn = packing.as_sampled,
     rows_together: int = 1,
     place: Callable[[PyTree], PyTree] = lambda tree: tree,
-    by_layer: Callable[[PyTree], PyTree] = lambda params: params,
-    stack: Callable[[PyTree], PyTree] = lambda gradients: gradients,
 ) -> Callable[..., tuple[TrainState, diagnostics.TokenStats, dict]]:
   """A pure function that learns from one scored rollout.
 
@@ -52,8 +50,6 @@ def make_learner(
     arrange: lays out the rows of a mini-batch, see packing.py.
     rows_together: so many neighbours stay together in a mini-batch.
     place: puts the rows of a micro-batch where they belong on a mesh.
-    by_layer: what is trained, as a loop over micro-batches differentiates it.
-    stack: takes that back, of gradients.
 
   Returns:
     `learn(state, scored, key) -> (state, token stats [U, ...], metrics)`; the
@@ -61,8 +57,7 @@ def make_learner(
     finite is skipped and counted.
   """
   accumulate = _make_accumulate(
-      weighted_loss, trainable, num_microbatches, arrange, place, by_layer,
-      stack,
+      weighted_loss, trainable, num_microbatches, arrange, place
   )
 
   def update(state, batch, chosen):
@@ -125,13 +120,12 @@ def make_learner(
 
 
 def _make_accumulate(
-    weighted_loss, trainable, num_microbatches, arrange, place, by_layer, stack
+    weighted_loss, trainable, num_microbatches, arrange, place
 ):
   """Loss, gradient, tokens and size of a mini-batch, part by part."""
 
   def accumulate(state, batch, chosen):
     reference = trainable.start(state.reference, state.frozen)
-    params = by_layer(state.params)
     layout = arrange(batch.rows, chosen, num_microbatches)
     share = 1 / jnp.maximum(layout.num_parts, 1)
     rest = batch._replace(rows=())
@@ -146,18 +140,18 @@ def _make_accumulate(
       rows, part = packing.take(layout, index, batch.rows, rest)
       part = place(part._replace(rows=rows))
       (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-          params, part
+          state.params, part
       )
       return jax.tree.map(jnp.add, total, (loss, gradients)), stats
 
     # In float32 whatever the parameters are: sums of many small parts.
     zeros = (
         jnp.float32(0.0),
-        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params),
+        jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
     )
     (loss, gradients), stats = packing.over_parts(add, layout, zeros)
     slots = layout.num_parts * layout.source[0].size
-    return loss, stack(gradients), stats, {
+    return loss, gradients, stats, {
         'learner/microbatches': jnp.float32(layout.num_parts),
         # Of all slots, those that predict a sampled token.
         'learner/sampled_share': jnp.sum(stats.token_mask)

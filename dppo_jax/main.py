@@ -46,7 +46,6 @@ from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
 from dppo_jax.models import attention
 from dppo_jax.models import attention_kernels
-from dppo_jax.models import causal_lm
 from dppo_jax.models import load
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.tasks.prompts import end_ids
@@ -452,7 +451,6 @@ def architecture(config: Any, family: Any, sizes: Any) -> CausalLM:
       family=family,
       dtype=jax.numpy.dtype(config.model.dtype),
       remat=config.model.remat,
-      scan_layers=config.model.scan_layers,
   )
 
 
@@ -562,9 +560,6 @@ def _make_learner(
       'chunk_size': sizes.chunk_size,
       'prompt_length': _unpredicted(config),
   }
-  apart = {}
-  if trainable is trainable_lib.EVERYTHING:  # Others make a policy in the loop.
-    apart = {'by_layer': model.by_layer, 'stack': causal_lm.stack}
   return learner.make_learner(
       weighted_loss=objective.make_loss_fn(
           region_fn=method.region_fn,
@@ -594,7 +589,6 @@ def _make_learner(
       arrange=arrange,
       rows_together=config.group_size if sizes.share_prompts else 1,
       place=place,
-      **apart,
   )
 
 

@@ -269,7 +269,6 @@ def _make_map_in_parts(
 
   def in_parts(fn, params, rows):
     mask = rows.token_mask
-    params = model.by_layer(params)
     layout = arrange(rows, jnp.arange(len(mask)), num_parts)
 
     def of_part(carry, part):

@@ -20,7 +20,6 @@ from dppo_jax import divergences
 from dppo_jax import rollout
 from dppo_jax import sampling
 from dppo_jax.models import causal_lm
-from dppo_jax.models import experts
 from dppo_jax.models import load
 from dppo_jax.models import rope
 from dppo_jax.types import Prompts
@@ -101,22 +100,6 @@ def test_logits_are_those_of_transformers(loaded, name, head):
       mask,
   )
   np.testing.assert_allclose(actual[mask], expected, rtol=0, atol=2e-4)
-
-
-@each_case
-def test_layers_one_after_the_other_are_those_of_a_scan(loaded, name):
-  model = loaded(name, 'untied')
-  tokens, mask = (jnp.asarray(stored()[part]) for part in ('tokens', 'mask'))
-
-  def read(model):
-    prefill = functools.partial(
-        model.prefill, routing=experts.Routing(record=True)
-    )
-    return tiny_model.jit(prefill)(model.params, tokens, mask=mask)
-
-  tiny_model.assert_trees_close(
-      read(model.replace(scan_layers=False)), read(model), rtol=0, atol=1e-5
-  )
 
 
 @each_case

@@ -19,7 +19,6 @@ from dppo_jax import rollout
 from dppo_jax import sampling
 from dppo_jax import target
 from dppo_jax import train_step
-from dppo_jax.models import causal_lm
 from dppo_jax.models import load
 from dppo_jax.tasks import arithmetic
 from dppo_jax.tasks import prompts
@@ -232,21 +231,6 @@ def test_micro_batches_equal_the_whole_batch(once, scored):
     np.testing.assert_allclose(
         metrics[name], once[2][name], rtol=1e-4, atol=1e-6
     )
-
-
-def test_layers_one_after_the_other_learn_what_scanned_ones_do(once, scored):
-  model = tiny_model.MODEL.replace(scan_layers=False)
-  state, stats, metrics = learn(
-      scored, model=model, by_layer=model.by_layer, stack=causal_lm.stack,
-      num_microbatches=2, anchor='recomputed',
-  )
-  assert_same_params(state, once[0])
-  assert jax.tree.structure(state) == jax.tree.structure(once[0])
-  np.testing.assert_allclose(
-      metrics['optimizer/grad_norm'], once[2]['optimizer/grad_norm'], rtol=1e-4
-  )
-  # The anchor, too, is of layers one after the other.
-  assert np.asarray(stats.divergence).max() < 1e-5
 
 
 def test_chunks_of_the_vocabulary_head_equal_the_whole(scored):

@@ -61,12 +61,6 @@ LAYOUTS = {
     'sampler over data': (
         'llama', {'fsdp': 2, 'tensor': 4}, {'sampling__mesh__tensor': 1}
     ),
-    'one layer after the other': (
-        'gemma2', {'fsdp': 4, 'tensor': 2}, {'model__scan_layers': False}
-    ),
-    'one layer of experts after the other': (
-        'qwen3_moe', {'fsdp': 2, 'expert': 4}, {'model__scan_layers': False}
-    ),
 }
 DIVIDES = {
     'vocab_size': 128,

@@ -178,8 +178,6 @@ def make_learner(
     trainable=trainable_lib.EVERYTHING,
     arrange=packing.as_sampled,
     rows_together=1,
-    by_layer=lambda params: params,
-    stack=lambda gradients: gradients,
     **options,
 ):
   """`learner.make_learner` with one update, unless told otherwise."""
@@ -202,8 +200,6 @@ def make_learner(
       trainable=trainable,
       arrange=arrange,
       rows_together=rows_together,
-      by_layer=by_layer,
-      stack=stack,
   )
 
 

@@ -230,26 +230,6 @@ def test_rules_of_no_use_are_named():
     make_trainable(rules=(('', 0.0),))
 
 
-@pytest.mark.parametrize('kind', ['adapters', 'layers'])
-def test_layers_one_after_the_other_move_what_is_trained_alike(kind):
-  trainable = (
-      with_adapters(targets=lora.TARGETS)
-      if kind == 'adapters'
-      else make_trainable(rules=(('layers/0', 0.0),))
-  )
-  params, frozen = trainable.split(tiny_model.params(), jax.random.key(2))
-  after = {
-      scan_layers: one_step(
-          trainable, params, frozen,
-          model=tiny_model.MODEL.replace(scan_layers=scan_layers),
-      )[0].params
-      for scan_layers in (True, False)
-  }
-  tiny_model.assert_trees_close(
-      after[False], after[True], rtol=1e-5, atol=1e-6
-  )
-
-
 # In the compiled step.
 
 

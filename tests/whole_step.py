@@ -86,7 +86,6 @@ def make_small(model, *, mesh=None, **options):
       **options,
   })
   mesh = make_mesh(**mesh or {})
-  model = model.replace(scan_layers=config.model.scan_layers)
   return config, mesh, make_program(config, mesh, model, eos_id=3)
 
 

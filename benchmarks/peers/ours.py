@@ -69,7 +69,7 @@ def make_model(size: work.Size, stop: float) -> Stopping:
       tie_word_embeddings=True,
       max_position_embeddings=4096,
   )
-  return Stopping(config, llama, scan_layers=False, stop=stop)
+  return Stopping(config, llama, stop=stop)
 
 
 def make_config(

@@ -206,7 +206,8 @@ def parse() -> argparse.Namespace:
   args = flags.parse_args()
   if not args.envs and not (args.trl_python and args.tunix_python):
     flags.error('--envs, or both --trl_python and --tunix_python')
-  args.our_steps = args.our_steps or args.steps
+  if args.our_steps is None:
+    args.our_steps = args.steps
   given = {option: getattr(args, option) for option in SETTING}
   args.ours = {option: values for option, values in given.items() if values}
   return args

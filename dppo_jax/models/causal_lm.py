@@ -2,10 +2,9 @@
 
 The family's NNX `Block` is split once into a static graph and parameters. Here
 the parameters of all layers are stacked on a leading axis and scanned, so the
-time to compile does not grow with depth; for decoding, and for all else if
-`scan_layers` is False, they are unstacked once, outside the loop, and the same
-block is called layer by layer. B sequences, T tokens, D width, V vocabulary, L
-layers.
+time to compile does not grow with depth; for decoding they are unstacked once,
+outside the loop, and the same block is called layer by layer. B sequences, T
+tokens, D width, V vocabulary, L layers.
 """
 
 from collections.abc import Callable
@@ -53,9 +52,6 @@ class CausalLM:
     dtype: of the computation. Parameters keep their own.
     remat: one of `REMAT`: which activations of a layer are recomputed in the
       backward pass. 'full' needs the least memory and about a third more time.
-    scan_layers: whether all layers are one loop. Otherwise each is compiled for
-      itself, which runs faster: no layer's parameters, gradients and
-      activations go to and from arrays of all layers.
     place: puts the hidden states [B, T, D] between layers where they belong on
       a mesh, so that a compiler moves weights to tokens and not the other way.
     by_tokens: has each device map its own tokens, see `sharding.by_tokens`;
@@ -70,7 +66,6 @@ class CausalLM:
   params: PyTree = None
   dtype: Any = jnp.float32
   remat: str = 'none'
-  scan_layers: bool = True
   place: Callable[[jax.Array], jax.Array] = lambda hidden: hidden
   by_tokens: Callable[..., Any] | None = None
   by_experts: experts.SpreadFn | None = None
@@ -157,12 +152,11 @@ class CausalLM:
       keep_cache: bool = False,
       routing: experts.Routing = experts.Routing(),
   ) -> tuple[jax.Array, Kept]:
-    """All layers. [B, T] -> hidden [B, T, D] and what was kept.
+    """All layers, scanned. [B, T] -> hidden [B, T, D] and what was kept.
 
-    The cache, if kept, is a list over layers of `attention.Cache`. Layers may
-    be stacked or from `by_layer`. Who sees whom: see
-    `attention.visible_within_segments`. Only models with experts look at
-    `routing`.
+    The cache, if kept, is a list over layers of `attention.Cache`.
+    Who sees whom: see `attention.visible_within_segments`. Only models with
+    experts look at `routing`.
     """
     x = self.place(self._embed(params, tokens))
     where = attention.Where(segment_ids, positions, prompt_ids)
@@ -175,8 +169,13 @@ class CausalLM:
         for kind, sight in zip(kinds, sights, strict=True)
     ]
 
-    def layer(x, layer_params, view, replay):
-      rotation, sight = view
+    def layer(x, scanned):
+      layer_params, kind, replay = scanned
+      rotation, sight = views[0]
+      if len(views) > 1:  # What is selected is kept for every layer.
+        rotation, sight = jax.tree.map(
+            lambda *options: jax.lax.select_n(kind, *options), *views
+        )
       x, cache, routed = self._block(
           layer_params,
           x,
@@ -187,59 +186,23 @@ class CausalLM:
       cache = attention.cache_of(*cache) if keep_cache else None
       return self.place(x), Kept(cache, routed)
 
+    if self.remat != 'none':
+      keeps = self.remat if self.remat != 'full' else 'nothing_saveable'
+      layer = jax.checkpoint(
+          layer,
+          prevent_cse=False,
+          policy=getattr(jax.checkpoint_policies, keeps),
+      )
+    which = jnp.asarray(self.config.layer_kinds, jnp.int32)  # [L]
     replay = routing.replay
     if replay is not None:
       replay = jnp.moveaxis(replay, -2, 0)  # [L, B, T, k]
-    layers = self.by_layer(params)['layers']
-    run = self._one_by_one if isinstance(layers, list) else self._scanned
-    x, cache, routed = run(layer, x, layers, views, replay)
-    return x, Kept(cache if keep_cache else None, routed._replace(
-        choices=_layers_last(routed.choices, -2),
-        changed=_layers_last(routed.changed, -1),
-    ))
-
-  def _scanned(self, layer, x, stacked, views, replay):
-    """One loop over stacked layers. Hidden states, caches, what was routed."""
-
-    def body(x, scanned):
-      layer_params, kind, replay = scanned
-      view = views[0]
-      if len(views) > 1:  # What is selected is kept for every layer.
-        view = jax.tree.map(
-            lambda *options: jax.lax.select_n(kind, *options), *views
-        )
-      return layer(x, layer_params, view, replay)
-
-    which = jnp.asarray(self.config.layer_kinds, jnp.int32)  # [L]
-    # A scan keeps what it computes again apart.
-    body = self._rematerialised(body, prevent_cse=False)
-    x, kept = jax.lax.scan(body, x, (stacked, which, replay))
-    return x, self._unstack(kept.cache), kept.routed
-
-  def _one_by_one(self, layer, x, layers, views, replay):
-    """The same of a list of layers."""
-    layer = self._rematerialised(layer, prevent_cse=True)
-    kept = []
-    for i, (layer_params, kind) in enumerate(
-        zip(layers, self.config.layer_kinds, strict=True)
-    ):
-      x, of_layer = layer(
-          x, layer_params, views[kind], None if replay is None else replay[i]
-      )
-      kept.append(of_layer)
-    routed = jax.tree.map(lambda *x: jnp.stack(x), *[k.routed for k in kept])
-    return x, [k.cache for k in kept], routed
-
-  def _rematerialised(self, fn, *, prevent_cse: bool):
-    """What the backward pass computes again, see `remat`."""
-    if self.remat == 'none':
-      return fn
-    keeps = self.remat if self.remat != 'full' else 'nothing_saveable'
-    return jax.checkpoint(
-        fn,
-        prevent_cse=prevent_cse,
-        policy=getattr(jax.checkpoint_policies, keeps),
+    x, kept = jax.lax.scan(layer, x, (params['layers'], which, replay))
+    routed = kept.routed._replace(
+        choices=_layers_last(kept.routed.choices, -2),
+        changed=_layers_last(kept.routed.changed, -1),
     )
+    return x, Kept(self._unstack(kept.cache) if keep_cache else None, routed)
 
   def head(self, params: PyTree, hidden: jax.Array) -> jax.Array:
     """Final norm and vocabulary. [..., D] -> logits [..., V] float32."""
@@ -256,17 +219,6 @@ class CausalLM:
         preferred_element_type=jnp.float32,
     )
     return attention.softcap(logits, self.config.final_logit_softcapping)
-
-  def by_layer(self, params: PyTree) -> PyTree:
-    """Parameters as `trunk` runs over them: a list unless layers are scanned.
-
-    `trunk` does it too; outside of a loop that runs the model it is done once.
-    `stack` takes it back.
-    """
-    layers = params['layers']
-    if self.scan_layers or isinstance(layers, list):
-      return params
-    return params | {'layers': self._unstack(layers)}
 
   def unstacked(self, params: PyTree) -> PyTree:
     """For `decode`, once, outside the token loop: layers are a list.
@@ -441,14 +393,6 @@ class CausalLM:
     """[L, ...] leaves -> a list of L trees."""
     take = lambda layer: jax.tree.map(lambda x: x[layer], stacked)
     return [take(i) for i in range(self.config.num_hidden_layers)]
-
-
-def stack(tree: PyTree) -> PyTree:
-  """A tree whose layers may be a list, see `CausalLM.by_layer`, stacked."""
-  layers = tree['layers']
-  if not isinstance(layers, list):
-    return tree
-  return tree | {'layers': jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 
 
 def _layers_last(x: PyTree, axis: int) -> PyTree:

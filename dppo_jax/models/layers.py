@@ -356,7 +356,11 @@ _times.defvjp(_times_forward, _times_backward, symbolic_zeros=True)
 
 @jax.custom_vjp
 def _scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
-  """[..., D] times [D], of whose gradient the sum is taken at once."""
+  """[..., D] times [D], whose gradient sums over all tokens at once.
+
+  That of a broadcast sums axis by axis, which takes a CPU longer where the
+  leading one is 1.
+  """
   return x * _over_last(scale, x)
 
 
