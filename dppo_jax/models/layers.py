@@ -380,11 +380,35 @@ def _scaled_backward(kept, gradient):
 _scaled.defvjp(_scaled_forward, _scaled_backward, symbolic_zeros=True)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _unit_rms(x: jax.Array, epsilon: float) -> jax.Array:
-  """Divides x by its root mean square over the last axis, in float32."""
+  """Divides x by its root mean square over the last axis, in float32.
+
+  The sum of its gradient is a product of vectors: with a leading axis of 1, a
+  CPU takes ten times as long for that of a broadcast.
+  """
+  return _unit_rms_forward(x, epsilon)[0]
+
+
+def _unit_rms_forward(x, epsilon):
   wide = x.astype(jnp.float32)
   mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-  return wide * jax.lax.rsqrt(mean_square + epsilon)
+  inverse = jax.lax.rsqrt(mean_square + epsilon)
+  return wide * inverse, (x, inverse)
+
+
+def _unit_rms_backward(epsilon, kept, gradient):
+  del epsilon  # It is in what was kept.
+  x, inverse = kept
+  unit = x.astype(jnp.float32) * inverse
+  along = jnp.einsum(
+      '...d,...d->...', gradient, unit, precision=jax.lax.Precision.HIGHEST
+  ) / x.shape[-1]
+  change = (gradient - unit * along[..., None]) * inverse
+  return (change.astype(x.dtype),)
+
+
+_unit_rms.defvjp(_unit_rms_forward, _unit_rms_backward)
 
 
 def _over_last(vector: jax.Array, like: jax.Array) -> jax.Array:
