@@ -135,6 +135,9 @@ def _step(config):
       # Slots of a packed row: completions next to each other, behind their
       # prompt. 0 for a row as long as the longest for each completion.
       'row_length': 0,
+      # How often packed rows are halved where a part of a mini-batch leaves the
+      # other half empty, as the last may. Each compiles another learner.
+      'num_halvings': 0,
       # Rows as sampled, with a prompt computed once for its group. A
       # mini-batch then consists of whole groups.
       'share_prompts': False,

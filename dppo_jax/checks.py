@@ -465,6 +465,28 @@ def _check_packing(config):
         'learner.num_microbatches=1 all are computed, filled or not; use more '
         'micro-batches, for example 8, or row_length=0.'
     )
+  _check_halved_rows(config.learner)
+
+
+def _check_halved_rows(sizes):
+  """Whether packed rows can be halved, see `packing.make_packed`."""
+  asked = f'config.learner.num_halvings={sizes.num_halvings}'
+  if sizes.num_halvings < 0:
+    raise ValueError(f'{asked} must be 0 or more.')
+  if sizes.num_halvings and not sizes.row_length:
+    raise ValueError(
+        f'{asked} halves packed rows, and learner.row_length=0 packs none; set '
+        'row_length, for example to 256, or use num_halvings=0.'
+    )
+  divisor = 2**sizes.num_halvings
+  if sizes.row_length % divisor:
+    # Not the multiple below, which may have no room for a completion.
+    longer = -(-sizes.row_length // divisor) * divisor
+    raise ValueError(
+        f'{asked} halves rows so many times, and learner.row_length='
+        f'{sizes.row_length} cannot be; use row_length={longer}, or fewer '
+        'halvings.'
+    )
 
 
 def _check_sharing(config, num_batch_shards, num_row_shards):

@@ -136,26 +136,27 @@ def _make_accumulate(
           policy, part, reference, state.policy_version, state.dual, share
       )
 
-    def add(total, index):
-      rows, part = packing.take(layout, index, batch.rows, rest)
+    def of_part(index, length):
+      rows, part = packing.take(
+          layout, index, batch.rows, rest, length=length
+      )
       part = place(part._replace(rows=rows))
       (loss, stats), gradients = jax.value_and_grad(loss_of, has_aux=True)(
           state.params, part
       )
-      return jax.tree.map(jnp.add, total, (loss, gradients)), stats
+      return (loss, gradients), stats
 
     # In float32 whatever the parameters are: sums of many small parts.
     zeros = (
         jnp.float32(0.0),
         jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params),
     )
-    (loss, gradients), stats = packing.over_parts(add, layout, zeros)
-    slots = layout.num_parts * layout.source[0].size
+    (loss, gradients), stats = packing.over_parts(of_part, layout, zeros)
     return loss, gradients, stats, {
         'learner/microbatches': jnp.float32(layout.num_parts),
-        # Of all slots, those that predict a sampled token.
+        # Of all slots computed, those that predict a sampled token.
         'learner/sampled_share': jnp.sum(stats.token_mask)
-        / jnp.maximum(slots, 1),
+        / jnp.maximum(packing.num_slots(layout), 1),
     }
 
   return accumulate

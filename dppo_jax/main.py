@@ -518,6 +518,7 @@ def _make_arrange(config: Any, mesh: Any) -> packing.ArrangeFn:
       prompt_length=config.max_prompt_length,
       group_size=config.group_size,
       row_multiple=sharding.num_batch_shards(mesh),
+      num_halvings=config.learner.num_halvings,
   )
 
 

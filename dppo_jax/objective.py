@@ -271,9 +271,9 @@ def _make_map_in_parts(
     mask = rows.token_mask
     layout = arrange(rows, jnp.arange(len(mask)), num_parts)
 
-    def of_part(carry, part):
-      [chosen] = packing.take(layout, part, rows)
-      return carry, token_map(fn, params, chosen)
+    def of_part(part, length):
+      [chosen] = packing.take(layout, part, rows, length=length)
+      return (), token_map(fn, params, chosen)
 
     _, out = packing.over_parts(of_part, layout, ())
     return packing.put_back(layout, out, mask)

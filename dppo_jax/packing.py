@@ -33,6 +33,7 @@ class Layout(NamedTuple):
   num_parts: Any  # int, or [] int32: parts that hold anything.
   segments: PyTree = ()  # [K, m, R] int32; () keeps those of the rollout.
   prompt_segments: PyTree = ()  # [K, m, R] int32, see `types.Rows`.
+  num_halvings: int = 0  # See `make_packed`.
 
 
 # arrange(rows [B, T], chosen [b], num_parts) -> Layout of the rows `chosen`, in
@@ -104,6 +105,7 @@ def make_packed(
     prompt_length: int,
     group_size: int,
     row_multiple: int = 1,
+    num_halvings: int = 0,
 ) -> ArrangeFn:
   """Packs completions in rows, those with most tokens first.
 
@@ -117,6 +119,8 @@ def make_packed(
       prompt, padded on the left.
     group_size: G; a group's completions are next to each other.
     row_multiple: the rows of a part are a multiple of it.
+    num_halvings: a part whose rows are all empty behind R / 2 is computed as if
+      R were that, and so on, so often; 2 to its power divides R.
   """
 
   def arrange(rows, chosen, num_parts):
@@ -149,7 +153,7 @@ def make_packed(
     parts = lambda x: x.reshape(-1, part, row_length)
     return Layout(
         parts(source), -(-placed.num_rows // part), parts(segments),
-        parts(prompts),
+        parts(prompts), num_halvings,
     )
 
   return arrange
@@ -264,14 +268,20 @@ def _lay_out(
 
 
 def take(
-    layout: Layout, part: jax.Array, rows: Rows, *trees: PyTree
+    layout: Layout,
+    part: jax.Array,
+    rows: Rows,
+    *trees: PyTree,
+    length: int | None = None,
 ) -> tuple[Rows, ...]:
   """Rows and trees of [B, T, ...], laid out as a part; 0 in empty slots.
 
   Returns:
-    the part's rows and trees of [m, R, ...].
+    the part's rows and trees of [m, length, ...]: so many slots of a row from
+    the first, R if None.
   """
-  source = layout.source[part]
+  of_part = lambda x: x[part][:, :length]
+  source = of_part(layout.source)
 
   def pick(x):
     flat = x.reshape(-1, *x.shape[2:])
@@ -280,9 +290,9 @@ def take(
   rows, *trees = jax.tree.map(pick, (rows, *trees))
   if not isinstance(layout.segments, tuple):
     rows = rows._replace(
-        input_segments=layout.segments[part],
-        target_segments=layout.segments[part],
-        prompt_segments=layout.prompt_segments[part],
+        input_segments=of_part(layout.segments),
+        target_segments=of_part(layout.segments),
+        prompt_segments=of_part(layout.prompt_segments),
     )
   return rows, *trees
 
@@ -307,29 +317,84 @@ def put_back(layout: Layout, tree: PyTree, like: jax.Array) -> PyTree:
 
 
 def over_parts(
-    fn: Callable[[PyTree, jax.Array], tuple[PyTree, PyTree]],
+    fn: Callable[[jax.Array, int], tuple[PyTree, PyTree]],
     layout: Layout,
-    carry: PyTree,
+    zeros: PyTree,
 ) -> tuple[PyTree, PyTree]:
-  """`jax.lax.scan` of `fn(carry, part)` over the parts that hold anything.
+  """Runs `fn(part, length)` over the parts that hold anything.
 
-  What it returns of the others is 0.
+  Of each, the first `length` slots of a row are computed, an int that the
+  program knows: behind them the part is empty, see `make_packed`.
+
+  Args:
+    fn: returns what is added up, and arrays of [m, length, ...].
+    layout: of the parts.
+    zeros: what sums begin with.
+
+  Returns:
+    the sums; and the arrays of all parts, [K, m, R, ...], 0 in other slots.
   """
-  num_parts = layout.source.shape[0]
+  num_parts, _, row_length = layout.source.shape
+  add = lambda sums, terms: jax.tree.map(jnp.add, sums, terms)
   if isinstance(layout.num_parts, int):
-    return jax.lax.scan(fn, carry, jnp.arange(num_parts))
-  fn = jax.jit(fn, inline=True)  # Traced once, here and in the loop.
-  _, shapes = jax.eval_shape(fn, carry, jnp.int32(0))
+
+    def step(sums, part):
+      terms, out = fn(part, row_length)
+      return add(sums, terms), out
+
+    return jax.lax.scan(step, zeros, jnp.arange(num_parts))
+  # Traced once, here and in the loop.
+  fn = jax.jit(fn, inline=True, static_argnums=1)
+  _, shapes = jax.eval_shape(fn, jnp.int32(0), row_length)
   outputs = jax.tree.map(
       lambda x: jnp.zeros((num_parts, *x.shape), x.dtype), shapes
   )
+  branches = [_filled_up(fn, x, row_length) for x in _lengths(layout)]
+  which = _which(layout)
 
   def body(part, state):
-    carry, outputs = state
-    carry, out = fn(carry, part)
+    sums, outputs = state
+    # Added up here, as a conditional would copy the sums.
+    terms, out = jax.lax.switch(which[part], branches, part)
     write = lambda old, new: jax.lax.dynamic_update_index_in_dim(
         old, new, part, axis=0
     )
-    return carry, jax.tree.map(write, outputs, out)
+    return add(sums, terms), jax.tree.map(write, outputs, out)
 
-  return jax.lax.fori_loop(0, layout.num_parts, body, (carry, outputs))
+  return jax.lax.fori_loop(0, layout.num_parts, body, (zeros, outputs))
+
+
+def num_slots(layout: Layout) -> jax.Array:
+  """Slots that `over_parts` computes, over all parts. [] int32."""
+  num_parts, num_rows, _ = layout.source.shape
+  lengths = jnp.asarray(_lengths(layout))[_which(layout)]
+  runs = jnp.arange(num_parts) < layout.num_parts
+  return num_rows * jnp.sum(jnp.where(runs, lengths, 0))
+
+
+def _lengths(layout: Layout) -> list[int]:
+  """Those that the rows of a part may be computed to, from the shortest."""
+  row_length = layout.source.shape[-1]
+  return [row_length >> i for i in range(layout.num_halvings, -1, -1)]
+
+
+def _which(layout: Layout) -> jax.Array:
+  """Of `_lengths`, the shortest that holds all of a part. [K] int32."""
+  lengths = _lengths(layout)
+  if len(lengths) == 1:
+    return jnp.zeros(len(layout.source), jnp.int32)
+  ends = jnp.where(layout.segments > 0, jnp.arange(lengths[-1]) + 1, 0)
+  return jnp.searchsorted(jnp.asarray(lengths), jnp.max(ends, axis=(1, 2)))
+
+
+def _filled_up(fn, length, row_length):
+  """`fn` of so many slots of a row; what it returns is 0 behind them."""
+  fill_up = lambda x: jnp.pad(
+      x, [(0, 0), (0, row_length - length)] + [(0, 0)] * (x.ndim - 2)
+  )
+
+  def run(part):
+    terms, out = fn(part, length)
+    return terms, jax.tree.map(fill_up, out)
+
+  return run

@@ -230,6 +230,28 @@ def test_packed_rows_hold_the_longest_completion_and_come_in_parts():
   checks.check(config, num_batch_shards=8)
 
 
+def test_only_packed_rows_are_halved_and_into_whole_slots():
+  packed = {'learner.num_microbatches': 8, 'learner.row_length': 36}
+  refused(
+      r'config\.learner\.num_halvings=-1 must be 0 or more',
+      **packed, **{'learner.num_halvings': -1},
+  )
+  refused(
+      'learner.num_halvings=1 halves packed rows, and learner.row_length=0 '
+      'packs none; set row_length, for example to 256, or use num_halvings=0',
+      **{'learner.num_halvings': 1},
+  )
+  refused(
+      'num_halvings=3 halves rows so many times, and learner.row_length=36 '
+      'cannot be; use row_length=40, or fewer halvings',
+      **packed, **{'learner.num_halvings': 3},
+  )
+  # Tokens of a half are padded where the devices do not divide them.
+  config = default.get_config()
+  config.update_from_flattened_dict(packed | {'learner.num_halvings': 2})
+  checks.check(config, num_batch_shards=2, num_row_shards=8)
+
+
 def test_groups_that_share_a_prompt_stay_together_and_whole():
   shared = {'learner.share_prompts': True}
   refused(

@@ -43,6 +43,16 @@ LAYOUTS = {
         {'fsdp': 2, 'tensor': 2, 'sequence': 2},
         {'learner__row_length': 25, 'learner__num_microbatches': 2},
     ),
+    'sequence, packed and halved': (
+        'qwen3',
+        {'fsdp': 2, 'tensor': 2, 'sequence': 2},
+        # In the first step the last part is; a half has 25 slots, too.
+        {
+            'learner__row_length': 50,
+            'learner__num_microbatches': 32,
+            'learner__num_halvings': 1,
+        },
+    ),
     'shared prompts': (
         'qwen3', {'data': 2, 'fsdp': 2, 'tensor': 2},
         {'learner__share_prompts': True},

@@ -53,11 +53,10 @@ def make_rollout(lengths, prompt_lengths):
 
 
 @functools.cache
-def compiled_arrange(row_length, row_multiple=1):
+def compiled_arrange(row_length, **options):
   return jax.jit(
       packing.make_packed(
-          row_length=row_length, prompt_length=P, group_size=G,
-          row_multiple=row_multiple,
+          row_length=row_length, prompt_length=P, group_size=G, **options
       ),
       static_argnums=2,
   )
@@ -67,7 +66,9 @@ def arrange(rows, chosen, num_parts, *, row_length, **options):
   layout = compiled_arrange(row_length, **options)(
       rows, jnp.asarray(chosen, jnp.int32), num_parts
   )
-  return layout._replace(num_parts=int(layout.num_parts))
+  return layout._replace(
+      num_parts=int(layout.num_parts), num_halvings=int(layout.num_halvings)
+  )
 
 
 def sequences(layout):
@@ -93,6 +94,7 @@ def check(rollout, chosen, row_length, num_parts=1, **options):
   empty = np.asarray(layout.segments) == 0
   assert (np.asarray(layout.source)[empty] == shape[0] * T).all()
   assert not np.asarray(layout.prompt_segments)[empty].any()
+  assert (np.diff(empty.astype(int)) >= 0).all()  # Behind what there is.
   for row, slots, source, segment, before in sequences(layout):
     assert (np.diff(slots) == 1).all() and (np.diff(source) == 1).all()
     index, columns = source[0] // T, source % T
@@ -189,6 +191,41 @@ def test_a_hand_example():
 def test_nothing_sampled_makes_no_parts():
   layout, used = check(make_rollout([0] * 8, [5, 1]), np.arange(8), 2 * T)
   assert used == 0 and layout.num_parts == 0
+
+
+@pytest.mark.parametrize('num_halvings', [0, 1, 3])
+def test_a_part_is_as_short_as_the_fullest_of_its_rows_allows(num_halvings):
+  row_length, seen = 4 * T, set()
+  allowed = row_length / 2 ** np.arange(num_halvings + 1)
+  for seed in range(8):
+    num_parts = (3, 6)[seed % 2]  # Of two rows, or of one.
+    layout, _ = check(
+        random_rollout(seed), np.arange(24), row_length, num_parts,
+        num_halvings=num_halvings,
+    )
+    num_rows = layout.source.shape[1]
+    # As a number of the running program.
+    runs = layout._replace(num_parts=jnp.int32(layout.num_parts))
+    total, computed = packing.over_parts(
+        lambda part, length, rows=num_rows: (
+            jnp.int32(length), jnp.ones((rows, length), bool)
+        ),
+        runs, jnp.int32(0),
+    )
+    expected = np.zeros(num_parts, int)
+    for part in range(layout.num_parts):
+      filled = np.flatnonzero(np.asarray(layout.segments[part]).any(0))
+      expected[part] = min(x for x in allowed if x > filled[-1])
+    np.testing.assert_array_equal(
+        computed,
+        np.broadcast_to(
+            np.arange(row_length) < expected[:, None, None], computed.shape
+        ),
+    )
+    assert total == expected.sum()
+    assert packing.num_slots(layout) == computed.sum()
+    seen |= set(expected) - {0}
+  assert (min(seen) < row_length) == (num_halvings > 0)
 
 
 def test_a_row_that_is_too_short_is_refused():
@@ -420,6 +457,75 @@ def test_the_number_of_parts_follows_the_tokens_without_recompilation(scored):
   assert learn_fn._cache_size() == 1
 
 
+# Tokens of each completion of a group with a prompt of one token, which takes
+# no slot; and slots computed of rows of 4 * T = 40, by the number of halvings.
+HALVED = {
+    'nothing': ([0, 0, 0, 0], (0, 0, 0)),
+    'two tokens': ([0, 2, 0, 0], (40, 20, 10)),
+    'just a quarter': ([4, 4, 1, 1], (40, 20, 10)),
+    'one token more': ([4, 4, 1, 2], (40, 20, 20)),
+    'just a half': ([6, 6, 6, 2], (40, 20, 20)),
+    'and one token': ([6, 6, 6, 3], (40, 40, 40)),
+}
+
+
+@pytest.mark.parametrize('options', [
+    {'chunk_size': 8}, {'anchor': 'recomputed'}
+], ids=str)
+def test_halved_rows_learn_the_same_from_fewer_slots(options):
+  def make(num_halvings):
+    return tiny_model.jit(tiny_model.make_learner(
+        divergences.build('binary_tv'),
+        num_microbatches=4,
+        arrange=packing.make_packed(
+            row_length=4 * T, prompt_length=P, group_size=G,
+            num_halvings=num_halvings,
+        ),
+        **options,
+    ))
+
+  whole, *halved = learners = [make(i) for i in range(3)]
+  state = tiny_model.make_state(tiny_model.params())
+  # Two groups, so that a part can be full and the next one nearly empty.
+  rest = [[0] * G, [C] * G]
+  cases = [
+      (lengths + others, slots)
+      for lengths, slots in HALVED.values() for others in rest
+  ]
+  shares = []
+  for lengths, slots in cases:
+    rollout = make_rollout(lengths, [1, P])
+    # All that a binary divergence remembers.
+    rollout = rollout._replace(record=rollout.behaviour_logprobs)
+    scored = ScoredRollout(rollout, jnp.tile(jnp.array([1.0, 0, 0, 1]), 2))
+    learn_from = lambda fn, scored=scored: fn(
+        state, scored, jax.random.key(7)
+    )
+    expected, stats, metrics = learn_from(whole)
+    share = [metrics.pop('learner/sampled_share')[0]]
+    mask = np.asarray(stats.token_mask)
+    sampled = lambda tree, mask=mask: jax.tree.map(lambda x: x[mask], tree)
+    assert mask.sum() == sum(lengths)
+    for fn in halved:
+      new, other_stats, other_metrics = learn_from(fn)
+      share.append(other_metrics.pop('learner/sampled_share')[0])
+      tiny_model.assert_trees_close(
+          new.params, expected.params, rtol=0, atol=2e-6
+      )
+      tiny_model.assert_trees_close(
+          other_metrics, metrics, rtol=1e-5, atol=1e-6
+      )
+      np.testing.assert_array_equal(other_stats.token_mask, mask)
+      tiny_model.assert_trees_close(
+          sampled(other_stats), sampled(stats), rtol=1e-5, atol=1e-5
+      )
+    if not any(lengths[G:]) and any(lengths):
+      np.testing.assert_allclose(share, sum(lengths) / np.array(slots))
+    shares.append(share)
+  assert all(fn._cache_size() == 1 for fn in learners)
+  assert (np.diff(shares) >= 0).all() and np.diff(shares).any(0).all()
+
+
 def test_the_balance_of_experts_is_the_mean_of_the_parts_that_ran():
   model = tiny_model.WITH_EXPERTS
   params = tiny_model.jit(model.init)(jax.random.key(0))
@@ -474,7 +580,7 @@ def test_a_mini_batch_of_grouped_rows_consists_of_whole_groups(scored):
     assert not seen[epoch] & seen[epoch + 1]
 
 
-def test_a_whole_step_with_packed_rows_is_one_without():
+def test_a_whole_step_with_packed_and_halved_rows_is_one_without():
   # Rolls out and learns twice; `train_step` does not know the layout.
   divergence = divergences.build('binary_tv')
   mesh = train_step.sharding.make_mesh(data=1, fsdp=1, tensor=1, expert=1)
@@ -504,7 +610,7 @@ def test_a_whole_step_with_packed_rows_is_one_without():
 
   state, rollout, metrics = run()
   others = run(arrange=packing.make_packed(
-      row_length=2 * T, prompt_length=P, group_size=G
+      row_length=2 * T, prompt_length=P, group_size=G, num_halvings=1
   ))
   np.testing.assert_array_equal(others[1].tokens, rollout.tokens)
   tiny_model.assert_trees_close(

@@ -79,6 +79,7 @@ def make_config(
     row_length: int,
     slots: int,
     halvings: int,
+    part_halvings: int,
 ):
   """GRPO with the sizes of `work`."""
   config = default.get_config('grpo')
@@ -93,6 +94,7 @@ def make_config(
       'learner.num_minibatches': 1,
       'learner.num_microbatches': work.BATCH // microbatch,
       'learner.row_length': row_length,
+      'learner.num_halvings': part_halvings if row_length else 0,
       'learner.share_prompts': not row_length,
       'optimizer.learning_rate': work.LEARNING_RATE,
       'optimizer.schedule': 'constant',
@@ -157,12 +159,17 @@ def main():
       '--halvings', type=work.integers, default=[0],
       help='config.sampling.num_halvings, to try one by one.',
   )
+  flags.add_argument(
+      '--part_halvings', type=work.integers, default=[0],
+      help='config.learner.num_halvings, to try one by one; of packed rows.',
+  )
   args = flags.parse_args()
   tried = {
       'microbatch': args.microbatches,
       'row_length': args.row_lengths,
       'slots': args.slots,
       'halvings': args.halvings,
+      'part_halvings': args.part_halvings,
   }
   settings = [
       dict(zip(tried, values)) for values in itertools.product(*tried.values())
