@@ -326,13 +326,13 @@ def test_sky_ends_with_the_exit_code_of_the_run(machine):
 
 def test_sky_tells_each_of_several_nodes_where_the_first_is(machine):
   nodes = SKY_NODE | {
-      # So many that who reads one line does not wait for the others.
-      'SKYPILOT_NODE_IPS': '\n'.join(['10.0.0.5', *(3000 * ['10.0.0.6'])]),
+      # More than a pipe holds: who wrote them to one would meet its end.
+      'SKYPILOT_NODE_IPS': '\n'.join(['10.0.0.5', *(10_000 * ['10.0.0.6'])]),
       'SKYPILOT_NODE_RANK': '1',
-      'SKYPILOT_NUM_NODES': '3001',
+      'SKYPILOT_NUM_NODES': '10001',
   }
   assert machine.run(sky(), **nodes)[0] == 0
   assert machine.calls('python') == [[
-      *MAIN, '--coordinator=10.0.0.5:8476', '--num_processes=3001',
+      *MAIN, '--coordinator=10.0.0.5:8476', '--num_processes=10001',
       '--process_id=1',
   ]]
