@@ -41,6 +41,7 @@ from benchmarks import machine
 from dppo_jax import main as main_lib
 from dppo_jax import train_step as train_step_lib
 from dppo_jax import training
+from dppo_jax.rollout import SamplingAux
 
 _IMPORTED = time.perf_counter()
 
@@ -179,7 +180,10 @@ def check_split(config: Any, run: Run, num_steps: int):
     copied = jax.tree.map(jnp.copy, (run.state, run.state))  # Both donated.
     key = jax.random.fold_in(run.state.key, run.state.step)
     # Before the step, which donates the state.
-    sample = _time(sample_alone, run.state.params, prompts, key, jnp.int32(0))
+    products = jax.tree.map(jnp.copy, run.state.products)  # Donated, too.
+    sample = _time(
+        sample_alone, run.state.params, prompts, key, jnp.int32(0), products
+    )
     blank_call = _time(parts.train_step, copied[0], blank, prompts)
     learn = _time(learn_alone, copied[1], run.pending, prompts)
     run, step = timed_step(run)
@@ -202,14 +206,16 @@ def halves(config: Any, run: Run):
   parts = run.parts
   learn_alone = train_step_lib.make_train_step(
       learn=parts.learn,
-      rollout_fn=lambda *_: ((), jnp.int32(0)),
+      rollout_fn=lambda *arguments: (
+          (), SamplingAux(jnp.int32(0), arguments[-1])
+      ),
       threshold=parts.method.divergence.threshold,
       group_size=config.group_size,
       vocab_size=parts.model.config.vocab_size,
       state_shardings=train_step_lib.state_shardings(run.state, parts.mesh),
       mesh=parts.mesh,
   )
-  return learn_alone, jax.jit(parts.rollout_fn)
+  return learn_alone, jax.jit(parts.rollout_fn, donate_argnums=4)
 
 
 def temporary_bytes(run: Run) -> int | None:

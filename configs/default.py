@@ -135,6 +135,10 @@ def _step(config):
       # Slots of a packed row: completions next to each other, behind their
       # prompt. 0 for a row as long as the longest for each completion.
       'row_length': 0,
+      # The update of the policy that sampled takes what kernels made of each
+      # token from the sampler. Needs one update a rollout, one program on one
+      # device, a sampler in the model's dtype, and memory: see docs/scale.md.
+      'reuse_forward': False,
       # How often packed rows are halved where a part of a mini-batch leaves the
       # other half empty, as the last may. Each compiles another learner.
       'num_halvings': 0,

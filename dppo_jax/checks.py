@@ -94,6 +94,8 @@ def check(
   _check_eval_sampling(config.eval)
   _check_dual(config)
   _check_packing(config)
+  if config.learner.reuse_forward:
+    _check_reuse(config)
   _check_sharing(config, num_batch_shards, num_row_shards or num_batch_shards)
   _check_replay(config, num_batch_shards)
   _check_sizes(config)
@@ -113,6 +115,18 @@ def check_mode(config: Any, *, num_devices: int, num_processes: int) -> None:
   """
   if config.mode not in _MODES:
     raise ValueError(registry.unknown('config.mode', config.mode, _MODES))
+  if config.learner.reuse_forward and config.mode != 'fused':
+    raise ValueError(
+        'config.learner.reuse_forward=True is for a sampler in the program of '
+        f'the learner, and config.mode={config.mode!r} has two; use '
+        "mode='fused', or reuse_forward=False."
+    )
+  if config.learner.reuse_forward and num_devices > 1:
+    raise ValueError(
+        'config.learner.reuse_forward=True is for one device, and there are '
+        f'{num_devices}; use reuse_forward=False, or show JAX one of them (as '
+        'by CUDA_VISIBLE_DEVICES=0, or by TPU_VISIBLE_CHIPS=0).'
+    )
   wanted = config.sampling.num_devices
   if not 0 <= wanted < num_devices:
     raise ValueError(
@@ -157,6 +171,15 @@ def check_model(
           f'config.{section}.{name}={config[section][name]} needs a mixture of '
           f'experts, and {config.model.name!r} is a dense model; use {off}.'
       )
+  if (
+      config.learner.reuse_forward and num_experts
+      and not config.model.router_replay
+  ):
+    raise ValueError(
+        'config.learner.reuse_forward=True needs the experts that sampled, and '
+        f'{config.model.name!r} is a mixture of experts; use '
+        'model.router_replay=True, or reuse_forward=False.'
+    )
   k = config.divergence.get('k', 0)
   if k > vocab_size:
     raise ValueError(
@@ -466,6 +489,41 @@ def _check_packing(config):
         'micro-batches, for example 8, or row_length=0.'
     )
   _check_halved_rows(config.learner)
+
+
+def _check_reuse(config):
+  """Whether what the sampler's kernels made is what the learner's would."""
+  asked = 'config.learner.reuse_forward=True'
+  for name, needed in (
+      ('learner.num_epochs', 1),
+      ('learner.num_minibatches', 1),
+      ('staleness', 0),
+      ('replay.capacity', 0),
+  ):
+    value = _get(config, name)
+    if value != needed:
+      raise ValueError(
+          f'{asked} is for updates of the parameters that sampled, and with '
+          f'config.{name}={value} some are of others; use {name}={needed}, or '
+          'reuse_forward=False.'
+      )
+  dtype = config.model.dtype
+  for name in ('dtype', 'weights_dtype', 'cache_dtype'):
+    if config.sampling[name] not in ('', dtype):
+      raise ValueError(
+          f'{asked} needs a sampler that computes as the learner does, and '
+          f'config.sampling.{name}={config.sampling[name]!r} is not '
+          f'model.dtype={dtype!r}; use that, or reuse_forward=False.'
+      )
+  # A sampler reads kernels with the adapters in them, and rounds the sum.
+  for name in ('dtype', 'params_dtype'):
+    if config.lora.rank and config.model[name] != 'float32':
+      raise ValueError(
+          f'{asked} with config.lora.rank={config.lora.rank} needs a sampler '
+          'that does not round what adapters change, and config.model.'
+          f"{name}={config.model[name]!r}; use 'float32', or "
+          'reuse_forward=False.'
+      )
 
 
 def _check_halved_rows(sizes):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dppo_jax.models import experts
+from dppo_jax.models import products as products_lib
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.models.causal_lm import Kept
 from dppo_jax.types import Prompts
@@ -58,6 +59,8 @@ class Start(NamedTuple):
     first: token 0 of every row.
     ended: [B] bool, that it ended the completion.
     cache_dtype: of the completions' keys and values.
+    products: what kernels made of the prompts, in a buffer that has room for
+      completions, see `num_entries`; () if it is not kept.
   """
 
   params: PyTree
@@ -69,14 +72,67 @@ class Start(NamedTuple):
   first: Column
   ended: jax.Array
   cache_dtype: Any
+  products: products_lib.Buffer | tuple[()] = ()
+
+
+class Read(NamedTuple):
+  """What is remembered of tokens that were read, [B, C - 1] or one, [B]."""
+
+  choices: PyTree  # Experts, [..., L, k].
+  entries: PyTree  # int32, of products; () if they are not kept.
 
 
 class Drawn(NamedTuple):
   """What a loop returns."""
 
   outputs: Outputs
-  choices: PyTree  # Experts of the tokens that were read, [B, C - 1, L, k].
+  read: Read
   num_steps: jax.Array  # [] int32.
+  products: products_lib.Buffer | tuple[()] = ()
+
+
+def num_entries(
+    *, num_prompts: int, prompt_length: int, batch: int, num_slots: int,
+    length: int,
+) -> int:
+  """Tokens whose products a rollout may keep, those of empty slots included.
+
+  Args:
+    num_prompts: N.
+    prompt_length: P.
+    batch: B.
+    num_slots: S; 0 for B.
+    length: C.
+  """
+  slots = num_slots or batch
+  # As many as if all took as long: completion i waits for i - S + 1 others to
+  # end, which have by step i // S * (C - 1).
+  steps = -(-batch // slots) * (length - 1)
+  return num_prompts * prompt_length + slots * steps
+
+
+def _read(model, start, tokens, products, **sights):
+  """One more token of each row: logits, cache, what is remembered, products.
+
+  Args:
+    model: the architecture.
+    start: the prompts, read.
+    tokens: [B] int32.
+    products: with room for those of these tokens; () if they are not kept.
+    **sights: what rows see, see `CausalLM.decode`.
+  """
+  logits, kept = model.decode(
+      start.params,
+      tokens,
+      rotations=start.rotations,
+      keep_products=bool(products),
+      routing=start.routing,
+      **sights,
+  )
+  entries = ()
+  if products:
+    products, entries = products.add(kept.products)
+  return logits, kept.cache, Read(kept.routed.choices, entries), products
 
 
 def together(
@@ -102,23 +158,23 @@ def together(
     return jax.tree.map(put, outputs, column)
 
   def unfinished(carry):
-    index, _, _, done, _ = carry
+    index, _, _, done, *_ = carry
     return (index < length) & ~jnp.all(done)
 
   def advance(carry):
-    index, outputs, choices, done, cache = carry
+    index, outputs, read, done, cache, products = carry
     last = jax.lax.dynamic_index_in_dim(outputs.tokens, index - 1, 1, False)
-    logits, kept = model.decode(
-        start.params,
+    logits, cache, one, products = _read(
+        model,
+        start,
         last,
+        products,
         positions=lengths + index - 1,
-        rotations=start.rotations,
         prompt_cache=start.prompt.cache,
         prompt_mask=start.prompts.mask,
         cache=cache,
         place=index - 1,
         count=index,
-        routing=start.routing,
     )
     column, ended = draw(logits, start.keys, index)
     column = column._replace(
@@ -130,20 +186,28 @@ def together(
         index + 1,
         write(outputs, column, index),
         # Of the token that was read, not of the one that was drawn.
-        write(choices, kept.routed.choices, index - 1),
+        write(read, one, index - 1),
         done | ended,
-        kept.cache,
+        cache,
+        products,
     )
 
-  outputs = _blank(start.first, length, pad_id)
-  index, outputs, choices, _, _ = jax.lax.while_loop(unfinished, advance, (
+  outputs = write(_blank(start.first, length, pad_id), start.first, 0)
+  nothing = _nothing_read(start, length)
+  if length == 1:  # Nothing is read, so there is no column to write.
+    return Drawn(outputs, nothing, jnp.int32(1), start.products)
+  carry = (
       jnp.int32(1),
-      write(outputs, start.first, 0),
-      _blank_choices(start, length),
+      outputs,
+      nothing,
       start.ended,
       model.empty_cache(batch, length, start.cache_dtype),
-  ))
-  return Drawn(outputs, choices, index)
+      start.products,
+  )
+  index, outputs, read, *_, products = jax.lax.while_loop(
+      unfinished, advance, carry
+  )
+  return Drawn(outputs, read, index, products)
 
 
 class Slots(NamedTuple):
@@ -188,19 +252,19 @@ def in_slots(
   fill = _make_fill(start)
 
   def advance(carry):
-    step, slots, following, own_prompts, cache, outputs, choices = carry
+    step, slots, following, own_prompts, cache, outputs, read, products = carry
     mask = start.prompts.mask[_prompt_of(start, slots.row)]  # [S, P]
-    logits, kept = model.decode(
-        start.params,
+    logits, cache, one, products = _read(
+        model,
+        start,
         slots.last,
+        products,
         positions=jnp.sum(mask, axis=-1) + slots.count - 1,
-        rotations=start.rotations,
         prompt_cache=own_prompts,
         prompt_mask=mask,
         cache=cache,
         place=step % length,
         count=slots.count,
-        routing=start.routing,
     )
     keys = start.keys[jnp.minimum(slots.row, batch - 1)]
     column, ended = draw(logits, keys, slots.count)
@@ -210,17 +274,16 @@ def in_slots(
     )
     outputs = jax.tree.map(put(slots.count), outputs, column)
     # Of the token that was read, not of the one that was drawn.
-    choices = jax.tree.map(
-        put(slots.count - 1), choices, kept.routed.choices
-    )
+    read = jax.tree.map(put(slots.count - 1), read, one)
     slots = slots._replace(count=slots.count + 1, last=column.tokens)
     free = ended | (slots.count == length) | (slots.row == batch)
     return (
         step + 1,
         *fill(slots, free, following, own_prompts),
-        kept.cache,
+        cache,
         outputs,
-        choices,
+        read,
+        products,
     )
 
   slots, following, own_prompts = _first_slots(start, fill, num_slots)
@@ -236,10 +299,11 @@ def in_slots(
       own_prompts,
       model.empty_cache(num_slots, length, start.cache_dtype),
       outputs,
-      _blank_choices(start, length),
+      _nothing_read(start, length),
+      start.products,
   )
   if length == 1:
-    return Drawn(outputs, carry[-1], jnp.int32(1))
+    return Drawn(outputs, carry[-2], jnp.int32(1), start.products)
 
   def until(enough, carry):
     """Advances while more slots than that are taken: all, with a queue."""
@@ -252,8 +316,8 @@ def in_slots(
   for count in enough[1:]:
     with jax.named_scope(HALVED):
       carry = until(count, _halve(carry, nobody=batch))
-  step, *_, outputs, choices = carry
-  return Drawn(outputs, choices, step + 1)
+  step, *_, outputs, read, products = carry
+  return Drawn(outputs, read, step + 1, products)
 
 
 def _first_slots(start: Start, fill, num_slots: int):
@@ -331,11 +395,12 @@ def _blank(first: Column, length: int, pad_id: int) -> Outputs:
   return outputs._replace(tokens=jnp.full_like(outputs.tokens, pad_id))
 
 
-def _blank_choices(start: Start, length: int) -> PyTree:
-  """No experts taken yet; nothing unless they are remembered."""
-  return jax.tree.map(
-      lambda x: jnp.zeros(
-          (start.keys.shape[0], length - 1, *x.shape[2:]), x.dtype
-      ),
-      start.prompt.routed.choices,
+def _nothing_read(start: Start, length: int) -> Read:
+  """Of all completions, before the first step."""
+  blank = lambda x: jnp.zeros(
+      (start.keys.shape[0], length - 1, *x.shape[2:]), x.dtype
   )
+  # Experts of the prompts, which have as many of each token.
+  choices = jax.tree.map(blank, start.prompt.routed.choices)
+  entries = blank(start.prompts.tokens) if start.products else ()
+  return Read(choices, entries)

@@ -255,6 +255,13 @@ def _for_temporary(config: Any, num_batch_shards: int) -> list[str]:
     ways.append(f"model.remat='full' (now {config.model.remat!r})")
   if not sampling.num_slots:
     ways.append('sampling.num_slots (now 0, all completions at once)')
+  if sizes.reuse_forward:  # One dtype for both, without adapters at least.
+    if config.model.dtype != 'bfloat16' and not config.lora.rank:
+      ways.append(
+          f"model.dtype='bfloat16' (now {config.model.dtype!r}) and the same "
+          'for sampling'
+      )
+    return ways
   for name in ('model', 'sampling'):
     if config[name].dtype != 'bfloat16':
       ways.append(f"{name}.dtype='bfloat16' (now {config[name].dtype!r})")
@@ -264,6 +271,8 @@ def _for_temporary(config: Any, num_batch_shards: int) -> list[str]:
 def _for_arguments(config: Any, num_batch_shards: int) -> list[str]:
   """What could still be set so that less lasts from step to step."""
   ways, mesh = [], config.mesh
+  if config.learner.reuse_forward:
+    ways.append('config.learner.reuse_forward=False (now True)')
   split = mesh.fsdp if mesh.fsdp > 0 else num_batch_shards // mesh.data
   if split < num_batch_shards:
     ways.append(

@@ -60,9 +60,11 @@ def make_learner(
       weighted_loss, trainable, num_microbatches, arrange, place
   )
 
-  def update(state, batch, chosen):
+  def update(state, batch, chosen, products):
     """One optimizer update, or none if it would not be finite."""
-    loss, gradients, stats, sizes = accumulate(state, batch, chosen)
+    loss, gradients, stats, sizes = accumulate(
+        state, batch, chosen, products
+    )
     norm = optax.tree.norm(gradients)
     changes, opt_state = optimizer.transformation.update(
         gradients, state.opt_state, state.params
@@ -107,8 +109,10 @@ def make_learner(
     own = jnp.arange(rows_together)[None, None]
     shuffles = shuffles[..., None] * rows_together + own
     chosen = shuffles.reshape(num_epochs * num_minibatches, -1)
+    products, state = state.products, state._replace(products=())
     state, (stats, metrics) = jax.lax.scan(
-        lambda state, chosen: update(state, batch, chosen), state, chosen
+        lambda state, chosen: update(state, batch, chosen, products),
+        state, chosen,
     )
     # [U, K, m, R] -> [U, rows, R].
     stats = jax.tree.map(
@@ -124,7 +128,7 @@ def _make_accumulate(
 ):
   """Loss, gradient, tokens and size of a mini-batch, part by part."""
 
-  def accumulate(state, batch, chosen):
+  def accumulate(state, batch, chosen, products):
     reference = trainable.start(state.reference, state.frozen)
     layout = arrange(batch.rows, chosen, num_microbatches)
     share = 1 / jnp.maximum(layout.num_parts, 1)
@@ -133,7 +137,8 @@ def _make_accumulate(
     def loss_of(params, part):
       policy = trainable.join(params, state.frozen)
       return weighted_loss(
-          policy, part, reference, state.policy_version, state.dual, share
+          policy, part, reference, state.policy_version, state.dual, share,
+          products,
       )
 
     def of_part(index, length):

@@ -20,6 +20,7 @@ import numpy as np
 from dppo_jax import advantages
 from dppo_jax import checks
 from dppo_jax import command_line
+from dppo_jax import decoding
 from dppo_jax import divergences
 from dppo_jax import duals
 from dppo_jax import evaluate
@@ -359,6 +360,8 @@ def make_program(
         with_reference=method.extras.needs_reference and not config.lora.rank,
         dual=method.dual,
     )
+    if config.learner.reuse_forward:
+      state = state._replace(products=_empty_products(config, model))
     if replay is None:
       return state
     return state._replace(replay=replay.init(train_step_lib.blank(
@@ -387,6 +390,18 @@ def make_program(
           trainable=trainable,
       ),
   )
+
+
+def _empty_products(config: Any, model: CausalLM) -> PyTree:
+  """A buffer for what the sampler's kernels make."""
+  entries = decoding.num_entries(
+      num_prompts=config.num_prompts,
+      prompt_length=config.max_prompt_length,
+      batch=config.num_prompts * config.group_size,
+      num_slots=config.sampling.num_slots,
+      length=config.max_completion_length,
+  )
+  return model.empty_products(entries)
 
 
 def _make_step(

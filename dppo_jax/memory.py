@@ -36,6 +36,7 @@ def by_kind(state: TrainState, scored: ScoredRollout) -> dict[str, int]:
       'optimizer state': state.opt_state,
       'reference': state.reference,
       'replay': state.replay,
+      'products': state.products,
       'rollouts': scored,
   }
   return {name: per_device(tree) for name, tree in kinds.items()}

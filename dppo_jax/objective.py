@@ -194,7 +194,7 @@ def make_prepare_fn(
     advantages = advantage_fn(rewards)[:, None]
     anchored = Anchor(rollout.behaviour_logprobs, rollout.record)
     if anchor == 'recomputed':
-      anchored = in_parts(recompute, state.params, rows)
+      anchored = in_parts(recompute, state.params, rows, state.products)
     everywhere = lambda x: jnp.broadcast_to(x[:, None], mask.shape)
     return Batch(
         rows=rows,
@@ -267,13 +267,13 @@ def _make_map_in_parts(
   """`token_map` of a whole rollout, a few rows at a time."""
   token_map = target_lib.make_token_map(model, **options)
 
-  def in_parts(fn, params, rows):
+  def in_parts(fn, params, rows, products=()):
     mask = rows.token_mask
     layout = arrange(rows, jnp.arange(len(mask)), num_parts)
 
     def of_part(part, length):
       [chosen] = packing.take(layout, part, rows, length=length)
-      return (), token_map(fn, params, chosen)
+      return (), token_map(fn, params, chosen, products=products)
 
     _, out = packing.over_parts(of_part, layout, ())
     return packing.put_back(layout, out, mask)
@@ -293,7 +293,7 @@ def make_loss_fn(
     prompt_length: int = 0,
     dual: duals.Dual | None = None,
 ) -> Callable[..., tuple[jax.Array, diagnostics.TokenStats]]:
-  """`weighted_loss(params, batch, reference, version, dual_state, share)`.
+  """`weighted_loss(params, batch, reference, version, dual, share, products)`.
 
   The sum of loss * weight over the tokens of a micro-batch, and these tokens as
   they were seen. A balance of experts is the only term that depends on how a
@@ -314,10 +314,10 @@ def make_loss_fn(
   penalty = _make_penalty_fn(model, extras, **options)
 
   def weighted_loss(
-      params, batch, reference, version, dual_state=(), share=1.0
+      params, batch, reference, version, dual_state=(), share=1.0, products=()
   ):
     rows, mask = batch.rows, batch.rows.token_mask
-    target = target_fn(params, rows, batch.anchor)
+    target = target_fn(params, rows, batch.anchor, products)
     region = region_fn(trust_regions.RegionInputs(
         divergence=target.divergence,
         log_ratio=jax.lax.stop_gradient(target.logprobs)
@@ -371,32 +371,35 @@ def make_loss_fn(
 
 def _make_penalty_fn(model, extras, *, temperature, **options):
   """What the extra terms add to the loss of a token. [b, T]."""
-  token_map = target_lib.make_token_map(
+  head_map = target_lib.make_head_map(
       model, temperature=temperature, **options
   )
 
-  def full_kl(params, batch, reference):
+  def full_kl(params, batch, reference, hidden):
     """Over the whole vocabulary; runs the reference policy."""
-    hidden, _ = target_lib.hidden_states(
+    reference_hidden, _ = target_lib.hidden_states(
         model, reference, _own_routing(batch.rows)
     )
 
-    def of_tokens(reference, logits, _, hidden):
+    def of_tokens(reference, logits, _, reference_hidden):
       reference_logits = sampling.process_logits(
-          model.head(reference, hidden), temperature=temperature
+          model.head(reference, reference_hidden), temperature=temperature
       )
       return penalties.full_reference_kl(
           logits=logits, reference_logits=reference_logits
       )
 
-    return token_map(of_tokens, params, batch.rows, hidden, beside=reference)
+    return head_map(
+        of_tokens, params, hidden, batch.rows, reference_hidden,
+        beside=reference,
+    )
 
   def penalty(params, batch, reference, target):
     added = -extras.entropy_bonus * target.entropy
     if not extras.needs_reference or extras.kl_where == 'reward':
       return added
     if extras.kl_estimator == 'full':
-      estimate = full_kl(params, batch, reference)
+      estimate = full_kl(params, batch, reference, target.hidden)
     else:
       estimate = _sampled_kl(
           extras, batch.rows.token_mask, target.logprobs,

@@ -51,6 +51,7 @@ def rows_of(rollout: Rollout) -> Rows:
       target_segments=rollout.segment_ids[:, 1:],
       token_mask=rollout.token_mask,
       routing=rollout.routing,
+      entries=rollout.entries,
   )
 
 

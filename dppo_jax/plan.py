@@ -9,7 +9,7 @@ device, and a lower bound of the time. `--search` tries other meshes and numbers
 of micro-batches. Needs the `libtpu` wheel: `pip install 'dppo_jax[tpu]'`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 import dataclasses
 import functools
 from importlib import metadata
@@ -271,6 +271,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
       head_dim=model.config.head_dim,
       lengths=(config.max_prompt_length, config.max_completion_length),
       rows=_rows(config, shards),
+      lasting={x.shape for x in jax.tree.leaves(state.products)},
   ) if decoding else {}
   return Plan(
       config=config,
@@ -324,7 +325,12 @@ def _rows(config, shards):
 
 
 def decode_carry(
-    shape: str, *, head_dim: int, lengths: tuple[int, ...], rows: set[int]
+    shape: str,
+    *,
+    head_dim: int,
+    lengths: tuple[int, ...],
+    rows: set[int],
+    lasting: Collection[tuple[int, ...]] = (),
 ) -> dict[str, int]:
   """Bytes of keys and values, and of the sampler's weights, in its loop.
 
@@ -333,10 +339,11 @@ def decode_carry(
     head_dim: of a key.
     lengths: of a prompt and of a completion.
     rows: numbers of prompts and completions on a device.
+    lasting: shapes of what the loop writes in the state itself.
   """
   found = {'keys and values': 0, "sampler's weights": 0}
   for dims, size in hlo.arrays(shape):
-    if len(dims) < 2:
+    if len(dims) < 2 or tuple(dims) in lasting:
       continue
     if any(
         _holds(dims, (row, head_dim, length))

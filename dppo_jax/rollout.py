@@ -7,6 +7,7 @@ with `tokens[:, 1:]`; index P - 1 is about the first sampled token.
 
 from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,18 @@ from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 
+
+class SamplingAux(NamedTuple):
+  """What sampling returns beside a rollout."""
+
+  num_steps: jax.Array  # [] int32, calls of the model.
+  products: PyTree = ()  # What kernels made, [L, E, F] each, if kept.
+
+
+# rollout_fn(params, prompts, key, policy_version, products) -> (rollout, aux).
 RolloutFn = Callable[
-    [PyTree, Prompts, jax.Array, jax.Array], tuple[Rollout, jax.Array]
+    [PyTree, Prompts, jax.Array, jax.Array, PyTree],
+    tuple[Rollout, SamplingAux],
 ]
 
 
@@ -30,17 +41,21 @@ def make_rollout_fn(sampler, *, group_size: int) -> RolloutFn:
     group_size: G.
 
   Returns:
-    `rollout_fn(params, prompts, key, policy_version) -> (rollout, number of
-    decode steps)`; the key is consumed.
+    `rollout_fn(params, prompts, key, policy_version, products) -> (rollout,
+    aux)`; the key is consumed. `products` is the buffer of
+    `sampling.make_sampler`, () to keep none.
   """
 
   @functools.partial(jax.jit, inline=True)  # Traced once, shapes included.
-  def rollout_fn(params, prompts, key, policy_version):
+  def rollout_fn(params, prompts, key, policy_version, products=()):
     batch = prompts.tokens.shape[0] * group_size
-    completions = sampler(params, prompts, sampling.row_keys(key, batch))
+    keys = sampling.row_keys(key, batch)
+    buffer = (products,) if products else ()  # On several devices, none.
+    completions = sampler(params, prompts, keys, *buffer)
     rollout = assemble(prompts, completions, group_size=group_size)
     version = jnp.broadcast_to(policy_version.astype(jnp.int32), (batch,))
-    return rollout._replace(policy_version=version), completions.num_steps
+    aux = SamplingAux(completions.num_steps, completions.products)
+    return rollout._replace(policy_version=version), aux
 
   return rollout_fn
 
@@ -54,12 +69,14 @@ def assemble(
   before = prompts.tokens.shape[1] - 1
   real = jnp.concatenate([prompt_mask, completions.mask], axis=1)
 
-  routing = ()
-  if completions.routing:
-    of_prompts, of_completions = completions.routing
-    routing = jnp.concatenate(
+  def of_read(remembered):
+    """Of prompts [N, P, ...] and completions [B, C - 1, ...]: [B, T, ...]."""
+    if not remembered:
+      return ()
+    of_prompts, of_completions = remembered
+    return jnp.concatenate(
         [jnp.repeat(of_prompts, group_size, axis=0), of_completions], axis=1
-    )  # [B, T, L, k]
+    )
 
   def align(x):
     """[B, C, ...] -> [B, T, ...]."""
@@ -74,5 +91,6 @@ def assemble(
       record=jax.tree.map(align, completions.record),
       policy_version=jnp.zeros(real.shape[0], jnp.int32),
       truncated=completions.truncated,
-      routing=routing,
+      routing=of_read(completions.routing),
+      entries=of_read(completions.entries),
   )

@@ -16,6 +16,7 @@ from dppo_jax import decoding
 from dppo_jax import divergences
 from dppo_jax.models import attention
 from dppo_jax.models import experts
+from dppo_jax.models import products as products_lib
 from dppo_jax.models import quantization
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Prompts
@@ -38,6 +39,10 @@ class Completions(NamedTuple):
   # Experts of the tokens that were read: prompts [N, P, L, k] and completions
   # [B, C - 1, L, k]; () unless recorded.
   routing: PyTree = ()
+  # What kernels made of the tokens that were read, [L, E, F] each; and where in
+  # it, of prompts [N, P] and completions [B, C - 1] int32. () unless kept.
+  products: PyTree = ()
+  entries: PyTree = ()
 
 
 def process_logits(
@@ -163,8 +168,9 @@ def make_sampler(
     record_routing: whether to remember the experts of every token.
 
   Returns:
-    `sample(params, prompts, keys [B])`, a pure function. Rows are grouped by
-    prompt.
+    `sample(params, prompts, keys [B], products)`, a pure function. Rows are
+    grouped by prompt. With `products`, a buffer with `decoding.num_entries`
+    entries, what kernels make is written over what was there.
   """
   dtype = jnp.dtype(dtype or model.dtype)
   weights_dtype = jnp.dtype(weights_dtype or dtype)
@@ -174,13 +180,16 @@ def make_sampler(
   routing = experts.Routing(record=record_routing)
   draw = _make_draw(temperature, top_p, top_k, record, eos_ids)
 
-  def sample(params, prompts, keys):
+  def sample(params, prompts, keys, products=()):
     # Cast and unstack once, not once a token.
     params = quantization.convert_kernels(params, dtype, weights_dtype)
     logits, prompt = model.prefill(
         quantization.widen(params, dtype), prompts.tokens, mask=prompts.mask,
-        routing=routing,
+        keep_products=bool(products), routing=routing,
     )
+    entries = ()
+    if products:
+      products, entries = products_lib.begin(products, prompt.products)
     prompt = prompt._replace(cache=[
         attention.convert_cache(x, cache_dtype) for x in prompt.cache
     ])
@@ -188,7 +197,7 @@ def make_sampler(
     num_positions = prompts.tokens.shape[1] + max_completion_length
     start = decoding.Start(
         model.unstacked(params), model.rotations(num_positions), prompts,
-        prompt, routing, keys, first, ended, cache_dtype,
+        prompt, routing, keys, first, ended, cache_dtype, products,
     )
     num_rows = keys.shape[0]
     if 0 < num_slots < num_rows or num_halvings:
@@ -198,21 +207,33 @@ def make_sampler(
       )
     else:
       drawn = decoding.together(model, draw, start, **sizes)
-    tokens, mask, logprobs, recorded = drawn.outputs
-    ended = jnp.isin(tokens, jnp.asarray(eos_ids)) & mask
-    return Completions(
-        tokens=tokens,
-        mask=mask,
-        logprobs=logprobs,
-        record=recorded,
-        truncated=~jnp.any(ended, axis=-1),
-        num_steps=drawn.num_steps,
-        routing=(
-            (prompt.routed.choices, drawn.choices) if record_routing else ()
-        ),
-    )
+    completions = _complete(drawn, eos_ids)
+    if record_routing:
+      completions = completions._replace(
+          routing=(prompt.routed.choices, drawn.read.choices)
+      )
+    if products:
+      completions = completions._replace(
+          products=drawn.products.products,
+          entries=(entries, drawn.read.entries),
+      )
+    return completions
 
   return sample
+
+
+def _complete(drawn, eos_ids):
+  """The outputs of a loop."""
+  tokens, mask, logprobs, recorded = drawn.outputs
+  ended = jnp.isin(tokens, jnp.asarray(eos_ids)) & mask
+  return Completions(
+      tokens=tokens,
+      mask=mask,
+      logprobs=logprobs,
+      record=recorded,
+      truncated=~jnp.any(ended, axis=-1),
+      num_steps=drawn.num_steps,
+  )
 
 
 def _make_draw(temperature, top_p, top_k, record, eos_ids):

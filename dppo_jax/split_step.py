@@ -74,8 +74,8 @@ class SplitStep(NamedTuple):
     )
     prompts = jax.device_put(prompts, sharding.batch(self.sampling_mesh))
     when = jax.device_put(_when(state), sharding.replicated(self.sampling_mesh))
-    rollout, num_steps = self.sample(policy, prompts, *when)
-    return state, rollout, metrics | {'sample/decode_steps': num_steps}
+    rollout, aux = self.sample(policy, prompts, *when)
+    return state, rollout, metrics | {'sample/decode_steps': aux.num_steps}
 
   def lower(
       self, state: TrainState, scored: ScoredRollout, prompts: Prompts

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from dppo_jax import divergences
 from dppo_jax import sampling
 from dppo_jax.models import experts
+from dppo_jax.models import products as products_lib
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Divergence
 from dppo_jax.types import PyTree
@@ -35,6 +36,7 @@ class TargetStats(NamedTuple):
   divergence: jax.Array
   direction: jax.Array
   routed: experts.Routed = experts.Routed()  # [b, T, L], [L].
+  hidden: PyTree = ()  # [b, T, D], what the head makes logits of.
 
 
 def make_token_map(
@@ -56,27 +58,38 @@ def make_token_map(
       sampled: no logits are made of what predicts them.
 
   Returns:
-    `token_map(fn, params, rows, *extra)`, with `extra` pytrees of [b, T, ...]:
-    the pytree of [b, T, ...] that `fn(logits [n, V], targets [n], *extra)`
-    makes of n tokens at a time, zeros for a prompt. With `beside`, parameters
-    whose head `fn` needs too, they are its first argument.
+    `token_map(fn, params, rows, *extra, products)`, with `extra` pytrees of
+    [b, T, ...]: the pytree of [b, T, ...] that `fn(logits [n, V], targets [n],
+    *extra)` makes of n tokens at a time, zeros for a prompt. For `products`,
+    see `hidden_states`.
   """
-  head_map = _make_head_map(
+  head_map = make_head_map(
       model,
       temperature=temperature,
       chunk_size=chunk_size,
       prompt_length=prompt_length,
   )
 
-  def token_map(fn, params, rows, *extra, beside=None):
-    hidden, _ = hidden_states(model, params, rows)
-    return head_map(fn, params, hidden, rows, *extra, beside=beside)
+  def token_map(fn, params, rows, *extra, products=()):
+    hidden, _ = hidden_states(model, params, rows, products=products)
+    return head_map(fn, params, hidden, rows, *extra)
 
   return token_map
 
 
-def _make_head_map(model, *, temperature, chunk_size, prompt_length):
-  """`make_token_map` from hidden states on."""
+def make_head_map(
+    model: CausalLM,
+    *,
+    temperature: float,
+    chunk_size: int = 0,
+    prompt_length: int = 0,
+) -> Callable[..., PyTree]:
+  """`make_token_map` from hidden states on.
+
+  Returns:
+    `head_map(fn, params, hidden [b, T, D], rows, *extra, beside)`. With
+    `beside`, parameters whose head `fn` needs too, they are its first argument.
+  """
   first = max(prompt_length - 1, 0)  # Index of the first sampled token.
 
   def head_map(fn, params, hidden, rows, *extra, beside=None):
@@ -130,6 +143,7 @@ def hidden_states(
     rows: Rows,
     *,
     counted: jax.Array | None = None,
+    products: PyTree = (),
 ) -> tuple[jax.Array, experts.Routed]:
   """What the head makes logits of, and what routers did.
 
@@ -139,6 +153,7 @@ def hidden_states(
     rows: tokens go to the experts that they recorded, if they did.
     counted: [b, T] bool, tokens over which the use of experts is measured; not
       measured if None.
+    products: `TrainState.products` of the same parameters; () computes anew.
 
   Returns:
     [b, T, D]; [b, T, L] and [L].
@@ -151,6 +166,8 @@ def hidden_states(
     )
   if not isinstance(rows.prompt_segments, tuple):
     asked['prompt_ids'] = rows.prompt_segments
+  if products:
+    asked['products'] = products_lib.take(products, rows.entries)
   hidden, kept = model.trunk(
       params,
       rows.inputs,
@@ -184,7 +201,7 @@ def make_target_fn(
     `target_fn(params, rows, anchor) -> TargetStats`. Only `logprobs`,
     `entropy` and the balance of experts carry a gradient.
   """
-  head_map = _make_head_map(
+  head_map = make_head_map(
       model,
       temperature=temperature,
       chunk_size=chunk_size,
@@ -207,15 +224,16 @@ def make_target_fn(
         jax.lax.stop_gradient(direction),
     )
 
-  def target_fn(params, rows, anchor):
+  def target_fn(params, rows, anchor, products=()):
     hidden, routed = hidden_states(
         model,
         params,
         rows,
         counted=rows.token_mask if measure_balance else None,
+        products=products,
     )
     stats = head_map(of_tokens, params, hidden, rows, anchor)
-    return stats._replace(routed=routed)
+    return stats._replace(routed=routed, hidden=hidden)
 
   return target_fn
 

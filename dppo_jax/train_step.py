@@ -19,6 +19,7 @@ from dppo_jax import replay as replay_lib
 from dppo_jax import sharding
 from dppo_jax import trainable as trainable_lib
 from dppo_jax.rollout import RolloutFn
+from dppo_jax.rollout import SamplingAux
 from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
@@ -39,13 +40,13 @@ class Halves(NamedTuple):
   Attributes:
     learn: (state, scored) -> (state, metrics).
     merge: (params, frozen) -> the policy to sample from.
-    sample: (policy, prompts, key, step, version) -> (rollout, number of decode
-      steps); all but the first two are the state's after learning.
+    sample: (policy, prompts, key, step, version, products) -> (rollout, aux);
+      all but the first two are the state's after learning.
   """
 
   learn: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   merge: Callable[[PyTree, PyTree], PyTree]
-  sample: Callable[..., tuple[Rollout, jax.Array]]
+  sample: Callable[..., tuple[Rollout, SamplingAux]]
 
 
 def make_train_step(
@@ -64,14 +65,16 @@ def make_train_step(
     with jax.named_scope('learn'):
       state, metrics = halves.learn(state, scored)
     with jax.named_scope('sample'):
-      rollout, metrics['sample/decode_steps'] = halves.sample(
+      rollout, aux = halves.sample(
           halves.merge(state.params, state.frozen),
           prompts,
           state.key,
           state.step,
           state.policy_version,
+          state.products,
       )
-    return state, rollout, metrics
+    metrics['sample/decode_steps'] = aux.num_steps
+    return state._replace(products=aux.products), rollout, metrics
 
   rows, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
   return jax.jit(
@@ -160,13 +163,16 @@ def make_halves(
         scored,
         jax.random.fold_in(stream, state.step),
     )
-    state = moved._replace(frozen=state.frozen, reference=state.reference)
+    state = moved._replace(
+        frozen=state.frozen, reference=state.reference,
+        products=state.products,
+    )
     return state, metrics
 
-  def sample_part(policy, prompts, key, step, version):
+  def sample_part(policy, prompts, key, step, version, products=()):
     _, stream = jax.random.split(key)
     key = jax.random.fold_in(stream, step)
-    return rollout_fn(policy, prompts, key, version)
+    return rollout_fn(policy, prompts, key, version, products)
 
   return Halves(learn_part, trainable.merge, sample_part)
 
@@ -232,6 +238,7 @@ def blank(
           prompts,
           state.key,
           state.policy_version,
+          state.products,
       ),
       state,
   )
@@ -242,7 +249,7 @@ def blank(
 
 def _moving(state: TrainState) -> TrainState:
   """Without what never changes, which a conditional would copy."""
-  return state._replace(frozen=(), reference=())
+  return state._replace(frozen=(), reference=(), products=())
 
 
 def _over_updates(name: str, values: jax.Array) -> jax.Array:

@@ -172,6 +172,9 @@ def _start(
     parts.prompts.set_state(host['prompts'])
     writer.truncate_after(step)
     logging.info('Continuing after step %d.', step)
+    products = state.products  # Of the rollout that waits.
+    # Warming up writes over those of the start.
+    state = state._replace(products=parts.state.products)
   state, rollout, times = warm_up(parts, state, blank, batch)
   logbook = Logbook(
       writer,
@@ -180,6 +183,7 @@ def _start(
       overlapping=config.sampling.num_devices > 0 and config.staleness > 0,
   )
   if restored is not None:
+    state = state._replace(products=products)
     logbook.set_state(host['masked_tokens'])
   else:
     writer.truncate_after(-1)  # A run killed before its first checkpoint.

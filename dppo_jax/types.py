@@ -39,6 +39,8 @@ class Rollout(NamedTuple):
   # [B, T, L, k], experts of the token read at t, which predicts token t + 1, in
   # each layer; () unless they are to be replayed.
   routing: PyTree = ()
+  # [B, T] int32, of `TrainState.products`: the token read at t; () unless kept.
+  entries: PyTree = ()
 
 
 class Rows(NamedTuple):
@@ -59,6 +61,7 @@ class Rows(NamedTuple):
   # int32, the segment that this one continues and sees too; 0 for none. ()
   # where no segment continues another.
   prompt_segments: PyTree = ()
+  entries: PyTree = ()  # [B, T] int32, as `Rollout.entries`.
 
 
 class ScoredRollout(NamedTuple):
@@ -118,4 +121,7 @@ class TrainState(NamedTuple):
   reference: PyTree = ()  # The first `params`, where a penalty needs them.
   dual: PyTree = ()  # A `DualState`, where there is a constraint.
   replay: PyTree = ()  # A `replay.Buffer`, where rollouts are used again.
+  # What kernels made of the tokens of the last rollout, [L, E, F] each, if an
+  # update uses it again; see models/products.py.
+  products: PyTree = ()
   frozen: PyTree = ()  # What was loaded and is not trained, see trainable.py.

@@ -12,6 +12,7 @@ from dppo_jax import fitting
 from dppo_jax import main
 from dppo_jax import memory
 from dppo_jax import training
+from dppo_jax.types import TrainState
 
 
 def config_with(**changes):
@@ -145,10 +146,8 @@ class Programs:
     self._state = state
 
   def make(self, config):
-    empty = dict.fromkeys(
-        ('params', 'frozen', 'opt_state', 'reference', 'replay'), ()
-    )
-    state = types.SimpleNamespace(**empty | {'params': self._state})
+    empty = dict.fromkeys(TrainState._fields, ())
+    state = TrainState(**empty | {'params': self._state})
     return types.SimpleNamespace(
         number=config.learner.num_microbatches, state=state
     )

@@ -230,6 +230,22 @@ def test_a_run_resumed_from_step_2_ends_bitwise_the_same(
   assert_same_run(copied, finished)
 
 
+@pytest.mark.slow
+def test_a_run_that_reuses_forward_passes_is_resumed_bitwise_the_same(
+    cli, tmp_path
+):
+  options = {'learner.reuse_forward': True, 'learner.num_minibatches': 1}
+  whole, workdir = tmp_path / 'whole', tmp_path / 'run'
+  assert cli(workdir=whole, **options).returncode == 0
+  shutil.copytree(whole, workdir)
+  without_results(workdir)
+  damage_last_checkpoint(workdir)
+  done = cli(workdir=workdir, **options)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert 'Continuing after step 2' in done.stderr
+  assert_same_run(workdir, whole)
+
+
 # Does something to the run after a step has been computed.
 AT_STEP = """
     import os, signal, sys

@@ -128,9 +128,9 @@ def on_two_devices(workdir):
   def make_waiting(*args, **options):
     rollout_fn = make_rollout_fn(*args, **options)
 
-    def waiting(params, prompts, key, version):
+    def waiting(params, prompts, key, version, products=()):
       version = io_callback(wait, jax.ShapeDtypeStruct((), np.int32), version)
-      return rollout_fn(params, prompts, key, version)
+      return rollout_fn(params, prompts, key, version, products)
 
     return waiting
 

@@ -15,6 +15,7 @@ import tiny_model
 
 from dppo_jax import advantages as advantage_lib
 from dppo_jax import divergences
+from dppo_jax import rollout as rollout_lib
 from dppo_jax.types import Rollout
 from dppo_jax.types import ScoredRollout
 
@@ -65,13 +66,14 @@ def make_rollout(
 def make_rollout_fn(divergence, *, num_rows, length, vocabulary):
   """As `rollout.make_rollout_fn`; row i is drawn from rows of its own."""
 
-  def rollout_fn(params, prompts, key, version):
-    del prompts
+  def rollout_fn(params, prompts, key, version, products=()):
+    del prompts, products
     logits = params.reshape(num_rows, length, vocabulary)
     tokens = jax.random.categorical(key, logits)
     rollout = make_rollout(divergence, behaviour=logits, tokens=tokens)
     versions = jnp.full(num_rows, version, jnp.int32)
-    return rollout._replace(policy_version=versions), jnp.int32(length)
+    aux = rollout_lib.SamplingAux(jnp.int32(length))
+    return rollout._replace(policy_version=versions), aux
 
   return rollout_fn
 

@@ -80,6 +80,7 @@ def make_config(
     slots: int,
     halvings: int,
     part_halvings: int,
+    reuse: int,
 ):
   """GRPO with the sizes of `work`."""
   config = default.get_config('grpo')
@@ -96,6 +97,7 @@ def make_config(
       'learner.row_length': row_length,
       'learner.num_halvings': part_halvings if row_length else 0,
       'learner.share_prompts': not row_length,
+      'learner.reuse_forward': bool(reuse),
       'optimizer.learning_rate': work.LEARNING_RATE,
       'optimizer.schedule': 'constant',
       'optimizer.weight_decay': work.WEIGHT_DECAY,
@@ -163,6 +165,10 @@ def main():
       '--part_halvings', type=work.integers, default=[0],
       help='config.learner.num_halvings, to try one by one; of packed rows.',
   )
+  flags.add_argument(
+      '--reuses', type=work.integers, default=[0],
+      help='config.learner.reuse_forward, to try one by one: 0 or 1.',
+  )
   args = flags.parse_args()
   tried = {
       'microbatch': args.microbatches,
@@ -170,6 +176,7 @@ def main():
       'slots': args.slots,
       'halvings': args.halvings,
       'part_halvings': args.part_halvings,
+      'reuse': args.reuses,
   }
   settings = [
       dict(zip(tried, values)) for values in itertools.product(*tried.values())

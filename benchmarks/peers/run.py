@@ -46,11 +46,11 @@ SCRIPTS = {
 OURS = {
     'fixed': {
         'microbatches': [8, 16, 32], 'row_lengths': [0], 'slots': [0],
-        'halvings': [0], 'part_halvings': [0],
+        'halvings': [0], 'part_halvings': [0], 'reuses': [1],
     },
     'geometric': {
         'microbatches': [4, 8], 'row_lengths': [128, 256], 'slots': [32, 96],
-        'halvings': [4], 'part_halvings': [1],
+        'halvings': [4], 'part_halvings': [1], 'reuses': [1],
     },
 }
 PEERS = [8, 16, 32, 64]  # Micro-batches.
@@ -58,7 +58,7 @@ PEERS = [8, 16, 32, 64]  # Micro-batches.
 SETTING = {
     'microbatches': 'microbatch', 'row_lengths': 'row_length',
     'slots': 'slots', 'halvings': 'halvings',
-    'part_halvings': 'part_halvings',
+    'part_halvings': 'part_halvings', 'reuses': 'reuse',
 }
 
 

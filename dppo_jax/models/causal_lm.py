@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dppo_jax.models import attention
 from dppo_jax.models import experts
 from dppo_jax.models import layers
+from dppo_jax.models import products as products_lib
 from dppo_jax.models import quantization
 from dppo_jax.models import rope
 from dppo_jax.types import PyTree
@@ -39,6 +40,8 @@ class Kept(NamedTuple):
 
   cache: Any = None  # List over layers of `attention.Cache`, if asked for.
   routed: experts.Routed = experts.Routed()  # With L behind [B, T], or [L].
+  # [L, B, T, F] each, of one new token [L, B, F], if asked for.
+  products: products_lib.Products | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +153,14 @@ class CausalLM:
       segment_ids: jax.Array,
       prompt_ids: jax.Array | None = None,
       keep_cache: bool = False,
+      keep_products: bool = False,
+      products: products_lib.Products | None = None,
       routing: experts.Routing = experts.Routing(),
   ) -> tuple[jax.Array, Kept]:
     """All layers, scanned. [B, T] -> hidden [B, T, D] and what was kept.
 
-    The cache, if kept, is a list over layers of `attention.Cache`.
+    The cache, if kept, is a list over layers of `attention.Cache`. `products`
+    [L, B, T, F], kept by a pass with the same parameters, are not made again.
     Who sees whom: see `attention.visible_within_segments`. Only models with
     experts look at `routing`.
     """
@@ -170,7 +176,8 @@ class CausalLM:
     ]
 
     def layer(x, scanned):
-      layer_params, kind, replay = scanned
+      layer_params, kind, replay, made = scanned
+      tape = _tape(keep_products, made)
       rotation, sight = views[0]
       if len(views) > 1:  # What is selected is kept for every layer.
         rotation, sight = jax.tree.map(
@@ -181,10 +188,12 @@ class CausalLM:
           x,
           rotation=rotation,
           attend=attend_with(sight),
+          tape=tape,
           routing=routing._replace(replay=replay),
       )
       cache = attention.cache_of(*cache) if keep_cache else None
-      return self.place(x), Kept(cache, routed)
+      made = tape.products if keep_products else None
+      return self.place(x), Kept(cache, routed, made)
 
     if self.remat != 'none':
       keeps = self.remat if self.remat != 'full' else 'nothing_saveable'
@@ -197,12 +206,15 @@ class CausalLM:
     replay = routing.replay
     if replay is not None:
       replay = jnp.moveaxis(replay, -2, 0)  # [L, B, T, k]
-    x, kept = jax.lax.scan(layer, x, (params['layers'], which, replay))
+    x, kept = jax.lax.scan(
+        layer, x, (params['layers'], which, replay, products)
+    )
     routed = kept.routed._replace(
         choices=_layers_last(kept.routed.choices, -2),
         changed=_layers_last(kept.routed.changed, -1),
     )
-    return x, Kept(self._unstack(kept.cache) if keep_cache else None, routed)
+    cache = self._unstack(kept.cache) if keep_cache else None
+    return x, Kept(cache, routed, kept.products)
 
   def head(self, params: PyTree, hidden: jax.Array) -> jax.Array:
     """Final norm and vocabulary. [..., D] -> logits [..., V] float32."""
@@ -247,6 +259,7 @@ class CausalLM:
       tokens: jax.Array,
       *,
       mask: jax.Array,
+      keep_products: bool = False,
       routing: experts.Routing = experts.Routing(),
   ) -> tuple[jax.Array, Kept]:
     """Reads left-padded prompts.
@@ -255,6 +268,7 @@ class CausalLM:
       params: stacked parameters.
       tokens: [N, P] int32.
       mask: [N, P] bool.
+      keep_products: see `trunk`.
       routing: see `trunk`.
 
     Returns:
@@ -266,6 +280,7 @@ class CausalLM:
         positions=positions_of(mask),
         segment_ids=mask.astype(jnp.int32),
         keep_cache=True,
+        keep_products=keep_products,
         routing=routing,
     )
     return self.head(params, hidden[:, -1]), kept
@@ -282,6 +297,7 @@ class CausalLM:
       cache: list,
       place: jax.Array,
       count: jax.Array,
+      keep_products: bool = False,
       routing: experts.Routing = experts.Routing(),
   ) -> tuple[jax.Array, Kept]:
     """Reads one more token of each completion.
@@ -297,6 +313,7 @@ class CausalLM:
       place: [] int32, where in the cache the tokens go: a step after the other,
         from 0 again after C - 1.
       count: [] or [B] int32, tokens of each completion with this one, 1 to C.
+      keep_products: whether to return what kernels make.
       routing: asks for a record, [B, L, k], at most.
 
     Returns:
@@ -318,7 +335,7 @@ class CausalLM:
         )
         for kind, rotation in zip(self.config.kinds, rotations, strict=True)
     ]
-    new_cache, choices = [], []
+    new_cache, choices, made = [], [], []
     for layer_params, kind, prompt, own in zip(
         params['layers'],
         self.config.layer_kinds,
@@ -334,20 +351,28 @@ class CausalLM:
           place=place,
           **self._scores(),
       )
+      tape = _tape(keep_products)
       x, kept, routed = self._block(
           # One layer at a time.
           quantization.widen(layer_params, self.dtype),
           x,
           rotation=rotation,
           attend=attend,
+          tape=tape,
           routing=routing,
       )
       new_cache.append(kept)
       choices.append(routed.choices)
+      if keep_products:
+        made.append(jax.tree.map(lambda x: x[:, 0], tape.products))
     routed = experts.Routed()
     if routing.record:
       routed = routed._replace(choices=jnp.stack(choices, axis=-2)[:, 0])
-    return self.head(params, x[:, 0]), Kept(new_cache, routed)
+    if keep_products:
+      made = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *made)
+    else:
+      made = None
+    return self.head(params, x[:, 0]), Kept(new_cache, routed, made)
 
   def empty_cache(self, batch: int, length: int, dtype: Any) -> list:
     """A list over layers of `attention.Cache`."""
@@ -357,6 +382,18 @@ class CausalLM:
         attention.empty_cache(batch, length, *sizes, dtype)
         for _ in range(config.num_hidden_layers)
     ]
+
+  def empty_products(self, num_entries: int) -> products_lib.Products:
+    """A buffer for what kernels make of so many tokens. [L, E, F] each."""
+    token = jnp.zeros((1, 1), jnp.int32)
+    _, kept = jax.eval_shape(lambda: self.trunk(
+        self.init(jax.random.key(0)), token, positions=token,
+        segment_ids=token, keep_products=True,
+    ))
+    return jax.tree.map(
+        lambda x: jnp.zeros((len(x), num_entries, x.shape[-1]), x.dtype),
+        kept.products,
+    )
 
   def _embed(self, params: PyTree, tokens: jax.Array) -> jax.Array:
     embedding = params['embed']['embedding']
@@ -393,6 +430,17 @@ class CausalLM:
     """[L, ...] leaves -> a list of L trees."""
     take = lambda layer: jax.tree.map(lambda x: x[layer], stacked)
     return [take(i) for i in range(self.config.num_hidden_layers)]
+
+
+def _tape(keep_products, products=None):
+  """Of one layer."""
+  if keep_products and products is not None:
+    raise ValueError('Products that were kept are not kept again.')
+  if keep_products:
+    return products_lib.Recorder()
+  if products is not None:
+    return products_lib.Player(products)
+  return products_lib.no_tape
 
 
 def _layers_last(x: PyTree, axis: int) -> PyTree:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dppo_jax.models import layers
+from dppo_jax.models import products
 from dppo_jax.types import PyTree
 
 
@@ -258,11 +259,12 @@ class ExpertBlock(layers.PreNormBlock):
       *,
       rotation,
       attend,
+      tape: products.TapeFn = products.no_tape,
       routing: Routing = Routing(),
       spread: SpreadFn | None = None,
   ) -> tuple[jax.Array, PyTree, Routed]:
     change, kept = self.attention(
-        self.norm_attention(x), rotation=rotation, attend=attend
+        self.norm_attention(x), rotation=rotation, attend=attend, tape=tape
     )
     x = x + change
     change, routed = self.mlp(self.norm_mlp(x), routing, spread)

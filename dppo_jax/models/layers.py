@@ -12,6 +12,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.models import products
 from dppo_jax.models import rope
 from dppo_jax.models.attention import AttendFn
 from dppo_jax.types import PyTree
@@ -164,15 +165,18 @@ class GatedMLP(nnx.Module):
     self.down = Linear(inner, size, rngs=rngs)
     self.activation = ACTIVATIONS[config.hidden_act]
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(
+      self, x: jax.Array, tape: products.TapeFn = products.no_tape
+  ) -> jax.Array:
     if isinstance(self.gate.kernel[...], Turned):
-      return self._turned(x)
+      return self._turned(x, tape)
     # In the backward pass, what is between the products is computed again.
     rest = lambda gate, up: self.down(self.activation(gate) * up)
     rest = jax.checkpoint(rest, prevent_cse=False)
-    return rest(self.gate(x), self.up(x))
+    out = rest(tape('gate', self.gate(x)), tape('up', self.up(x)))
+    return tape('down', out)
 
-  def _turned(self, x: jax.Array) -> jax.Array:
+  def _turned(self, x: jax.Array, tape: products.TapeFn) -> jax.Array:
     """The same, with a column for each token between the products."""
     gate, up, down = (
         part.kernel[...].kernel.astype(x.dtype)
@@ -183,8 +187,13 @@ class GatedMLP(nnx.Module):
     product = lambda kernel, of, axis: jax.lax.optimization_barrier(
         jax.lax.dot_general(kernel, of, (((1,), (axis,)), ((), ())))
     )
-    inner = self.activation(product(gate, rows, 1)) * product(up, rows, 1)
-    return product(down, inner, 0).T.reshape(x.shape)
+    rows_of = lambda columns: columns.T.reshape(*x.shape[:-1], -1)
+    gate, up = product(gate, rows, 1), product(up, rows, 1)
+    # What decodes keeps products, and is given none.
+    tape('gate', rows_of(gate))
+    tape('up', rows_of(up))
+    inner = self.activation(gate) * up
+    return tape('down', rows_of(product(down, inner, 0)))
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -218,16 +227,16 @@ class GroupedQueryAttention(nnx.Module):
 
   def __call__(
       self, x: jax.Array, *, rotation: tuple[jax.Array, jax.Array],
-      attend: AttendFn
+      attend: AttendFn, tape: products.TapeFn = products.no_tape
   ) -> tuple[jax.Array, Any]:
     heads = (*x.shape[:-1], -1, self.head_dim)
-    q = self.q(x).reshape(heads)  # [B, T, H, E]
-    k = self.k(x).reshape(heads)  # [B, T, K, E]
-    v = self.v(x).reshape(heads)
+    q = tape('q', self.q(x)).reshape(heads)  # [B, T, H, E]
+    k = tape('k', self.k(x)).reshape(heads)  # [B, T, K, E]
+    v = tape('v', self.v(x)).reshape(heads)
     if self.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     out, kept = attend(rope.rotate(q, rotation), rope.rotate(k, rotation), v)
-    return self.o(out.reshape(*x.shape[:-1], -1)), kept
+    return tape('o', self.o(out.reshape(*x.shape[:-1], -1))), kept
 
 
 class PreNormBlock(nnx.Module):
@@ -249,13 +258,14 @@ class PreNormBlock(nnx.Module):
     self.mlp = mlp
 
   def __call__(
-      self, x: jax.Array, *, rotation, attend: AttendFn
+      self, x: jax.Array, *, rotation, attend: AttendFn,
+      tape: products.TapeFn = products.no_tape
   ) -> tuple[jax.Array, Any]:
     change, kept = self.attention(
-        self.norm_attention(x), rotation=rotation, attend=attend
+        self.norm_attention(x), rotation=rotation, attend=attend, tape=tape
     )
     x = x + change
-    return x + self.mlp(self.norm_mlp(x)), kept
+    return x + self.mlp(self.norm_mlp(x), tape), kept
 
 
 class SandwichBlock(nnx.Module):
@@ -275,13 +285,15 @@ class SandwichBlock(nnx.Module):
     self.norm_mlp_out = norm()
 
   def __call__(
-      self, x: jax.Array, *, rotation, attend: AttendFn
+      self, x: jax.Array, *, rotation, attend: AttendFn,
+      tape: products.TapeFn = products.no_tape
   ) -> tuple[jax.Array, Any]:
     change, kept = self.attention(
-        self.norm_attention(x), rotation=rotation, attend=attend
+        self.norm_attention(x), rotation=rotation, attend=attend, tape=tape
     )
     x = x + self.norm_attention_out(change)
-    return x + self.norm_mlp_out(self.mlp(self.norm_mlp(x))), kept
+    change = self.mlp(self.norm_mlp(x), tape)
+    return x + self.norm_mlp_out(change), kept
 
 
 def times(x: jax.Array, kernel: Any) -> jax.Array:

@@ -1,0 +1,94 @@
+"""What the kernels of a layer make of a token, kept to be used again.
+
+An update of the parameters that sampled begins with the very forward pass that
+sampled. A layer hands each of its products to a tape, by name: a `Recorder`
+keeps them while sampling, a `Player` gives them back while learning, so that
+only the backward pass multiplies by kernels. L layers, E entries, one for each
+token that was read, F features of a product.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# By name: [..., F].
+Products = dict[str, jax.Array]
+# tape(name, product [..., F]) -> what the layer goes on with.
+TapeFn = Callable[[str, jax.Array], jax.Array]
+
+
+def no_tape(name: str, product: jax.Array) -> jax.Array:
+  """Of who neither keeps products nor has kept any."""
+  del name
+  return product
+
+
+class Recorder:
+  """Keeps the products of one layer."""
+
+  def __init__(self):
+    self.products: Products = {}
+
+  def __call__(self, name: str, product: jax.Array) -> jax.Array:
+    self.products[name] = product
+    return product
+
+
+class Player:
+  """Gives back those of one layer; their gradient is that of new ones."""
+
+  def __init__(self, products: Products):
+    self.products = products
+
+  def __call__(self, name: str, product: jax.Array) -> jax.Array:
+    return _in_place_of(product, self.products[name])
+
+
+@jax.custom_vjp
+def _in_place_of(product, kept):
+  """What was kept. Nothing needs the product, so no program computes it."""
+  return kept.astype(product.dtype)
+
+
+def _in_place_of_forward(product, kept):
+  # Not by a call of it, behind which a product would look needed.
+  return kept.astype(product.dtype), None
+
+
+def _in_place_of_backward(_, gradient):
+  return gradient, None
+
+
+_in_place_of.defvjp(_in_place_of_forward, _in_place_of_backward)
+
+
+class Buffer(NamedTuple):
+  """Products of all layers, written one step after the other."""
+
+  products: Products  # [L, E, F] each.
+  used: Any  # [] int32, the first entries hold something.
+
+  def add(self, products: Products) -> tuple['Buffer', jax.Array]:
+    """With those of n more tokens [L, n, F], and their entries [n]."""
+    put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+        old, new.astype(old.dtype), self.used, axis=1
+    )
+    count = jax.tree.leaves(products)[0].shape[1]
+    return (
+        Buffer(jax.tree.map(put, self.products, products), self.used + count),
+        self.used + jnp.arange(count),
+    )
+
+
+def begin(over: Products, products: Products) -> tuple[Buffer, jax.Array]:
+  """Those of prompts [L, N, P, F], over what was there; entries [N, P]."""
+  rows = jax.tree.map(lambda x: x.reshape(len(x), -1, x.shape[-1]), products)
+  buffer, entries = Buffer(over, jnp.int32(0)).add(rows)
+  return buffer, entries.reshape(jax.tree.leaves(products)[0].shape[1:3])
+
+
+def take(products: Products, entries: jax.Array) -> Products:
+  """Of tokens [B, T]. [L, E, F] -> [L, B, T, F]."""
+  return jax.tree.map(lambda x: jnp.take(x, entries, axis=1), products)
