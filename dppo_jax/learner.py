@@ -62,9 +62,8 @@ def make_learner(
 
   def update(state, batch, chosen, products):
     """One optimizer update, or none if it would not be finite."""
-    loss, gradients, stats, sizes = accumulate(
-        state, batch, chosen, products
-    )
+    accumulated = accumulate(state, batch, chosen, products)
+    loss, gradients, stats, sizes = accumulated
     norm = optax.tree.norm(gradients)
     changes, opt_state = optimizer.transformation.update(
         gradients, state.opt_state, state.params
@@ -99,6 +98,7 @@ def make_learner(
             reference=trainable.start(state.reference, state.frozen),
         ),
         scored,
+        state.products,
     )
     # Weights make the loss of the rollout; a mini-batch is a part of it.
     batch = batch._replace(weights=batch.weights * num_minibatches)

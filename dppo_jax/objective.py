@@ -34,7 +34,6 @@ from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import Rows
 from dppo_jax.types import ScoredRollout
-from dppo_jax.types import TrainState
 
 
 class Batch(NamedTuple):
@@ -113,7 +112,7 @@ def make_prepare_fn(
     chunk_size: int,
     prompt_length: int = 0,
     arrange: packing.ArrangeFn = packing.as_sampled,
-) -> Callable[[TrainState, ScoredRollout], Batch]:
+) -> Callable[..., Batch]:
   """What is computed once on the whole rollout.
 
   Args:
@@ -138,7 +137,8 @@ def make_prepare_fn(
     arrange: lays out rows, see packing.py.
 
   Returns:
-    `prepare(state, scored) -> Batch`.
+    `prepare(state, scored, products) -> Batch`; for products of the state that
+    are used again, see `target.hidden_states`.
   """
   if anchor not in ('behaviour', 'recomputed'):
     raise ValueError(
@@ -166,7 +166,7 @@ def make_prepare_fn(
         divergences.token_logprobs, state.reference, _own_routing(rows)
     )
 
-  def prepare(state, scored):
+  def prepare(state, scored, products=()):
     rollout = scored.rollout
     lengths = jnp.sum(rollout.token_mask, axis=-1)
     if mask_truncated:
@@ -194,7 +194,7 @@ def make_prepare_fn(
     advantages = advantage_fn(rewards)[:, None]
     anchored = Anchor(rollout.behaviour_logprobs, rollout.record)
     if anchor == 'recomputed':
-      anchored = in_parts(recompute, state.params, rows, state.products)
+      anchored = in_parts(recompute, state.params, rows, products)
     everywhere = lambda x: jnp.broadcast_to(x[:, None], mask.shape)
     return Batch(
         rows=rows,

@@ -140,7 +140,7 @@ def _gradient(name, **options):
   dual = options['dual']
 
   def gradient(start, target, scored, advantages):
-    state = types.SimpleNamespace(params=start, reference=(), products=())
+    state = types.SimpleNamespace(params=start, reference=())
     batch = prepare(state, scored)
     mask = scored.rollout.token_mask
     batch = batch._replace(
