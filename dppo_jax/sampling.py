@@ -19,7 +19,6 @@ from dppo_jax.models import experts
 from dppo_jax.models import products as products_lib
 from dppo_jax.models import quantization
 from dppo_jax.models.causal_lm import CausalLM
-from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 
 # Of a row of logits. A power of two, so that a vocabulary that is split over
@@ -143,7 +142,7 @@ def make_sampler(
     num_slots: int = 0,
     num_halvings: int = 0,
     record_routing: bool = False,
-) -> Callable[[PyTree, Prompts, jax.Array], Completions]:
+) -> Callable[..., Completions]:
   """A function that samples G completions of each prompt.
 
   Args:
