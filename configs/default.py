@@ -119,6 +119,8 @@ def _step(config):
       # How often slots are halved as the last completions end. Saves time where
       # a step costs less for fewer rows; each compiles another loop.
       'num_halvings': 0,
+      # Equal steps to each half: 2 go on with 3/4 in between, compiled as well.
+      'halving_steps': 1,
       # Devices over which the sampler splits heads and experts; the others
       # share rows. 0 as in mesh below.
       'mesh': {'tensor': 0, 'expert': 0},
@@ -142,6 +144,8 @@ def _step(config):
       # How often packed rows are halved where a part of a mini-batch leaves the
       # other half empty, as the last may. Each compiles another learner.
       'num_halvings': 0,
+      # Equal steps to each half: 2 take 3/4 in between, compiled as well.
+      'halving_steps': 1,
       # Rows as sampled, with a prompt computed once for its group. A
       # mini-batch then consists of whole groups.
       'share_prompts': False,

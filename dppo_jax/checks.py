@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any
 
+from dppo_jax import halvings
 from dppo_jax import lora
 from dppo_jax import registry
 from dppo_jax.models import attention_kernels
@@ -528,15 +529,13 @@ def _check_reuse(config):
 
 def _check_halved_rows(sizes):
   """Whether packed rows can be halved, see `packing.make_packed`."""
-  asked = f'config.learner.num_halvings={sizes.num_halvings}'
-  if sizes.num_halvings < 0:
-    raise ValueError(f'{asked} must be 0 or more.')
+  asked = _asked_halvings('learner', sizes)
   if sizes.num_halvings and not sizes.row_length:
     raise ValueError(
         f'{asked} halves packed rows, and learner.row_length=0 packs none; set '
         'row_length, for example to 256, or use num_halvings=0.'
     )
-  divisor = 2**sizes.num_halvings
+  divisor = halvings.divisor(sizes.num_halvings, sizes.halving_steps)
   if sizes.row_length % divisor:
     # Not the multiple below, which may have no room for a completion.
     longer = -(-sizes.row_length // divisor) * divisor
@@ -593,13 +592,31 @@ def _check_slots(section, num_slots, config, *factors):
     )
 
 
+def _asked_halvings(section, sizes) -> str:
+  """What errors call the halvings that were asked for, if any can be."""
+  for name, smallest in (('num_halvings', 0), ('halving_steps', 1)):
+    if sizes[name] < smallest:
+      raise ValueError(
+          f'config.{section}.{name}={sizes[name]} must be {smallest} or more.'
+      )
+  asked = f'config.{section}.num_halvings={sizes.num_halvings}'
+  if sizes.halving_steps > 1:
+    if not sizes.num_halvings:
+      raise ValueError(
+          f'config.{section}.halving_steps={sizes.halving_steps} are to each '
+          f'half, and {asked} makes none; use num_halvings=1 or more, or '
+          'halving_steps=1.'
+      )
+    asked += f' with halving_steps={sizes.halving_steps}'
+  return asked
+
+
 def _check_halvings(config, num_sampler_shards):
   sizes = config.sampling
-  if sizes.num_halvings < 0:
-    raise ValueError(
-        f'config.sampling.num_halvings={sizes.num_halvings} must be 0 or more.'
-    )
-  divisor = num_sampler_shards * 2**sizes.num_halvings
+  asked = _asked_halvings('sampling', sizes)
+  divisor = num_sampler_shards * halvings.divisor(
+      sizes.num_halvings, sizes.halving_steps
+  )
   slots = sizes.num_slots or config.num_prompts * config.group_size
   if slots % divisor:
     name = 'num_slots' if sizes.num_slots else 'num_prompts * group_size'
@@ -608,9 +625,8 @@ def _check_halvings(config, num_sampler_shards):
         if num_sampler_shards > 1 else ''
     )
     raise ValueError(
-        f'config.sampling.num_halvings={sizes.num_halvings} halves slots so '
-        f'many times, and {name}={slots} cannot be{on}; '
-        f'{_nearest(slots, divisor)}, or fewer halvings.'
+        f'{asked} halves slots so many times, and {name}={slots} cannot be{on}'
+        f'; {_nearest(slots, divisor)}, or fewer halvings.'
     )
 
 

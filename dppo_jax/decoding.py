@@ -11,7 +11,8 @@ N prompts, G completions of each, B = N * G rows, S slots, P prompt tokens, C
 completion tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from dppo_jax.types import PyTree
 
 # Scopes of the loop that copies prompts to slots, and of loops over fewer.
 FILL = 'fill'
-HALVED = 'halved'
+FEWER = 'fewer'
 
 
 class Column(NamedTuple):
@@ -223,8 +224,7 @@ def in_slots(
     draw: DrawFn,
     start: Start,
     *,
-    num_slots: int,
-    num_halvings: int,
+    sizes: Sequence[int],
     length: int,
     pad_id: int,
 ) -> Drawn:
@@ -235,20 +235,19 @@ def in_slots(
   later sees less of it. Only the keys and values of a prompt are copied, once
   for each row.
 
-  Once the queue is empty, slots stay empty. When half of them are, another loop
-  goes on with the other half, and so on: a step then costs what half the rows
-  do. Each loop is compiled for itself.
+  Once the queue is empty, slots stay empty. When the next of `sizes` is enough,
+  another loop goes on with so many, and so on: a step then costs what fewer
+  rows do. Each loop is compiled for itself.
 
   Args:
     model: the architecture, in the sampler's dtype.
     draw: takes token number `index` of every slot.
     start: the prompts, read.
-    num_slots: S, at most B.
-    num_halvings: how often slots are halved; 2 to its power divides S.
+    sizes: S, at most B, and what to go on with after it, from the largest.
     length: C.
     pad_id: the token of what was not sampled.
   """
-  batch = start.keys.shape[0]
+  batch, num_slots = start.keys.shape[0], sizes[0]
   fill = _make_fill(start)
 
   def advance(carry):
@@ -310,12 +309,12 @@ def in_slots(
     busy = lambda carry: jnp.sum(carry[1].row < batch) > enough
     return jax.lax.while_loop(busy, advance, carry)
 
-  # Half of the slots at most go on, and in the end none.
-  enough = [num_slots // 2**i for i in range(1, num_halvings + 1)] + [0]
-  carry = until(enough[0], carry)
-  for count in enough[1:]:
-    with jax.named_scope(HALVED):
-      carry = until(count, _halve(carry, nobody=batch))
+  # Until the next size is enough, and in the end until nobody is left.
+  limits = (*sizes[1:], 0)
+  carry = until(limits[0], carry)
+  for size, enough in itertools.pairwise(limits):
+    with jax.named_scope(FEWER):
+      carry = until(enough, _go_on_with(size, carry, nobody=batch))
   step, *_, outputs, read, products = carry
   return Drawn(outputs, read, step + 1, products)
 
@@ -331,11 +330,11 @@ def _first_slots(start: Start, fill, num_slots: int):
   return fill(nobody, jnp.ones(num_slots, bool), jnp.int32(0), copies)
 
 
-def _halve(carry, *, nobody):
-  """The half of the slots in which all rows are that there still are."""
+def _go_on_with(size, carry, *, nobody):
+  """So many of the slots, with all rows that there still are."""
   step, slots, following, own_prompts, cache, *rest = carry
   order = jnp.argsort(slots.row == nobody, stable=True)
-  kept = order[: len(order) // 2]
+  kept = order[:size]
   slots, own_prompts, cache = jax.tree.map(
       lambda x: jnp.take(x, kept, axis=0), (slots, own_prompts, cache)
   )

@@ -534,6 +534,7 @@ def _make_arrange(config: Any, mesh: Any) -> packing.ArrangeFn:
       group_size=config.group_size,
       row_multiple=sharding.num_batch_shards(mesh),
       num_halvings=config.learner.num_halvings,
+      halving_steps=config.learner.halving_steps,
   )
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dppo_jax import halvings
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import Rows
@@ -33,7 +34,8 @@ class Layout(NamedTuple):
   num_parts: Any  # int, or [] int32: parts that hold anything.
   segments: PyTree = ()  # [K, m, R] int32; () keeps those of the rollout.
   prompt_segments: PyTree = ()  # [K, m, R] int32, see `types.Rows`.
-  num_halvings: int = 0  # See `make_packed`.
+  # A part is computed to the shortest of these that its rows fit in, R if ().
+  lengths: tuple[int, ...] = ()
 
 
 # arrange(rows [B, T], chosen [b], num_parts) -> Layout of the rows `chosen`, in
@@ -107,6 +109,7 @@ def make_packed(
     group_size: int,
     row_multiple: int = 1,
     num_halvings: int = 0,
+    halving_steps: int = 1,
 ) -> ArrangeFn:
   """Packs completions in rows, those with most tokens first.
 
@@ -121,8 +124,10 @@ def make_packed(
     group_size: G; a group's completions are next to each other.
     row_multiple: the rows of a part are a multiple of it.
     num_halvings: a part whose rows are all empty behind R / 2 is computed as if
-      R were that, and so on, so often; 2 to its power divides R.
+      R were that, and so on, so often; see `halvings.sizes`.
+    halving_steps: to each half, likewise.
   """
+  lengths = tuple(halvings.sizes(row_length, num_halvings, halving_steps))
 
   def arrange(rows, chosen, num_parts):
     batch, length = rows.token_mask.shape
@@ -154,7 +159,7 @@ def make_packed(
     parts = lambda x: x.reshape(-1, part, row_length)
     return Layout(
         parts(source), -(-placed.num_rows // part), parts(segments),
-        parts(prompts), num_halvings,
+        parts(prompts), lengths,
     )
 
   return arrange
@@ -376,7 +381,7 @@ def num_slots(layout: Layout) -> jax.Array:
 def _lengths(layout: Layout) -> list[int]:
   """Those that the rows of a part may be computed to, from the shortest."""
   row_length = layout.source.shape[-1]
-  return [row_length >> i for i in range(layout.num_halvings, -1, -1)]
+  return sorted(layout.lengths) or [row_length]
 
 
 def _which(layout: Layout) -> jax.Array:

@@ -37,8 +37,8 @@ from dppo_jax import roofline
 from dppo_jax import sharding
 from dppo_jax.chips import Chip
 from dppo_jax.chips import CHIPS
+from dppo_jax.decoding import FEWER
 from dppo_jax.decoding import FILL
-from dppo_jax.decoding import HALVED
 from dppo_jax.models import attention
 from dppo_jax.models import load
 
@@ -240,7 +240,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   filled = config.num_prompts * config.group_size // shards - slots
 
   def trips(phase, loop):
-    if HALVED in loop.op_name.split('/'):
+    if FEWER in loop.op_name.split('/'):
       return 'decode', 0  # Slots are always full, see `expect`.
     if FILL in loop.op_name.split('/'):
       of_phase = {'sample': slots, 'decode': filled / expected.decode_steps}
@@ -254,7 +254,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
     return phase, 1
 
   def traced_trips(phase, equation):
-    if HALVED in str(equation.source_info.name_stack).split('/'):
+    if FEWER in str(equation.source_info.name_stack).split('/'):
       return 'decode', 0
     if phase == 'sample':
       return 'decode', expected.decode_steps

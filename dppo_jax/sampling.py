@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from dppo_jax import decoding
 from dppo_jax import divergences
+from dppo_jax import halvings
 from dppo_jax.models import attention
 from dppo_jax.models import experts
 from dppo_jax.models import products as products_lib
@@ -141,6 +142,7 @@ def make_sampler(
     cache_dtype: Any = None,
     num_slots: int = 0,
     num_halvings: int = 0,
+    halving_steps: int = 1,
     record_routing: bool = False,
 ) -> Callable[..., Completions]:
   """A function that samples G completions of each prompt.
@@ -163,7 +165,9 @@ def make_sampler(
       and float8 with a scale for each token and head.
     num_slots: completions that are decoded at a time, see `decoding`; 0 or B
       for all of them.
-    num_halvings: see `decoding.in_slots`.
+    num_halvings: how often slots are halved as the last completions end, see
+      `halvings.sizes`.
+    halving_steps: to each half, likewise.
     record_routing: whether to remember the experts of every token.
 
   Returns:
@@ -175,7 +179,7 @@ def make_sampler(
   weights_dtype = jnp.dtype(weights_dtype or dtype)
   cache_dtype = jnp.dtype(cache_dtype or dtype)
   model = model.replace(dtype=dtype, remat='none')
-  sizes = {'length': max_completion_length, 'pad_id': pad_id}
+  limits = {'length': max_completion_length, 'pad_id': pad_id}
   routing = experts.Routing(record=record_routing)
   draw = _make_draw(temperature, top_p, top_k, record, eos_ids)
 
@@ -200,12 +204,12 @@ def make_sampler(
     )
     num_rows = keys.shape[0]
     if 0 < num_slots < num_rows or num_halvings:
-      drawn = decoding.in_slots(
-          model, draw, start, num_slots=num_slots or num_rows,
-          num_halvings=num_halvings, **sizes,
+      sizes = halvings.sizes(
+          num_slots or num_rows, num_halvings, halving_steps
       )
+      drawn = decoding.in_slots(model, draw, start, sizes=sizes, **limits)
     else:
-      drawn = decoding.together(model, draw, start, **sizes)
+      drawn = decoding.together(model, draw, start, **limits)
     completions = _complete(drawn, eos_ids)
     if record_routing:
       completions = completions._replace(

@@ -138,7 +138,8 @@ def test_the_step_that_peers_are_compared_with_does_the_agreed_work(tmp_path):
   result = run(
       'peers/ours.py', '--lengths=geometric', '--microbatches=4',
       '--row_lengths=128', '--slots=16', '--halvings=2', '--part_halvings=1',
-      '--reuses=1', '--steps=2', '--warmup=1',
+      '--halving_steps=2', '--reuses=1', '--steps=2', '--warmup=1',
+      '--seed=1',
       f'--output={output}', data_dir=tmp_path / 'data',
   )
   assert result == json.loads(output.read_text())

@@ -201,6 +201,18 @@ def test_slots_are_halved_on_each_device():
       'num_halvings=3 .* num_slots=12 cannot be; try 8 or 16, or fewer',
       **{'sampling.num_halvings': 3, 'sampling.num_slots': 12},
   )
+  steps = {'sampling.num_halvings': 2, 'sampling.halving_steps': 3}
+  refused(
+      'num_halvings=2 with halving_steps=3 halves slots so many times, and '
+      'num_slots=8 cannot be; try 12, or fewer',
+      **steps, **{'sampling.num_slots': 8},
+  )
+  refused('halving_steps=0 must be 1', **{'sampling.halving_steps': 0})
+  refused(
+      r'config\.sampling\.halving_steps=2 are to each half, and '
+      r'config\.sampling\.num_halvings=0 makes none; use num_halvings=1',
+      **{'sampling.halving_steps': 2},
+  )
   # All at once are 32 * 8.
   config = default.get_config()
   config.sampling.num_halvings = 5
@@ -245,6 +257,11 @@ def test_only_packed_rows_are_halved_and_into_whole_slots():
       'num_halvings=3 halves rows so many times, and learner.row_length=36 '
       'cannot be; use row_length=40, or fewer halvings',
       **packed, **{'learner.num_halvings': 3},
+  )
+  refused(
+      'num_halvings=1 with halving_steps=5 halves rows so many times, and '
+      'learner.row_length=36 cannot be; use row_length=40, or fewer halvings',
+      **packed, **{'learner.num_halvings': 1, 'learner.halving_steps': 5},
   )
   # Tokens of a half are padded where the devices do not divide them.
   config = default.get_config()

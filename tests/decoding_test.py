@@ -86,22 +86,26 @@ def test_any_number_of_slots_gives_the_same_tokens(num_slots):
   assert_same(sample(num_slots), expected)
 
 
-@pytest.mark.parametrize('num_slots, num_halvings', [
-    (2, 1), (12, 2), (8, 3), (0, 5),
+@pytest.mark.parametrize('num_slots, num_halvings, halving_steps', [
+    (2, 1, 1), (12, 2, 1), (12, 2, 3), (8, 3, 1), (8, 2, 2), (0, 5, 1),
 ])
 def test_slots_that_are_halved_give_the_same_tokens_in_as_many_steps(
-    num_slots, num_halvings
+    num_slots, num_halvings, halving_steps
 ):
-  halved = sample(num_slots, num_halvings=num_halvings)
+  halving = {'num_halvings': num_halvings, 'halving_steps': halving_steps}
+  halved = sample(num_slots, **halving)
   assert_same(halved, sample(0))
   assert halved.num_steps == sample(num_slots).num_steps
-  in_window = {'config': WINDOW, 'num_halvings': num_halvings}
+  in_window = {'config': WINDOW, **halving}
   assert_same(sample(num_slots, **in_window), sample(0, config=WINDOW))
 
 
-def test_loops_over_halves_have_half_the_rows():
-  """And half of what is kept for them."""
-  sampler = make_sampler(8, num_halvings=2)
+@pytest.mark.parametrize('halving_steps, sizes', [
+    (1, [8, 4, 2]), (2, [8, 6, 4, 3, 2]),
+])
+def test_loops_over_fewer_slots_have_fewer_rows(halving_steps, sizes):
+  """And less of what is kept for them."""
+  sampler = make_sampler(8, num_halvings=2, halving_steps=halving_steps)
   keys = sampling.row_keys(jax.random.key(3), NUM_ROWS)
   traced = jax.make_jaxpr(sampler)(
       tiny_model.params(), tiny_model.prompts(NUM_PROMPTS), keys
@@ -118,7 +122,7 @@ def test_loops_over_halves_have_half_the_rows():
        if x.aval.shape[1:] == (heads, C, size)}
       for loop in loops
   ]
-  assert [x for x in caches if x] == [{8}, {4}, {2}]
+  assert [x for x in caches if x] == [{size} for size in sizes]
 
 
 def test_a_slot_does_not_see_what_its_last_owner_left():

@@ -67,7 +67,8 @@ def arrange(rows, chosen, num_parts, *, row_length, **options):
       rows, jnp.asarray(chosen, jnp.int32), num_parts
   )
   return layout._replace(
-      num_parts=int(layout.num_parts), num_halvings=int(layout.num_halvings)
+      num_parts=int(layout.num_parts),
+      lengths=tuple(int(x) for x in layout.lengths),
   )
 
 
@@ -193,15 +194,21 @@ def test_nothing_sampled_makes_no_parts():
   assert used == 0 and layout.num_parts == 0
 
 
-@pytest.mark.parametrize('num_halvings', [0, 1, 3])
-def test_a_part_is_as_short_as_the_fullest_of_its_rows_allows(num_halvings):
+@pytest.mark.parametrize('num_halvings, halving_steps, allowed', [
+    (0, 1, [40]),
+    (1, 1, [40, 20]),
+    (3, 1, [40, 20, 10, 5]),
+    (2, 2, [40, 30, 20, 15, 10]),
+])
+def test_a_part_is_as_short_as_the_fullest_of_its_rows_allows(
+    num_halvings, halving_steps, allowed
+):
   row_length, seen = 4 * T, set()
-  allowed = row_length / 2 ** np.arange(num_halvings + 1)
   for seed in range(8):
     num_parts = (3, 6)[seed % 2]  # Of two rows, or of one.
     layout, _ = check(
         random_rollout(seed), np.arange(24), row_length, num_parts,
-        num_halvings=num_halvings,
+        num_halvings=num_halvings, halving_steps=halving_steps,
     )
     num_rows = layout.source.shape[1]
     # As a number of the running program.

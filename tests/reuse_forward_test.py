@@ -50,6 +50,10 @@ def trajectory(**options):
 @pytest.mark.parametrize('options', [
     {},
     {'sampling__num_slots': 8, 'sampling__num_halvings': 2},
+    {'sampling__num_slots': 8, 'sampling__num_halvings': 1,
+     'sampling__halving_steps': 2,
+     'learner__row_length': 32, 'learner__num_microbatches': 4,
+     'learner__num_halvings': 2, 'learner__halving_steps': 4},
     {'learner__share_prompts': True, 'learner__num_microbatches': 2},
     {'learner__row_length': 32, 'learner__num_microbatches': 4,
      'learner__num_halvings': 1},
