@@ -80,6 +80,7 @@ def make_config(
     slots: int,
     halvings: int,
     part_halvings: int,
+    halving_steps: int,
     reuse: int,
 ):
   """GRPO with the sizes of `work`."""
@@ -96,6 +97,12 @@ def make_config(
       'learner.num_microbatches': work.BATCH // microbatch,
       'learner.row_length': row_length,
       'learner.num_halvings': part_halvings if row_length else 0,
+      **{
+          f'{section}.halving_steps': halving_steps
+          for section, halved in (
+              ('sampling', halvings), ('learner', row_length and part_halvings)
+          ) if halved
+      },
       'learner.share_prompts': not row_length,
       'learner.reuse_forward': bool(reuse),
       'optimizer.learning_rate': work.LEARNING_RATE,
@@ -122,7 +129,9 @@ def run(args: argparse.Namespace, **setting) -> work.Steps:
   )
   tokens = work.make_prompts(size.vocab)
   prompts = Prompts(tokens, np.ones(tokens.shape, bool))
-  key_params, key_state, key_adapters = jax.random.split(jax.random.key(0), 3)
+  key_params, key_state, key_adapters = jax.random.split(
+      jax.random.key(args.seed), 3
+  )
   state = jax.jit(program.init, out_shardings=program.shardings)(
       model.init(key_params), key_state, key_adapters
   )
@@ -166,6 +175,10 @@ def main():
       help='config.learner.num_halvings, to try one by one; of packed rows.',
   )
   flags.add_argument(
+      '--halving_steps', type=work.integers, default=[1],
+      help='To each half, of slots and of packed rows, to try one by one.',
+  )
+  flags.add_argument(
       '--reuses', type=work.integers, default=[0],
       help='config.learner.reuse_forward, to try one by one: 0 or 1.',
   )
@@ -176,6 +189,7 @@ def main():
       'slots': args.slots,
       'halvings': args.halvings,
       'part_halvings': args.part_halvings,
+      'halving_steps': args.halving_steps,
       'reuse': args.reuses,
   }
   settings = [

@@ -10,8 +10,10 @@ options of `pip install`, for example where a CPU build of torch is found, and
 
 For each size and kind of lengths, every script first tries its settings alone.
 With its best one it then runs in turns with the others, each time in a new
-process: A B C A B C. A ratio compares medians of the same round, so what slows
-the machine down for minutes slows all three; above 1, dppo_jax is faster.
+process: A B C A B C. A round has its own seed: lengths that are drawn decide
+what a step of ours costs. A ratio compares medians of the same round, so
+what slows the machine down for minutes slows all three; above 1, dppo_jax is
+faster.
 """
 
 import argparse
@@ -46,11 +48,13 @@ SCRIPTS = {
 OURS = {
     'fixed': {
         'microbatches': [8, 16, 32], 'row_lengths': [0], 'slots': [0],
-        'halvings': [0], 'part_halvings': [0], 'reuses': [1],
+        'halvings': [0], 'part_halvings': [0], 'halving_steps': [1],
+        'reuses': [1],
     },
     'geometric': {
         'microbatches': [4, 8], 'row_lengths': [128, 256], 'slots': [32, 96],
-        'halvings': [4], 'part_halvings': [1], 'reuses': [1],
+        'halvings': [4], 'part_halvings': [1], 'halving_steps': [1],
+        'reuses': [1],
     },
 }
 PEERS = [8, 16, 32, 64]  # Micro-batches.
@@ -58,7 +62,8 @@ PEERS = [8, 16, 32, 64]  # Micro-batches.
 SETTING = {
     'microbatches': 'microbatch', 'row_lengths': 'row_length',
     'slots': 'slots', 'halvings': 'halvings',
-    'part_halvings': 'part_halvings', 'reuses': 'reuse',
+    'part_halvings': 'part_halvings', 'halving_steps': 'halving_steps',
+    'reuses': 'reuse',
 }
 
 
@@ -86,11 +91,11 @@ def pythons(args: argparse.Namespace) -> dict[str, str]:
 
 def call(
     name: str, python: str, cell: dict[str, str], tried: dict[str, list[int]],
-    *, steps: int, warmup: int,
+    *, steps: int, warmup: int, seed: int = 0,
 ) -> dict[str, Any]:
   """The result of one script, in a process of its own."""
   lists = {k: ','.join(map(str, v)) for k, v in tried.items()}
-  options = {**cell, **lists, 'steps': steps, 'warmup': warmup}
+  options = cell | lists | {'steps': steps, 'warmup': warmup, 'seed': seed}
   with tempfile.TemporaryDirectory() as folder:
     output = pathlib.Path(folder) / 'result.json'
     command = [python, str(_HERE / SCRIPTS[name]), f'--output={output}']
@@ -129,10 +134,11 @@ def measure(
           name: call(
               name, python, cell, chosen[name], warmup=args.warmup,
               steps=args.our_steps if name == 'dppo_jax' else args.steps,
+              seed=seed,
           )['best']
           for name, python in environments.items()
       }
-      for _ in range(args.rounds)
+      for seed in range(args.rounds)
   ]
   row = {
       **cell,

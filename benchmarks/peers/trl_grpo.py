@@ -118,6 +118,7 @@ def make_trainer(
       callbacks=[Timer(steps)],
       args=trl.GRPOConfig(
           output_dir=folder,
+          seed=args.seed,
           use_cpu=True,
           bf16=False,
           gradient_checkpointing=False,

@@ -175,7 +175,8 @@ def run(args: argparse.Namespace, *, microbatch: int) -> work.Steps:
   def batches() -> Iterator[dict[str, list[str]]]:
     """A batch is asked for when the step before has ended."""
     for step in range(args.warmup + args.steps):
-      rollout.seed = step  # Otherwise every step draws with the same key.
+      # Otherwise every step draws with the same key.
+      rollout.seed = 1000 * args.seed + step
       steps.mark()
       yield {'prompts': prompts}
     steps.mark()

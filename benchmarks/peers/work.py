@@ -82,6 +82,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
   )
   flags.add_argument('--steps', type=int, default=3, help='Timed, of each.')
   flags.add_argument('--warmup', type=int, default=2, help='Before, of each.')
+  flags.add_argument('--seed', type=int, default=0, help='Of what is drawn.')
   flags.add_argument('--output', help='File of the result, JSON.')
   return flags
 
