@@ -48,6 +48,7 @@ from dppo_jax import workdir as workdir_lib
 from dppo_jax.models import attention
 from dppo_jax.models import attention_kernels
 from dppo_jax.models import load
+from dppo_jax.models import packed_attention
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.tasks.prompts import end_ids
 from dppo_jax.tasks.prompts import evaluation_batches
@@ -262,17 +263,26 @@ def _with_attention(
   parts = learning.shape['sequence']
   split = sharding.by_queries(learning)
 
-  def make(asked, mesh, **of_xla):
+  def make(asked, mesh, in_xla):
     name = _choose_attention(config, asked).name
     share = sharding.by_rows_and_heads(mesh)
     return {
-        'xla': lambda: attention.in_xla(**of_xla),
+        'xla': in_xla,
         'splash': lambda: attention_kernels.splash(share),
         'cudnn': lambda: attention_kernels.cudnn(share),
     }[name]()
 
   learner, prefill = _asked_of_attention(config, mesh, model)
-  of_learner = make(learner, learning, parts=parts, split=split)
+  if config.learner.row_length and split is None:
+    of_rows = functools.partial(
+        packed_attention.in_stretches, packed_attention.sizes_for(
+            prompt_length=config.max_prompt_length,
+            completion_length=config.max_completion_length,
+        )
+    )
+  else:
+    of_rows = functools.partial(attention.in_xla, parts=parts, split=split)
+  of_learner = make(learner, learning, of_rows)
   if config.learner.share_prompts:
     groups = attention.Groups(config.max_prompt_length - 1, config.group_size)
     by_xla = _choose_attention(config, learner).name == 'xla'
@@ -280,10 +290,20 @@ def _with_attention(
       of_learner = attention.in_merged_groups(groups)
     else:
       of_learner = attention.in_groups(of_learner, groups)
+  # What attention brings is only of use where it is not computed again.
+  in_stretches = config.learner.row_length and split is None
+  by_xla = all(
+      _choose_attention(config, asked).name == 'xla'
+      for asked in (learner, prefill)
+  )
+  short = config.max_prompt_length <= attention.LONG_ROW
   return (
       model.replace(row_attention=of_learner),
       # The sampler has its own rows already, and whole ones.
-      model.replace(row_attention=make(prefill, sampling_mesh)),
+      model.replace(
+          row_attention=make(prefill, sampling_mesh, attention.in_xla),
+          keeps_attention=bool(in_stretches and by_xla and short),
+      ),
   )
 
 
@@ -361,7 +381,7 @@ def make_program(
         dual=method.dual,
     )
     if config.learner.reuse_forward:
-      state = state._replace(products=_empty_products(config, model))
+      state = state._replace(products=_empty_products(config, whole))
     if replay is None:
       return state
     return state._replace(replay=replay.init(train_step_lib.blank(

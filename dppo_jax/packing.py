@@ -178,40 +178,39 @@ class _Placed(NamedTuple):
 def _first_fit(
     sizes, prompt_sizes, groups, *, num_groups, row_length, max_rows
 ) -> _Placed:
-  """Rows for completions, one after the other; prompts stand first in a row."""
+  """Rows for completions, one after the other.
+
+  In a row, a prompt stands in front of the completions of its group, and no
+  other group among them: who attends need not look far (packed_attention.py).
+  """
   of_groups = jax.ops.segment_sum(sizes, groups, num_groups)
   order = jnp.lexsort((-sizes, groups, -of_groups[groups]))
 
   def place(i, carry):
-    placed, used_by_prompts, used, latest = carry
+    placed, used, latest = carry
     index = order[i]
-    size, prompt = sizes[index], prompt_sizes[index]
+    size = sizes[index]
     holds = latest == groups[index]
-    room = row_length - used_by_prompts - used
-    fits = size + jnp.where(holds, 0, prompt) <= room
-    row = jnp.argmax(jnp.where(fits, 1 + holds, 0))
-    brings = ~holds[row]
+    needed = size + jnp.where(holds, 0, prompt_sizes[index])
+    row = jnp.argmax(jnp.where(needed <= row_length - used, 1 + holds, 0))
     put = lambda x, value: x.at[index].set(value)
     new = placed._replace(
         row=put(placed.row, row),
-        start=put(placed.start, used[row]),
-        prompt_start=put(placed.prompt_start, used_by_prompts[row]),
-        brings_prompt=put(placed.brings_prompt, brings),
+        start=put(placed.start, used[row] + needed[row] - size),
+        prompt_start=put(placed.prompt_start, used[row]),
+        brings_prompt=put(placed.brings_prompt, ~holds[row]),
         num_rows=jnp.maximum(placed.num_rows, row + 1),
     )
     after = (
-        new,
-        used_by_prompts.at[row].add(jnp.where(brings, prompt, 0)),
-        used.at[row].add(size),
-        latest.at[row].set(groups[index]),
+        new, used.at[row].add(needed[row]), latest.at[row].set(groups[index])
     )
     return jax.tree.map(lambda x, y: jnp.where(size > 0, x, y), after, carry)
 
   count = jnp.zeros(len(sizes), jnp.int32)
   empty = jnp.zeros(max_rows, jnp.int32)
   nothing = _Placed(count, count, count, count > 0, jnp.int32(0))
-  placed, used_by_prompts, _, _ = jax.lax.fori_loop(
-      0, len(sizes), place, (nothing, empty, empty, empty - 1)
+  placed, _, _ = jax.lax.fori_loop(
+      0, len(sizes), place, (nothing, empty, empty - 1)
   )
   # The prompt of those that found it in their row.
   bringer = placed.brings_prompt & (sizes > 0)
@@ -220,9 +219,7 @@ def _first_fit(
       jnp.where(bringer, placed.prompt_start, 0)
   )
   return placed._replace(
-      start=placed.start + used_by_prompts[placed.row],
-      prompt_start=starts[groups, placed.row],
-      brings_prompt=bringer,
+      prompt_start=starts[groups, placed.row], brings_prompt=bringer
   )
 
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.models import products
 from dppo_jax.models import quantization
 
-# attend(q [B, T, H, E], k [B, T, K, E], v [B, T, K, E])
+# attend(q [B, T, H, E], k [B, T, K, E], v [B, T, K, E], tape)
 #   -> (out [B, T, H, E], whatever should be kept, usually keys and values).
 AttendFn = Callable[
-    [jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]
+    [jax.Array, jax.Array, jax.Array, products.Tape], tuple[jax.Array, Any]
 ]
 
 # attention(where, windows, scale=, cap=) -> (sights, attend_with). A sight is
@@ -93,7 +94,7 @@ def visible_within_segments(
       taken; and the segment that a token's segment continues, 0 for none.
     window: see `LayerKind`.
   """
-  return _visible(where, _places(where), where, _places(where), window)
+  return sees(where, slots_of(where), where, slots_of(where), window)
 
 
 def visible_in_cache(
@@ -145,15 +146,17 @@ def attend_within_row(
     cap: see `softcap`; of the scores.
   """
 
-  def attend(q, k, v):
-    outs = [
+  def attend(q, k, v, tape=products.no_tape):
+    attended = [
         _attention(
             q[:, i:j], k[:, :j], v[:, :j], visible[:, i:j, :j],
             scale=scale, cap=cap,
         )
         for i, j in _stretches(q.shape[1], SHORTEST_STRETCH)
     ]
-    return jnp.concatenate(outs, axis=1), (k, v)
+    attended = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *attended)
+    tape.attends(attended)
+    return attended.out, (k, v)
 
   return attend
 
@@ -204,12 +207,12 @@ def attend_in_blocks(
   """
 
   def of_block(queries, keys, window):
-    visible = _visible(
+    visible = sees(
         queries.where, queries.places, keys.where, keys.places, window
     )
     return _attention(
         queries.q, keys.k, keys.v, visible, scale=scale, cap=cap
-    )
+    ).out
 
   def of_all(queries, keys, window):
     """A block after the other; BLOCK queries on all devices together."""
@@ -221,8 +224,9 @@ def attend_in_blocks(
     out = jnp.moveaxis(out, 0, 1).reshape(len(queries.q), -1, *out.shape[3:])
     return out[:, : queries.q.shape[1]]
 
-  def attend(q, k, v):
-    places = _places(where)
+  def attend(q, k, v, tape=products.no_tape):
+    del tape
+    places = slots_of(where)
     queries, keys = Queries(q, where, places), Keys(k, v, where, places)
     if split is not None:
       return split(of_all)(queries, keys, window), (k, v)
@@ -306,7 +310,8 @@ def in_groups(rows: RowAttention, groups: Groups) -> RowAttention:
     sights, attend_with = rows(groups.sequences(where), windows, **scores)
 
     def attend_groups_with(sight):
-      def attend(q, k, v):
+      def attend(q, k, v, tape=products.no_tape):
+        del tape
         out, _ = attend_with(sight)(*map(groups.repeated, (q, k, v)))
         prompts = out[:: groups.size, : groups.prompt]
         return groups.together(prompts, out[:, groups.prompt :]), (k, v)
@@ -340,10 +345,11 @@ def in_merged_groups(groups: Groups) -> RowAttention:
     def attend_with(sight):
       among_prompts, of_completions = sight
 
-      def attend(q, k, v):
+      def attend(q, k, v, tape=products.no_tape):
+        del tape
         prompts, completions = zip(*map(groups.apart, (q, k, v)), strict=True)
         out = groups.together(
-            _attention(*prompts, among_prompts, **scores),
+            _attention(*prompts, among_prompts, **scores).out,
             _attention_after_prompts(
                 *completions, *prompts[1:], of_completions, **scores
             ),
@@ -376,12 +382,12 @@ def _stretches(length, shortest):
   return [(i, min(i + size, length)) for i in range(0, length, size)]
 
 
-def _places(where: Where) -> jax.Array:
+def slots_of(where: Where) -> jax.Array:
   """Slots of a row, [1, T]."""
   return jnp.arange(where.segment_ids.shape[1])[None]
 
 
-def _visible(where, places, of_keys, key_places, window):
+def sees(where, places, of_keys, key_places, window):
   """Which keys [B, S] the tokens of [B, n] see. [B, n, S] bool."""
   tokens, keys = lambda x: x[:, :, None], lambda x: x[:, None]
   seen = tokens(places) >= keys(key_places)
@@ -396,7 +402,7 @@ def _visible(where, places, of_keys, key_places, window):
 
 
 def _attention(q, k, v, visible, *, scale, cap):
-  """[B, T, H, E] of queries among keys [B, S, K, E]; visible [B, T, S]."""
+  """Of queries [B, T, H, E] among keys [B, S, K, E]; visible [B, T, S]."""
   batch, length, heads, size = q.shape
   num_keys = k.shape[2]
   # Moved once, so that the products and their gradients take rows as they lie.
@@ -406,10 +412,13 @@ def _attention(q, k, v, visible, *, scale, cap):
   keys, values = cache_of(k, v)
   scores = _scores(queries, keys)
   scores = softcap(scores * scale, cap)
-  [weights], sums = _softmax_parts([_hide(scores, visible[:, None, None])])
-  out = _product('bkhts,bkse->bkhte', weights.astype(q.dtype), values) / sums
-  out = jnp.moveaxis(out.reshape(batch, heads, length, size), 1, 2)
-  return out.astype(q.dtype)
+  [weights], sums, largest = _softmax_parts(
+      [hide(scores, visible[:, None, None])]
+  )
+  out = product('bkhts,bkse->bkhte', weights.astype(q.dtype), values) / sums
+  by_token = lambda x: jnp.moveaxis(x.reshape(batch, heads, length, -1), 1, 2)
+  log_sum = by_token(largest + jnp.log(sums))[..., 0]
+  return products.Attended(by_token(out).astype(q.dtype), log_sum)
 
 
 @jax.custom_vjp
@@ -419,7 +428,7 @@ def _scores(queries, keys):
   The gradient for keys that JAX makes turns that of the scores, which are the
   larger factor; this one turns the queries.
   """
-  return _product('bkhte,bkes->bkhts', queries, keys)
+  return product('bkhte,bkes->bkhts', queries, keys)
 
 
 def _scores_forward(queries, keys):
@@ -428,8 +437,8 @@ def _scores_forward(queries, keys):
 
 def _scores_backward(kept, gradient):
   queries, keys = kept
-  of_queries = _product('bkhts,bkes->bkhte', gradient, keys)
-  of_keys = _product('bkhte,bkhts->bkes', queries, gradient)
+  of_queries = product('bkhts,bkes->bkhte', gradient, keys)
+  of_keys = product('bkhte,bkhts->bkes', queries, gradient)
   return of_queries.astype(queries.dtype), of_keys.astype(keys.dtype)
 
 
@@ -458,30 +467,31 @@ def _attention_after_prompts(
   values = jnp.transpose(by_group(v), (0, 3, 1, 2, 4))
   prompt_keys, prompt_values = cache_of(prompt_k, prompt_v)
   scores = (
-      apart(_product('nkte,nkep->nktp', together(queries), prompt_keys)),
-      _product('nkghte,nkges->nkghts', queries, keys),
+      apart(product('nkte,nkep->nktp', together(queries), prompt_keys)),
+      product('nkghte,nkges->nkghts', queries, keys),
   )
   seen = by_group(visible)[:, None, :, None]  # [N, 1, G, 1, C, P + C]
-  (of_prompt, of_own), sums = _softmax_parts([
-      _hide(softcap(x * scale, cap), y)
+  (of_prompt, of_own), sums, _ = _softmax_parts([
+      hide(softcap(x * scale, cap), y)
       for x, y in zip(scores, jnp.split(seen, [split], axis=-1), strict=True)
   ])
   cast = lambda x: x.astype(q.dtype)
   out = apart(
-      _product('nktp,nkpe->nkte', together(cast(of_prompt)), prompt_values)
+      product('nktp,nkpe->nkte', together(cast(of_prompt)), prompt_values)
   )
-  out += _product('nkghts,nkgse->nkghte', cast(of_own), values)
+  out += product('nkghts,nkgse->nkghte', cast(of_own), values)
   out = jnp.transpose(out / sums, (0, 2, 4, 1, 3, 5))
   return cast(out).reshape(batch, length, heads, size)
 
 
-def _hide(scores, visible):
+def hide(scores, visible):
   """Scores of what is not visible are finite, as padding may see nothing."""
   return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
 
 
 def _softmax_parts(scores):
-  """Exponentials of scores that share a softmax, and their sum [..., 1].
+  """Exponentials of scores that share a softmax; their sum, [..., 1]; and the
+  score [..., 1] that all were lowered by.
 
   What they weigh is divided by the sum, and not each of them: it is smaller.
   """
@@ -490,7 +500,8 @@ def _softmax_parts(scores):
   )
   largest = jax.lax.stop_gradient(largest)  # The result does not depend on it.
   weights = [jnp.exp(x - largest) for x in scores]
-  return weights, sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+  sums = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+  return weights, sums, largest
 
 
 class Cache(NamedTuple):
@@ -554,7 +565,7 @@ def attend_to_cache(
   """
   num_prompts = prompt.keys.shape[0]
 
-  def attend(q, k, v):  # [B, 1, H or K, E]
+  def attend(q, k, v, tape=products.no_tape):  # [B, 1, H or K, E]
     new = convert_cache(cache_of(k, v), quantization.dtype_of(cache.keys))
     put = lambda axis: lambda old, new: (
         jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=axis)
@@ -575,8 +586,8 @@ def attend_to_cache(
     by_row = lambda x: rows(jnp.moveaxis(x, 2, 1))
     # The cache is read as it is kept: through a reshape, XLA copies it.
     q = q.reshape(batch, num_keys, heads // num_keys, size)
-    of_prompt = _product('nkghe,nkep->nkghp', by_prompt(q), prompt_keys)
-    own = _product('bkhe,bkec->bkhc', q, own_keys)
+    of_prompt = product('nkghe,nkep->nkghp', by_prompt(q), prompt_keys)
+    own = product('bkhe,bkec->bkhc', q, own_keys)
     seen_prompt, seen_own = visible
     of_prompt = jnp.where(
         seen_prompt[:, None, :, None], softcap(of_prompt * scale, cap), -jnp.inf
@@ -592,17 +603,19 @@ def attend_to_cache(
     of_prompt = jnp.exp(of_prompt - by_prompt(largest))
     own = jnp.exp(own - largest)
     sums = by_row(over(jnp.sum, of_prompt)) + over(jnp.sum, own)
-    out = by_row(_product(
+    out = by_row(product(
         'nkghp,nkpe->nkghe', of_prompt.astype(q.dtype), prompt_values
     ))
-    out += _product('bkhc,bkce->bkhe', own.astype(q.dtype), own_values)
-    out /= sums
-    return out.astype(v.dtype).reshape(batch, 1, heads, size), kept
+    out += product('bkhc,bkce->bkhe', own.astype(q.dtype), own_values)
+    out = (out / sums).astype(v.dtype).reshape(batch, 1, heads, size)
+    log_sum = (largest + jnp.log(sums)).reshape(batch, 1, heads)
+    tape.attends(products.Attended(out, log_sum))
+    return out, kept
 
   return attend
 
 
-def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """An einsum that is summed in float32, and stays it."""
   return jnp.einsum(
       subscripts, multiplicand(x), multiplicand(y),

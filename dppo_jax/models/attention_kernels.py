@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from dppo_jax.models import attention
 from dppo_jax.models import layers
+from dppo_jax.models import products
 
 NAMES = ('auto', 'xla', 'splash', 'cudnn')
 
@@ -189,7 +190,8 @@ def splash(
       arguments = lambda sight: (sight, ())
 
     def attend_with(sight):
-      def attend(q, k, v):
+      def attend(q, k, v, tape=products.no_tape):
+        del tape
         # The kernel does not scale; in bfloat16 that rounds queries once more.
         inputs = (_fill_up(x, block) for x in (q * scale, k, v))
         out = share(of_rows)(*inputs, *arguments(sight))
@@ -273,7 +275,8 @@ def cudnn(share: ShareFn = alone) -> attention.RowAttention:
       )
 
     def attend_with(visible):
-      def attend(q, k, v):
+      def attend(q, k, v, tape=products.no_tape):
+        del tape
         inputs = (_fill_up(x, 2) for x in (q, k, v))
         return share(of_rows)(*inputs, visible, ())[:, :length], (k, v)
 

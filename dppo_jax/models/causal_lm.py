@@ -62,6 +62,8 @@ class CausalLM:
     by_experts: the same for tokens and experts, see `experts.Experts`.
     row_attention: among the tokens of whole rows, by XLA or by a kernel, see
       `attention_kernels`.
+    keeps_attention: products that are kept have what attention brought beside
+      them, for a `row_attention` that can go on from it.
   """
 
   config: layers.ModelConfig
@@ -73,6 +75,7 @@ class CausalLM:
   by_tokens: Callable[..., Any] | None = None
   by_experts: experts.SpreadFn | None = None
   row_attention: attention.RowAttention = attention.in_xla()
+  keeps_attention: bool = False
 
   def replace(self, **changes) -> 'CausalLM':
     """A copy with some attributes changed."""
@@ -177,7 +180,7 @@ class CausalLM:
 
     def layer(x, scanned):
       layer_params, kind, replay, made = scanned
-      tape = _tape(keep_products, made)
+      tape = self._tape(keep_products, made)
       rotation, sight = views[0]
       if len(views) > 1:  # What is selected is kept for every layer.
         rotation, sight = jax.tree.map(
@@ -351,7 +354,7 @@ class CausalLM:
           place=place,
           **self._scores(),
       )
-      tape = _tape(keep_products)
+      tape = self._tape(keep_products)
       x, kept, routed = self._block(
           # One layer at a time.
           quantization.widen(layer_params, self.dtype),
@@ -417,6 +420,14 @@ class CausalLM:
         'cap': self.config.attn_logit_softcapping,
     }
 
+  def _tape(self, keep_products, made=None) -> products_lib.Tape:
+    """Of one layer."""
+    if keep_products and made is not None:
+      raise ValueError('Products that were kept are not kept again.')
+    if keep_products:
+      return products_lib.Recorder(attention=self.keeps_attention)
+    return products_lib.no_tape if made is None else products_lib.Player(made)
+
   def _block(
       self, layer_params: PyTree, x: jax.Array, *, routing, **arguments
   ) -> tuple[jax.Array, PyTree, experts.Routed]:
@@ -430,17 +441,6 @@ class CausalLM:
     """[L, ...] leaves -> a list of L trees."""
     take = lambda layer: jax.tree.map(lambda x: x[layer], stacked)
     return [take(i) for i in range(self.config.num_hidden_layers)]
-
-
-def _tape(keep_products, products=None):
-  """Of one layer."""
-  if keep_products and products is not None:
-    raise ValueError('Products that were kept are not kept again.')
-  if keep_products:
-    return products_lib.Recorder()
-  if products is not None:
-    return products_lib.Player(products)
-  return products_lib.no_tape
 
 
 def _layers_last(x: PyTree, axis: int) -> PyTree:

@@ -259,7 +259,7 @@ class ExpertBlock(layers.PreNormBlock):
       *,
       rotation,
       attend,
-      tape: products.TapeFn = products.no_tape,
+      tape: products.Tape = products.no_tape,
       routing: Routing = Routing(),
       spread: SpreadFn | None = None,
   ) -> tuple[jax.Array, PyTree, Routed]:

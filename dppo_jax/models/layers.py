@@ -166,7 +166,7 @@ class GatedMLP(nnx.Module):
     self.activation = ACTIVATIONS[config.hidden_act]
 
   def __call__(
-      self, x: jax.Array, tape: products.TapeFn = products.no_tape
+      self, x: jax.Array, tape: products.Tape = products.no_tape
   ) -> jax.Array:
     if isinstance(self.gate.kernel[...], Turned):
       return self._turned(x, tape)
@@ -176,7 +176,7 @@ class GatedMLP(nnx.Module):
     out = rest(tape('gate', self.gate(x)), tape('up', self.up(x)))
     return tape('down', out)
 
-  def _turned(self, x: jax.Array, tape: products.TapeFn) -> jax.Array:
+  def _turned(self, x: jax.Array, tape: products.Tape) -> jax.Array:
     """The same, with a column for each token between the products."""
     gate, up, down = (
         part.kernel[...].kernel.astype(x.dtype)
@@ -227,7 +227,7 @@ class GroupedQueryAttention(nnx.Module):
 
   def __call__(
       self, x: jax.Array, *, rotation: tuple[jax.Array, jax.Array],
-      attend: AttendFn, tape: products.TapeFn = products.no_tape
+      attend: AttendFn, tape: products.Tape = products.no_tape
   ) -> tuple[jax.Array, Any]:
     heads = (*x.shape[:-1], -1, self.head_dim)
     q = tape('q', self.q(x)).reshape(heads)  # [B, T, H, E]
@@ -235,7 +235,8 @@ class GroupedQueryAttention(nnx.Module):
     v = tape('v', self.v(x)).reshape(heads)
     if self.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    out, kept = attend(rope.rotate(q, rotation), rope.rotate(k, rotation), v)
+    q, k = rope.rotate(q, rotation), rope.rotate(k, rotation)
+    out, kept = attend(q, k, v, tape)
     return tape('o', self.o(out.reshape(*x.shape[:-1], -1))), kept
 
 
@@ -259,7 +260,7 @@ class PreNormBlock(nnx.Module):
 
   def __call__(
       self, x: jax.Array, *, rotation, attend: AttendFn,
-      tape: products.TapeFn = products.no_tape
+      tape: products.Tape = products.no_tape
   ) -> tuple[jax.Array, Any]:
     change, kept = self.attention(
         self.norm_attention(x), rotation=rotation, attend=attend, tape=tape
@@ -286,7 +287,7 @@ class SandwichBlock(nnx.Module):
 
   def __call__(
       self, x: jax.Array, *, rotation, attend: AttendFn,
-      tape: products.TapeFn = products.no_tape
+      tape: products.Tape = products.no_tape
   ) -> tuple[jax.Array, Any]:
     change, kept = self.attention(
         self.norm_attention(x), rotation=rotation, attend=attend, tape=tape

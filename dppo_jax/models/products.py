@@ -3,11 +3,11 @@
 An update of the parameters that sampled begins with the very forward pass that
 sampled. A layer hands each of its products to a tape, by name: a `Recorder`
 keeps them while sampling, a `Player` gives them back while learning, so that
-only the backward pass multiplies by kernels. L layers, E entries, one for each
+only the backward pass multiplies by kernels. Attention too may hand over what
+it brings, for attention that only needs that (packed_attention.py). L layers, E entries, one for each
 token that was read, F features of a product.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,32 +15,64 @@ import jax.numpy as jnp
 
 # By name: [..., F].
 Products = dict[str, jax.Array]
-# tape(name, product [..., F]) -> what the layer goes on with.
-TapeFn = Callable[[str, jax.Array], jax.Array]
 
 
-def no_tape(name: str, product: jax.Array) -> jax.Array:
-  """Of who neither keeps products nor has kept any."""
-  del name
-  return product
+class Attended(NamedTuple):
+  """What attention brought, and the logarithm of what it divided by."""
+
+  out: jax.Array  # [B, T, H, E]
+  log_sum: jax.Array  # [B, T, H] float32, of the exponentials of scores.
 
 
-class Recorder:
-  """Keeps the products of one layer."""
+class Tape:
+  """Neither keeps products nor has kept any."""
 
-  def __init__(self):
+  # What attention brought before, of the layer that is run; None if anew.
+  attended: Attended | None = None
+
+  def __call__(self, name: str, product: jax.Array) -> jax.Array:
+    """What the layer goes on with in the place of a product [..., F]."""
+    del name
+    return product
+
+  def attends(self, attended: Attended) -> None:
+    """Hears what attention brings."""
+
+
+no_tape = Tape()
+
+
+class Recorder(Tape):
+  """Keeps the products of one layer, and what its attention brings."""
+
+  def __init__(self, *, attention: bool = False):
     self.products: Products = {}
+    self._attention = attention
 
   def __call__(self, name: str, product: jax.Array) -> jax.Array:
     self.products[name] = product
     return product
 
+  def attends(self, attended: Attended) -> None:
+    if self._attention:
+      out, log_sum = attended
+      self.products |= {
+          'attended': out.reshape(*out.shape[:-2], -1),
+          'log_sum': log_sum.astype(jnp.float32),
+      }
 
-class Player:
+
+class Player(Tape):
   """Gives back those of one layer; their gradient is that of new ones."""
 
   def __init__(self, products: Products):
     self.products = products
+    if 'attended' in products:
+      out, log_sum = products['attended'], products['log_sum']
+      heads = log_sum.shape[-1]
+      self.attended = Attended(
+          out.reshape(*out.shape[:-1], heads, -1), log_sum
+      )
 
   def __call__(self, name: str, product: jax.Array) -> jax.Array:
     return _in_place_of(product, self.products[name])
