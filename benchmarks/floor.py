@@ -12,7 +12,6 @@ weights and the keys and values that are visible, once.
 
 import pathlib
 import sys
-import time
 
 # benchmarks/ is not installed.
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -34,29 +33,6 @@ _SIDE, _BYTES = 2048, 2**29  # Of the matrix product, of the array.
 FLAGS = flags.FLAGS
 
 
-def operations(config, tokens, sampled, pairs) -> float:
-  """Of a forward pass: read tokens, sampled ones, and visible pairs."""
-  width, inner = config.hidden_size, config.intermediate_size
-  queries = config.num_attention_heads * config.head_dim
-  keys = config.num_key_value_heads * config.head_dim
-  kernels = width * (2 * queries + 2 * keys) + 3 * width * inner
-  of_layers = config.num_hidden_layers * (
-      2 * kernels * tokens + 4 * queries * pairs
-  )
-  return of_layers + 2 * width * config.vocab_size * sampled
-
-
-def best_of(fn, *arguments, rounds=3) -> float:
-  """Seconds of the fastest of some runs, compiled before."""
-  jax.block_until_ready(fn(*arguments))
-  seconds = []
-  for _ in range(rounds):
-    start = time.perf_counter()
-    jax.block_until_ready(fn(*arguments))
-    seconds.append(time.perf_counter() - start)
-  return min(seconds)
-
-
 def rates() -> tuple[float, float]:
   """Operations and bytes a second of large arrays.
 
@@ -72,8 +48,8 @@ def rates() -> tuple[float, float]:
     return x[0]
 
   return (
-      2 * _SIDE**3 / best_of(jax.jit(jnp.matmul), a, a),
-      2 * _BYTES / best_of(again),
+      2 * _SIDE**3 / machine.best_of(jax.jit(jnp.matmul), a, a),
+      2 * _BYTES / machine.best_of(again),
   )
 
 
@@ -100,13 +76,13 @@ def make_decode(model, batch_prompts, group):
   kv = 2 * config.num_key_value_heads * config.head_dim
   weights = sum(x.size for x in jax.tree.leaves(params))
   work = (
-      operations(config, rows, rows, pairs),
+      shapes.operations(config, rows, rows, pairs),
       4 * (weights + config.num_hidden_layers * kv * kept),
   )
 
   def measure():
     seconds = [
-        best_of(samplers[x], params, prompts, keys, rounds=2)
+        machine.best_of(samplers[x], params, prompts, keys, rounds=2)
         for x in (long, short)
     ]
     return (seconds[0] - seconds[1]) / (long - short), *work
@@ -122,11 +98,11 @@ def make_learn(model):
   )
   [program] = programs.values()
   rows, length = scored.rollout.token_mask.shape
-  forward = operations(
+  forward = shapes.operations(
       config, rows * length, rows * FLAGS.length,
       rows * length * (length + 1) / 2,
   )
-  return lambda: (best_of(program, state, scored, key, rounds=2), 3 * forward)
+  return lambda: (machine.best_of(program, state, scored, key, rounds=2), 3 * forward)
 
 
 def measure() -> list[dict]:

@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -72,6 +73,17 @@ def spread(seconds: list[float]) -> dict[str, float]:
       'max': max(seconds),
   }
   return {name: float(f'{value:.4g}') for name, value in values.items()}
+
+
+def best_of(fn, *arguments, rounds=3) -> float:
+  """Seconds of the fastest of some runs, compiled before."""
+  jax.block_until_ready(fn(*arguments))
+  seconds = []
+  for _ in range(rounds):
+    start = time.perf_counter()
+    jax.block_until_ready(fn(*arguments))
+    seconds.append(time.perf_counter() - start)
+  return min(seconds)
 
 
 def report(result: dict[str, Any], output: str | None) -> None:

@@ -54,3 +54,15 @@ def make_prompts(num_prompts: int, vocab: int) -> Prompts:
   rng = np.random.RandomState(0)
   tokens = rng.randint(2, vocab, (num_prompts, PROMPT_LENGTH), np.int32)
   return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
+
+
+def operations(config, tokens, sampled, pairs) -> float:
+  """Of a forward pass: read tokens, sampled ones, and visible pairs."""
+  width, inner = config.hidden_size, config.intermediate_size
+  queries = config.num_attention_heads * config.head_dim
+  keys = config.num_key_value_heads * config.head_dim
+  kernels = width * (2 * queries + 2 * keys) + 3 * width * inner
+  of_layers = config.num_hidden_layers * (
+      2 * kernels * tokens + 4 * queries * pairs
+  )
+  return of_layers + 2 * width * config.vocab_size * sampled

@@ -137,6 +137,24 @@ def learner_table(result: dict) -> str:
   return '\n'.join([head, *lines])
 
 
+def attention_table(result: dict) -> str:
+  """One row for each way to attend, and length of rows."""
+  lines = [
+      f'| {row["row_length"]} | {row["cut"]} | {range_of(row["seconds"], " s")} '
+      f'| {range_of(row["speedup"])} | {_megabytes(row["temporary_bytes"])} |'
+      for row in result['rows']
+  ]
+  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  head = (
+      '### Attention of packed rows, against that of whole rows\n\n'
+      f'{sizes}. {machine_line(result)}\n\n'
+      '| row length | slots of a stretch: stretches before it: farthest slots '
+      '| time, forwards and backwards | times as fast | temporary memory |\n'
+      '|---|---|---|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
 def floor_table(result: dict) -> str:
   """Decoding and learning over what the machine could do."""
   lines = [
@@ -153,6 +171,34 @@ def floor_table(result: dict) -> str:
       f'{sizes}, float32. {machine_line(result)}\n\n'
       '| | time | floor | times the floor | measured beside it |\n'
       '|---|---|---|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
+def accelerator_table(result: dict) -> str:
+  """A step on an accelerator: seconds, tokens, and shares of its rates."""
+  rates, shares = result['rates'], result['shares']
+  rows = {
+      'sampling': range_of(result['seconds']['sample'], ' s'),
+      'an update': range_of(result['seconds']['learn'], ' s'),
+      **{
+          f'tokens/s, {name}': f'{value:.0f}'
+          for name, value in result['tokens_per_s'].items()
+      },
+      **{
+          name.replace('_', ' '): f'{value / 1e12:.3g} T/s'
+          for name, value in rates.items()
+      },
+      **{
+          name.replace('_', ' '): f'{100 * value:.0f} %'
+          for name, value in shares.items()
+      },
+  }
+  lines = [f'| {name} | {value} |' for name, value in rows.items()]
+  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  head = (
+      '### A step on an accelerator\n\n'
+      f'{sizes}. {machine_line(result)}\n\n| | |\n|---|---|'
   )
   return '\n'.join([head, *lines])
 
@@ -220,7 +266,9 @@ def main():
       'divergences': divergences_table,
       'rollout': rollout_table,
       'learner': learner_table,
+      'attention': attention_table,
       'floor': floor_table,
+      'accelerator': accelerator_table,
       'load_memory': load_memory_table,
       'peers': peers_table,
   }

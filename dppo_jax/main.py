@@ -273,13 +273,15 @@ def _with_attention(
     }[name]()
 
   learner, prefill = _asked_of_attention(config, mesh, model)
-  if config.learner.row_length and split is None:
-    of_rows = functools.partial(
-        packed_attention.in_stretches, packed_attention.sizes_for(
-            prompt_length=config.max_prompt_length,
-            completion_length=config.max_completion_length,
-        )
-    )
+  sizes = packed_attention.sizes_for(
+      prompt_length=config.max_prompt_length,
+      completion_length=config.max_completion_length,
+  )
+  in_stretches = split is None and packed_attention.pays(
+      config.learner.row_length, sizes
+  )
+  if in_stretches:
+    of_rows = functools.partial(packed_attention.in_stretches, sizes)
   else:
     of_rows = functools.partial(attention.in_xla, parts=parts, split=split)
   of_learner = make(learner, learning, of_rows)
@@ -291,7 +293,6 @@ def _with_attention(
     else:
       of_learner = attention.in_groups(of_learner, groups)
   # What attention brings is only of use where it is not computed again.
-  in_stretches = config.learner.row_length and split is None
   by_xla = all(
       _choose_attention(config, asked).name == 'xla'
       for asked in (learner, prefill)
@@ -302,7 +303,7 @@ def _with_attention(
       # The sampler has its own rows already, and whole ones.
       model.replace(
           row_attention=make(prefill, sampling_mesh, attention.in_xla),
-          keeps_attention=bool(in_stretches and by_xla and short),
+          keeps_attention=in_stretches and by_xla and short,
       ),
   )
 

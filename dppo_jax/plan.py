@@ -41,6 +41,7 @@ from dppo_jax.decoding import FEWER
 from dppo_jax.decoding import FILL
 from dppo_jax.models import attention
 from dppo_jax.models import load
+from dppo_jax.models.packed_attention import WALK
 
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'Chip and shape of a slice, for example v5p:4x4x4.'
@@ -242,6 +243,8 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   def trips(phase, loop):
     if FEWER in loop.op_name.split('/'):
       return 'decode', 0  # Slots are always full, see `expect`.
+    if WALK in loop.op_name.split('/'):
+      return phase, 0  # Most stretches see nothing in between.
     if FILL in loop.op_name.split('/'):
       of_phase = {'sample': slots, 'decode': filled / expected.decode_steps}
       return phase, of_phase[phase]
@@ -254,8 +257,11 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
     return phase, 1
 
   def traced_trips(phase, equation):
-    if FEWER in str(equation.source_info.name_stack).split('/'):
+    scopes = str(equation.source_info.name_stack).split('/')
+    if FEWER in scopes:
       return 'decode', 0
+    if WALK in scopes:
+      return phase, 0
     if phase == 'sample':
       return 'decode', expected.decode_steps
     return phase, expected.microbatches if phase == 'learn' else 1

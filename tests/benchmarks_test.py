@@ -132,6 +132,41 @@ def test_slots_draw_the_same_completions_and_are_timed_against_all_at_once(
   assert two['speedup']['median'] > 0
 
 
+def test_an_accelerator_is_compared_with_what_it_could_do(tmp_path):
+  result = run(
+      'accelerator.py', '--size=tiny', '--prompts=4', '--group=2',
+      '--prompt_length=8', '--length=8', '--microbatches=2', '--chunk=16',
+      '--dtype=float32', '--rounds=1', '--peak_flops=1e12',
+      data_dir=tmp_path / 'data',
+  )
+  assert result['sampled_tokens'] == 4 * 2 * 8
+  work, rates = result['work'], result['rates']
+  # 2 layers of 4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48 weights, and a head.
+  layers = 2 * (4 * 32 * 32 - 2 * 32 * 16 + 3 * 32 * 48)
+  rows, slots = 8, 15
+  assert work['learn_flops'] == 3 * (
+      2 * layers * rows * slots + 2 * 4 * 32 * rows * slots * (slots + 1) / 2
+      + 2 * 32 * 64 * rows * 8
+  )
+  assert rates['published_flops'] == 1e12
+  assert 'published_bandwidth' not in rates
+  assert result['shares']['learn_of_published_flops'] == pytest.approx(
+      work['learn_flops'] / result['seconds']['learn']['min'] / 1e12, rel=1e-3
+  )
+
+
+def test_attention_of_packed_rows_is_timed_against_that_of_whole_ones(tmp_path):
+  result = run(
+      'attention.py', '--size=tiny', '--prompts=4', '--group=2', '--length=8',
+      '--mean=3', '--rows=96', '--cuts=16:1:32,16:0:8', '--rounds=1',
+      data_dir=tmp_path / 'data',
+  )
+  whole, one, other = result['rows']  # It compares the gradients itself.
+  assert whole['cut'] == 'whole rows'
+  assert (one['cut'], other['cut']) == ('16:1:32', '16:0:8')
+  assert one['speedup']['median'] > 0
+
+
 def test_the_step_that_peers_are_compared_with_does_the_agreed_work(tmp_path):
   # The script itself checks lengths, updates and that it compiled once.
   output = tmp_path / 'ours.json'

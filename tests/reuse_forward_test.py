@@ -22,7 +22,9 @@ from dppo_jax import main
 from dppo_jax import operations
 from dppo_jax import plan
 from dppo_jax import rollout as rollout_lib
+from dppo_jax.models import attention
 from dppo_jax.models import load
+from dppo_jax.models import packed_attention
 from dppo_jax.models import products
 
 MODEL = tiny_model.MODEL
@@ -217,10 +219,12 @@ WAYS = [
     ({'extras__kl_coefficient': 0.1, 'extras__kl_estimator': 'full'}, 160),
     ({'num_groups': 2}, 80),
     ({'learner__share_prompts': True, 'learner__num_microbatches': 2}, 112),
-    # Of a part, as how many there are is not known before.
-    ({'learner__row_length': 32, 'learner__num_microbatches': 4,
-      'learner__num_halvings': 1}, 64),
 ]
+# Of a part, as how many there are is not known before.
+PACKED = {
+    'learner__row_length': 32, 'learner__num_microbatches': 4,
+    'learner__num_halvings': 1,
+}, 64
 
 
 def count_learning(model=MODEL, **options):
@@ -251,6 +255,71 @@ def test_a_learner_multiplies_by_kernels_only_backwards(options, num_tokens):
   anew = count_learning(**options)
   reused = count_learning(learner__reuse_forward=True, **options)
   assert anew - reused == forward_of(num_tokens)
+
+
+@pytest.fixture
+def small_stretches(monkeypatch):
+  """Rows of 32 slots are cut, which are too short for it otherwise."""
+  sizes = packed_attention.Sizes(8, 1, 4)
+  monkeypatch.setattr(packed_attention, 'sizes_for', lambda **_: sizes)
+  return sizes
+
+
+def test_packed_rows_attend_only_backwards_too(small_stretches):
+  options, num_tokens = PACKED
+  anew = count_learning(**options)
+  reused = count_learning(learner__reuse_forward=True, **options)
+  segments = jnp.zeros((2, 32), jnp.int32)
+  config = MODEL.config
+  heads = lambda count: jnp.zeros((*segments.shape, count, config.head_dim))
+
+  def attend(segments):
+    way = packed_attention.in_stretches(small_stretches)
+    [sight], attend_with = way(
+        attention.Where(segments, segments, segments), [None], scale=1.0,
+        cap=None,
+    )
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    return attend_with(sight)(*map(heads, (queries, keys, keys)))[0]
+
+  forward = operations.count(
+      jax.jit(attend).trace(segments).jaxpr,
+      num_trips=lambda phase, loop: (phase, 1),
+  )['']
+  assert anew - reused == (
+      forward_of(num_tokens) + config.num_hidden_layers * forward
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('small_stretches')
+def test_steps_in_stretches_are_those_of_a_new_forward_pass():
+  packed, _ = PACKED
+  steps = lambda reuse: whole_step.three_steps(
+      MODEL, tiny_model.params(), **ONCE | packed, learner__reuse_forward=reuse
+  )
+  reused, anew, whole = steps(True), steps(False), trajectory(**packed)
+  for other in (anew, whole):
+    assert reused['tokens'] == other['tokens']
+    np.testing.assert_allclose(
+        reused['parameters'], other['parameters'], rtol=1e-5
+    )
+    for ours, theirs in zip(reused['metrics'], other['metrics'], strict=True):
+      assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5)
+
+
+@pytest.mark.parametrize('row_length', [16, 32])
+def test_only_rows_in_stretches_have_the_sampler_keep_attention(
+    small_stretches, row_length
+):
+  _, _, program = whole_step.make_small(
+      MODEL, learner__reuse_forward=True, learner__row_length=row_length,
+      learner__num_microbatches=4, **ONCE,
+  )
+  kept = {'attended', 'log_sum'} & program.state.products.keys()
+  cut = packed_attention.pays(row_length, small_stretches)
+  assert cut == (row_length == 32)
+  assert kept == ({'attended', 'log_sum'} if cut else set())
 
 
 def test_adapters_multiply_once_more_at_most():

@@ -44,13 +44,19 @@ class Stopping(causal_lm.CausalLM):
   stop: float = 0.0
 
   def head(self, params, hidden):
+    """With the logit of the end token that makes it so likely.
+
+    Logits of random weights are normal, of one scale everywhere: the sum of
+    their exponentials is nearly the same for all tokens, and not computed.
+    """
     logits = super().head(params, hidden)
-    others = logits.at[..., work.EOS_ID].set(-jnp.inf)
-    if not self.stop:
-      return others
-    odds = np.log(self.stop / (1 - self.stop))
-    end = jax.nn.logsumexp(others, axis=-1) + odds
-    return logits.at[..., work.EOS_ID].set(end)
+    end = -np.inf
+    if self.stop:
+      variance = causal_lm.INIT_SCALE**2 * self.config.hidden_size
+      odds = self.stop / (1 - self.stop)
+      end = np.log(odds * (self.config.vocab_size - 1)) + variance / 2
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(ids == work.EOS_ID, jnp.float32(end), logits)
 
 
 def make_model(size: work.Size, stop: float) -> Stopping:

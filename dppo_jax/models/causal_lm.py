@@ -35,6 +35,10 @@ REMAT = (
 )
 
 
+# Of embeddings and of the head: standard deviation of new weights.
+INIT_SCALE = 0.02
+
+
 class Kept(NamedTuple):
   """What a pass leaves beside its result; L layers."""
 
@@ -93,14 +97,14 @@ class CausalLM:
     norm = _make_norm(self.family.Block.Norm, config)
     shape = (config.vocab_size, config.hidden_size)
     params = {
-        'embed': {'embedding': 0.02 * jax.random.normal(key_embed, shape)},
+        'embed': {'embedding': INIT_SCALE * jax.random.normal(key_embed, shape)},
         'layers': jax.vmap(make_layer)(
             jax.random.split(key_layers, config.num_hidden_layers)
         ),
         'norm': nnx.to_pure_dict(nnx.split(norm)[1]),
     }
     if not config.tie_word_embeddings:
-      kernel = 0.02 * jax.random.normal(key_head, shape[::-1])
+      kernel = INIT_SCALE * jax.random.normal(key_head, shape[::-1])
       params['head'] = {'kernel': kernel}
     return params
 

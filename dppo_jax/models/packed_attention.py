@@ -51,6 +51,11 @@ def sizes_for(*, prompt_length: int, completion_length: int) -> Sizes:
   return Sizes(queries, 1, min(_up_to(prompt_length - 1, 32), 256))
 
 
+def pays(length: int, sizes: Sizes) -> bool:
+  """Whether a stretch of a row of so many slots meets less than all of it."""
+  return length > sizes.near + sizes.far
+
+
 def _up_to(number: int, multiple: int) -> int:
   return -(-number // multiple) * multiple
 
@@ -106,11 +111,15 @@ def in_stretches(sizes: Sizes = Sizes()) -> attention.RowAttention:
   """Attention of packed rows without a kernel, see `attention.in_xla`.
 
   It is right for all rows, and saves nothing where a row is one sequence. What
-  a tape holds of attention is not computed again.
+  a tape holds of attention is not computed again. Short rows are attended to as
+  a whole, see `pays`.
   """
 
   def attention_of(where, windows: Sequence[int | None], **scores):
-    cut = _cut(where.segment_ids.shape[1], sizes)
+    length = where.segment_ids.shape[1]
+    if not pays(length, sizes):
+      return attention.in_xla()(where, windows, **scores)
+    cut = _cut(length, sizes)
     whole = jax.tree.map(lambda x: _fill_up(x, cut), where)
     limits = [None] * len(windows)
     if any(window is not None for window in windows):
@@ -140,10 +149,7 @@ def in_stretches(sizes: Sizes = Sizes()) -> attention.RowAttention:
 def _cut(length: int, sizes: Sizes) -> Sizes:
   """Equal stretches, none longer than asked for."""
   count = -(-length // sizes.queries)
-  queries = -(-length // count)
-  return Sizes(
-      queries, min(sizes.behind, count - 1), min(sizes.far, count * queries)
-  )
+  return sizes._replace(queries=-(-length // count))
 
 
 def _fill_up(x, cut):
