@@ -50,8 +50,9 @@ def make_row(row_length: int) -> attention.Where:
   before = shapes.PROMPT_LENGTH
   batch, slots = _PROMPTS.value * _GROUP.value, before + _LENGTH.value - 1
   lengths = np.random.RandomState(0).geometric(1 / _MEAN.value, batch)
+  lengths = np.minimum(lengths, _LENGTH.value)
   sampled = np.arange(slots) - (before - 1)
-  mask = (sampled >= 0) & (sampled < np.minimum(lengths, _LENGTH.value)[:, None])
+  mask = (sampled >= 0) & (sampled < lengths[:, None])
   segments = (mask | (sampled < 0)).astype(np.int32)
   positions = np.broadcast_to(np.arange(slots), mask.shape)
   rows = Rows(

@@ -102,7 +102,9 @@ def make_learn(model):
       config, rows * length, rows * FLAGS.length,
       rows * length * (length + 1) / 2,
   )
-  return lambda: (machine.best_of(program, state, scored, key, rounds=2), 3 * forward)
+  return lambda: (
+      machine.best_of(program, state, scored, key, rounds=2), 3 * forward
+  )
 
 
 def measure() -> list[dict]:

@@ -140,7 +140,8 @@ def learner_table(result: dict) -> str:
 def attention_table(result: dict) -> str:
   """One row for each way to attend, and length of rows."""
   lines = [
-      f'| {row["row_length"]} | {row["cut"]} | {range_of(row["seconds"], " s")} '
+      f'| {row["row_length"]} | {row["cut"]} '
+      f'| {range_of(row["seconds"], " s")} '
       f'| {range_of(row["speedup"])} | {_megabytes(row["temporary_bytes"])} |'
       for row in result['rows']
   ]

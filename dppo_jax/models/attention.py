@@ -490,10 +490,10 @@ def hide(scores, visible):
 
 
 def _softmax_parts(scores):
-  """Exponentials of scores that share a softmax; their sum, [..., 1]; and the
-  score [..., 1] that all were lowered by.
+  """Exponentials of scores that share a softmax.
 
-  What they weigh is divided by the sum, and not each of them: it is smaller.
+  Also their sum, and the score that all were lowered by, [..., 1] each. What
+  they weigh is divided by the sum, and not each of them: it is smaller.
   """
   largest = functools.reduce(
       jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in scores)

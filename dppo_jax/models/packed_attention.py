@@ -76,7 +76,7 @@ class _Row(NamedTuple):
 
 
 class _Parts(NamedTuple):
-  """Of one stretch, or of all with N in front."""
+  """Who asks in one stretch, or in all with N in front."""
 
   index: jax.Array  # [] int32
   queries: jax.Array  # [B, K, H / K, n, E]
@@ -301,7 +301,9 @@ def _scores(parts: _Parts, keys: _Keys, window, *, scale, cap):
   visible = attention.sees(
       parts.where, own, keys.where, keys.places[None], window
   )[:, None, None]
-  scores = attention.product('bkhte,bkes->bkhts', parts.queries, keys.cache.keys)
+  scores = attention.product(
+      'bkhte,bkes->bkhts', parts.queries, keys.cache.keys
+  )
   scores = attention.softcap(scores * scale, cap)
   return scores, visible, attention.hide(scores, visible)
 

@@ -3,9 +3,10 @@
 An update of the parameters that sampled begins with the very forward pass that
 sampled. A layer hands each of its products to a tape, by name: a `Recorder`
 keeps them while sampling, a `Player` gives them back while learning, so that
-only the backward pass multiplies by kernels. Attention too may hand over what
-it brings, for attention that only needs that (packed_attention.py). L layers, E entries, one for each
-token that was read, F features of a product.
+only the backward pass multiplies by kernels. Attention may hand over what it
+brings, too, for one that can go on from it (packed_attention.py). B rows, T
+tokens of each, L layers, E entries, one for each token that was read, F
+features of a product, H heads.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ Products = dict[str, jax.Array]
 class Attended(NamedTuple):
   """What attention brought, and the logarithm of what it divided by."""
 
-  out: jax.Array  # [B, T, H, E]
+  out: jax.Array  # [B, T, H, F / H]
   log_sum: jax.Array  # [B, T, H] float32, of the exponentials of scores.
 
 
