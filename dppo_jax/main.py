@@ -277,8 +277,11 @@ def _with_attention(
       prompt_length=config.max_prompt_length,
       completion_length=config.max_completion_length,
   )
-  in_stretches = split is None and packed_attention.pays(
-      config.learner.row_length, sizes
+  sequence = config.max_prompt_length + config.max_completion_length - 1
+  in_stretches = (
+      split is None
+      and config.learner.row_length >= 2 * sequence
+      and packed_attention.pays(config.learner.row_length, sizes)
   )
   if in_stretches:
     of_rows = functools.partial(packed_attention.in_stretches, sizes)

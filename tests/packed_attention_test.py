@@ -8,6 +8,7 @@ import functools
 import attention_test
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_model
@@ -165,8 +166,28 @@ def test_what_a_tape_holds_is_not_computed_again():
     trips = lambda phase, loop: (phase, 0)
     return operations.count(jaxpr, num_trips=trips)['']
 
-  # A forward pass has two products, a backward pass these and three more.
+  # A forward pass has two products, a backward pass one of them, four more.
+  assert count({}) > 0
   assert count({}) * 5 == count(recorded()) * 7
+
+
+def test_a_tape_may_hold_anything_of_padding():
+  # Three real tokens; padding has a sum of nothing that its keys know.
+  segments = jnp.asarray([[1] * 3 + [0] * 61])
+  positions = jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0)
+  way = packed_attention.in_stretches(packed_attention.Sizes(8, 1, 8))
+  [sight], attend_with = way(
+      attention.Where(segments, positions, jnp.zeros_like(segments)), [None],
+      scale=1.0, cap=None,
+  )
+  shape = (1, 64, 2, 8)
+  q, k, v = jnp.full(shape, 4.0), jnp.full(shape, -4.0), jnp.ones(shape)
+  tape = products.Player({
+      'attended': jnp.ones((1, 64, 16)), 'log_sum': jnp.full((1, 64, 2), -120.0)
+  })
+  total = lambda *x: jnp.sum(attend_with(sight)(*x, tape)[0][:, :3])
+  for gradient in tiny_model.jit(jax.grad(total, argnums=(0, 1, 2)))(q, k, v):
+    assert jnp.isfinite(gradient).all()
 
 
 def test_nothing_is_recorded_unless_it_is_asked_for():
@@ -208,3 +229,42 @@ def test_a_sampler_records_what_whole_rows_attend_to(num_slots):
         found[name][:, reads], kept.products[name][:, reads], atol=2e-5,
         err_msg=name,
     )
+
+
+def on_eight_devices():
+  """Prints how far gradients are from those of one device, and how large."""
+  twice = lambda x: jnp.concatenate([x, x[::-1]])
+  rows = jax.tree.map(twice, where())
+  arrays, upstream = inputs()
+  arrays, upstream = [twice(x) for x in arrays], twice(upstream)
+  way = packed_attention.in_stretches(packed_attention.Sizes(8, 1, 4))
+
+  def total(q, k, v, rows):
+    [sight], attend_with = way(rows, [None], scale=0.3, cap=None)
+    return jnp.sum(attend_with(sight)(q, k, v)[0] * upstream)
+
+  gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+  mesh = jax.make_mesh(
+      (4, 2), ('data', 'tensor'),
+      axis_types=(jax.sharding.AxisType.Auto,) * 2,
+  )
+  put = lambda x, *axes: jax.device_put(
+      x, jax.NamedSharding(mesh, jax.P(*axes))
+  )
+  placed = [put(x, 'data', None, 'tensor') for x in arrays]
+  spread = gradient(*placed, jax.tree.map(lambda x: put(x, 'data'), rows))
+  assert len(spread[0].sharding.device_set) == 8
+  for x, y in zip(spread, gradient(*arrays, rows), strict=True):
+    print(float(jnp.abs(x - y).max()), float(jnp.abs(y).max()))
+
+
+@pytest.mark.several_devices
+@pytest.mark.slow
+def test_rows_and_heads_may_be_spread_over_devices():
+  printed = many_devices.run(
+      'import packed_attention_test as test; test.on_eight_devices()'
+  )
+  for line in printed:
+    difference, largest = map(float, line.split())
+    assert difference < 1e-5 and largest > 0.1
+  assert len(printed) == 3

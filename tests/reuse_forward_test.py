@@ -219,8 +219,10 @@ WAYS = [
     ({'extras__kl_coefficient': 0.1, 'extras__kl_estimator': 'full'}, 160),
     ({'num_groups': 2}, 80),
     ({'learner__share_prompts': True, 'learner__num_microbatches': 2}, 112),
+    # Of a part, as how many there are is not known before.
+    ({'learner__row_length': 32, 'learner__num_microbatches': 4,
+      'learner__num_halvings': 1}, 64),
 ]
-# Of a part, as how many there are is not known before.
 PACKED = {
     'learner__row_length': 32, 'learner__num_microbatches': 4,
     'learner__num_halvings': 1,
@@ -293,8 +295,10 @@ def test_packed_rows_attend_only_backwards_too(small_stretches):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('small_stretches')
-def test_steps_in_stretches_are_those_of_a_new_forward_pass():
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_steps_in_stretches_are_those_of_a_new_forward_pass(remat):
   packed, _ = PACKED
+  packed = packed | {'model__remat': remat}
   steps = lambda reuse: whole_step.three_steps(
       MODEL, tiny_model.params(), **ONCE | packed, learner__reuse_forward=reuse
   )

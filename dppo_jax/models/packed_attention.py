@@ -63,7 +63,7 @@ def _up_to(number: int, multiple: int) -> int:
 class Sight(NamedTuple):
   """What layers of a window have to know of N stretches."""
 
-  far: jax.Array  # [N] int32, the first of the farthest slots.
+  far: jax.Array  # [N, B] int32, the first of the farthest slots.
   walks: jax.Array  # [N] int32, steps between these and the nearest.
   window: jax.Array | None  # [] int32, see `LayerKind`; None for none.
 
@@ -88,7 +88,7 @@ class _Keys(NamedTuple):
 
   cache: attention.Cache
   where: attention.Where  # [B, W]
-  places: jax.Array  # [W] int32, slots of the row.
+  places: jax.Array  # [B, W] int32, slots of the row.
 
 
 class _Softmax(NamedTuple):
@@ -161,7 +161,7 @@ def _fill_up(x, cut):
 def _look(where, window, cut) -> Sight:
   """Finds out what each stretch sees that does not stand near it."""
   length = where.segment_ids.shape[1]
-  slots = jnp.arange(length)
+  slots = jnp.arange(length)[None]
 
   def of_stretch(stretch):
     index, queries = stretch
@@ -170,10 +170,11 @@ def _look(where, window, cut) -> Sight:
     seen = attention.sees(
         queries, own, where, attention.slots_of(where), window
     ) & (queries.segment_ids > 0)[..., None]
-    seen = jnp.any(seen, axis=(0, 1)) & (slots < near)  # [T]
-    far = jnp.minimum(jnp.argmax(seen), length - cut.far)
-    between = jnp.where(seen & (slots >= far + cut.far), slots, near)
-    return far, -(-(near - jnp.min(between)) // cut.near)
+    seen = jnp.any(seen, axis=1) & (slots < near)  # [B, T]
+    far = jnp.minimum(jnp.argmax(seen, axis=-1), length - cut.far)
+    between = seen & (slots >= far[:, None] + cut.far)
+    first = jnp.min(jnp.where(between, slots, near))
+    return far.astype(jnp.int32), -(-(near - first) // cut.near)
 
   queries = _in_stretches(where, cut)
   count = jnp.arange(len(queries.segment_ids))
@@ -224,24 +225,28 @@ def _from_near(x: jax.Array, cut: Sizes, axis: int) -> jax.Array:
 
 def _at_once(cache, row, cut) -> _Keys:
   """What all stretches meet at once, the farthest first; N in front."""
-  count = row.sight.walks.shape[0]
-  places = jnp.arange(count)[:, None] * cut.queries + jnp.arange(
+  count, batch = row.sight.far.shape
+  near = jnp.arange(count)[:, None, None] * cut.queries + jnp.arange(
       -cut.behind * cut.queries, cut.queries
-  )[None]
+  )[None, None]
+  far = row.sight.far[..., None] + jnp.arange(cut.far)[None, None]
 
-  def of_stretch(start):
-    at = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(
-        x, start, cut.far, axis
-    )
+  def of_row(where_from):
+    number, start = where_from
+    at = lambda axis: lambda x: _slice(x, number, start, cut.far, axis)
     return (
         at(3)(cache.keys), at(2)(cache.values),
-        jax.tree.map(at(1), row.where), start + jnp.arange(cut.far),
+        jax.tree.map(at(1), row.where),
     )
 
-  keys, values, where, far = jax.lax.map(of_stretch, row.sight.far)
+  keys, values, where = jax.tree.map(
+      lambda x: x.reshape(count, batch, *x.shape[2:]),
+      jax.lax.map(of_row, _rows_of_stretches(row)),
+  )
   # What is near already is met there.
-  hidden = (far >= places[:, :1])[:, None]
-  where = where._replace(segment_ids=jnp.where(hidden, -1, where.segment_ids))
+  where = where._replace(
+      segment_ids=jnp.where(far >= near[..., :1], -1, where.segment_ids)
+  )
   with_near = lambda x, y, axis: jnp.concatenate(
       [x, _near(y, cut, axis)], axis=axis + 1
   )
@@ -250,24 +255,41 @@ def _at_once(cache, row, cut) -> _Keys:
           with_near(keys, cache.keys, 3), with_near(values, cache.values, 2)
       ),
       jax.tree.map(lambda x, y: with_near(x, y, 1), where, row.where),
-      jnp.concatenate([far, places], axis=1),
+      jnp.concatenate(
+          [far, jnp.broadcast_to(near, (count, batch, cut.near))], axis=-1
+      ),
   )
+
+
+def _rows_of_stretches(row) -> tuple[jax.Array, jax.Array]:
+  """Number of a row, and its farthest slot in a stretch. [N * B] each."""
+  count, batch = row.sight.far.shape
+  return jnp.tile(jnp.arange(batch), count), row.sight.far.ravel()
+
+
+def _slice(x, number, start, size, axis):
+  """Some slots of a row: [B, ..., T, ...] -> [1, ..., size, ...]."""
+  row = jax.lax.dynamic_slice_in_dim(x, number, 1, 0)
+  return jax.lax.dynamic_slice_in_dim(row, start, size, axis)
 
 
 def _from_at_once(x, row, cut):
   """Gradients [N, B, K, E, W] added up to [B, K, E, T]."""
   far, near = jnp.split(x, [cut.far], axis=-1)
+  numbers, starts = _rows_of_stretches(row)
+  far = far.reshape(len(numbers), 1, *far.shape[2:])
 
   def add(index, sums):
-    return _add_at(sums, far[index], row.sight.far[index])
+    return _add_at(sums, far[index], starts[index], numbers[index])
 
-  return jax.lax.fori_loop(0, len(x), add, _from_near(near, cut, 3))
+  return jax.lax.fori_loop(0, len(far), add, _from_near(near, cut, 3))
 
 
-def _add_at(sums, terms, start):
-  """Adds [B, K, E, W] to the slots of [B, K, E, T] from one on."""
-  terms += jax.lax.dynamic_slice_in_dim(sums, start, terms.shape[-1], 3)
-  return jax.lax.dynamic_update_slice_in_dim(sums, terms, start, 3)
+def _add_at(sums, terms, start, number=0):
+  """Adds [b, K, E, W] to [B, K, E, T], from a slot and a row on."""
+  place = (number, 0, 0, start)
+  terms += jax.lax.dynamic_slice(sums, place, terms.shape)
+  return jax.lax.dynamic_update_slice(sums, terms, place)
 
 
 def _keys_of_step(cache, row, index, step, cut) -> tuple[_Keys, jax.Array]:
@@ -278,12 +300,13 @@ def _keys_of_step(cache, row, index, step, cut) -> tuple[_Keys, jax.Array]:
   at = lambda axis: lambda x: jax.lax.dynamic_slice_in_dim(
       x, start, cut.near, axis
   )
-  places = start + jnp.arange(cut.near)
-  new = (places < end) & (places >= row.sight.far[index] + cut.far)
+  places = (start + jnp.arange(cut.near))[None]
+  far_end = row.sight.far[index][:, None] + cut.far
+  new = (places < end) & (places >= far_end)
   where = jax.tree.map(at(1), row.where)
   return _Keys(
       attention.Cache(at(3)(cache.keys), at(2)(cache.values)),
-      where._replace(segment_ids=jnp.where(new[None], where.segment_ids, -1)),
+      where._replace(segment_ids=jnp.where(new, where.segment_ids, -1)),
       places,
   ), start
 
@@ -299,7 +322,7 @@ def _scores(parts: _Parts, keys: _Keys, window, *, scale, cap):
   length = parts.queries.shape[-2]
   own = parts.index * length + jnp.arange(length)[None]
   visible = attention.sees(
-      parts.where, own, keys.where, keys.places[None], window
+      parts.where, own, keys.where, keys.places, window
   )[:, None, None]
   scores = attention.product(
       'bkhte,bkes->bkhts', parts.queries, keys.cache.keys
@@ -314,7 +337,7 @@ def _walk(row: _Row, body, carry):
   ends = jnp.cumsum(walks)
 
   def step(number, carry):
-    index = jnp.searchsorted(ends, number, side='right')
+    index = jnp.sum(ends <= number)
     return body(index, number - (ends - walks)[index] + 1, carry)
 
   with jax.named_scope(WALK):
@@ -398,7 +421,9 @@ def _attend_backward(options, cut, kept, gradient):
     """Gradients of queries, [..., E], and of keys and values, [..., E, W]."""
     parts, gradient, mean, log_sum = stretch
     capped, visible, _ = _scores(parts, keys, row.sight.window, **options)
-    weights = jnp.where(visible, jnp.exp(capped - log_sum), 0.0)
+    # Of padding, a tape may hold any sum: no weight is more than 1.
+    weights = jnp.exp(jnp.minimum(capped - log_sum, 0.0))
+    weights = jnp.where(visible, weights, 0.0)
     of_scores = weights * scale * (attention.product(
         'bkhte,bkse->bkhts', gradient, keys.cache.values
     ) - mean)
