@@ -118,10 +118,11 @@ def check(rollout, chosen, row_length, num_parts=1, **options):
       assert before == 0
     # Between it and its prompt stand completions of that prompt only.
     if before:
-      at = lambda x: np.asarray(x).reshape(-1, row_length)[row]
-      of_group = (at(layout.segments) == before) | (
-          at(layout.prompt_segments) == before
+      segments, continued = (
+          np.asarray(x).reshape(-1, row_length)[row]
+          for x in (layout.segments, layout.prompt_segments)
       )
+      of_group = (segments == before) | (continued == before)
       assert of_group[before - 1 : slots[0]].all()
     of_row.setdefault(row, []).append(index)
   sizes = np.asarray(rows.token_mask).sum(1)

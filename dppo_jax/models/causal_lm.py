@@ -96,8 +96,9 @@ class CausalLM:
 
     norm = _make_norm(self.family.Block.Norm, config)
     shape = (config.vocab_size, config.hidden_size)
+    embedding = INIT_SCALE * jax.random.normal(key_embed, shape)
     params = {
-        'embed': {'embedding': INIT_SCALE * jax.random.normal(key_embed, shape)},
+        'embed': {'embedding': embedding},
         'layers': jax.vmap(make_layer)(
             jax.random.split(key_layers, config.num_hidden_layers)
         ),
