@@ -22,6 +22,11 @@ def machine_line(result: dict) -> str:
   )
 
 
+def sizes_of(result: dict) -> str:
+  """'prompts 64, group 8'."""
+  return ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+
+
 def range_of(spread: dict, unit: str = '') -> str:
   """'1.58 s (1.54 to 2.20)'."""
   low, high = spread['min'], spread['max']
@@ -58,7 +63,7 @@ def step_table(result: dict) -> str:
       rows[f'check: {name}'] = range_of(value)
   lines = [f'| {name} | {value} |' for name, value in rows.items()]
   title = f'### A step of `{result["algorithm"]}`, model `{result["model"]}`'
-  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  sizes = sizes_of(result)
   about = f'{sizes}. {machine_line(result)}'
   head = f'{title}\n\n{about}\n\n| | median |\n|---|---|'
   return '\n'.join([head, *lines])
@@ -79,7 +84,7 @@ def divergences_table(result: dict) -> str:
         f'| {row.get("temporary_ratio", float("nan")):.2f} '
         f'| {row["record_bytes_per_token"]:.0f} |'
     )
-  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  sizes = sizes_of(result)
   if result.get('clock') == 'cpu':
     sizes += ', in CPU seconds'
   head = (
@@ -101,7 +106,7 @@ def rollout_table(result: dict) -> str:
       f'| {_megabytes(row["temporary_bytes"])} |'
       for row in result['rows']
   ]
-  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  sizes = sizes_of(result)
   head = (
       '### Slots that are filled again, against all completions at once\n\n'
       f'{sizes}: {result["tokens"]} tokens, {result["mean_length"]} a '
@@ -125,7 +130,7 @@ def learner_table(result: dict) -> str:
       f'| {range_of(row["speedup"])} | {_megabytes(row["temporary_bytes"])} |'
       for row in result['rows']
   ]
-  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  sizes = sizes_of(result)
   head = (
       '### Rows of the learner, against the fastest as sampled\n\n'
       f'{sizes}: {result["tokens"]} tokens, {result["mean_length"]} a '
@@ -145,7 +150,7 @@ def attention_table(result: dict) -> str:
       f'| {range_of(row["speedup"])} | {_megabytes(row["temporary_bytes"])} |'
       for row in result['rows']
   ]
-  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  sizes = sizes_of(result)
   head = (
       '### Attention of packed rows, against that of whole rows\n\n'
       f'{sizes}. {machine_line(result)}\n\n'
@@ -166,7 +171,7 @@ def floor_table(result: dict) -> str:
       f'{row["bandwidth"]["median"] / 1e9:.0f} GB/s |'
       for row in result['rows']
   ]
-  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  sizes = sizes_of(result)
   head = (
       '### A decode step and an update, over their floor\n\n'
       f'{sizes}, float32. {machine_line(result)}\n\n'
@@ -196,7 +201,7 @@ def accelerator_table(result: dict) -> str:
       },
   }
   lines = [f'| {name} | {value} |' for name, value in rows.items()]
-  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  sizes = sizes_of(result)
   head = (
       '### A step on an accelerator\n\n'
       f'{sizes}. {machine_line(result)}\n\n| | |\n|---|---|'
@@ -242,7 +247,7 @@ def peers_table(result: dict) -> str:
         f'| {settings} | {row["settings"]["trl"]["microbatch"]} '
         f'| {row["settings"]["tunix"]["microbatch"]} |'
     )
-  sizes = ', '.join(f'{k} {v}' for k, v in result['sizes'].items())
+  sizes = sizes_of(result)
   trl, tunix = result['versions']['trl'], result['versions']['tunix']
   head = (
       '### A whole step, against TRL and Tunix\n\n'

@@ -253,11 +253,7 @@ def in_xla(*, parts: int = 1, split: SplitFn | None = None) -> RowAttention:
     if where.positions.shape[1] <= LONG_ROW and split is None:
       sights = [visible_within_segments(where, window=x) for x in windows]
       return sights, lambda visible: attend_within_row(visible, **scores)
-    if all(window is None for window in windows):
-      sights = [None] * len(windows)
-    else:
-      sights = [jnp.int32(NO_WINDOW if x is None else x) for x in windows]
-    return sights, lambda window: attend_in_blocks(
+    return limits_of(windows), lambda window: attend_in_blocks(
         where, window, parts=parts, split=split, **scores
     )
 
@@ -380,6 +376,21 @@ def _stretches(length, shortest):
   count = min(max(length // shortest, 1), NUM_STRETCHES)
   size = -(-length // count)
   return [(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def limits_of(windows: Sequence[int | None]) -> list[jax.Array | None]:
+  """Of windows, so that scanned layers can select theirs; None for none."""
+  if all(window is None for window in windows):
+    return [None] * len(windows)
+  return [jnp.int32(NO_WINDOW if x is None else x) for x in windows]
+
+
+def fill_up(tree, multiple: int):
+  """[B, T, ...] until `multiple` divides T. Zeros are padding: segment 0."""
+  pad = lambda x: jnp.pad(
+      x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2)
+  )
+  return jax.tree.map(pad, tree)
 
 
 def slots_of(where: Where) -> jax.Array:

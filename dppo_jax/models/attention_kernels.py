@@ -162,7 +162,7 @@ def splash(
   def rows(where, windows: Sequence[int | None], *, scale, cap):
     length = where.segment_ids.shape[1]
     block = _block(length)
-    where = _fill_up(where, block)
+    where = attention.fill_up(where, block)
     make = functools.partial(
         splash_lib.make_splash_mha,
         block_sizes=splash_lib.BlockSizes(
@@ -193,7 +193,7 @@ def splash(
       def attend(q, k, v, tape=products.no_tape):
         del tape
         # The kernel does not scale; in bfloat16 that rounds queries once more.
-        inputs = (_fill_up(x, block) for x in (q * scale, k, v))
+        inputs = (attention.fill_up(x, block) for x in (q * scale, k, v))
         out = share(of_rows)(*inputs, *arguments(sight))
         return out[:, :length], (k, v)
 
@@ -263,7 +263,8 @@ def cudnn(share: ShareFn = alone) -> attention.RowAttention:
     if cap is not None:
       raise ValueError(f'cuDNN does not cap scores, here at {cap}.')
     length = where.segment_ids.shape[1]
-    where = _fill_up(where, 2)  # A bias of odd length has no gradients.
+    # A bias of odd length has no gradients.
+    where = attention.fill_up(where, 2)
     sights = [
         attention.visible_within_segments(where, window=x) for x in windows
     ]
@@ -277,7 +278,7 @@ def cudnn(share: ShareFn = alone) -> attention.RowAttention:
     def attend_with(visible):
       def attend(q, k, v, tape=products.no_tape):
         del tape
-        inputs = (_fill_up(x, 2) for x in (q, k, v))
+        inputs = (attention.fill_up(x, 2) for x in (q, k, v))
         return share(of_rows)(*inputs, visible, ())[:, :length], (k, v)
 
       return attend
@@ -291,11 +292,3 @@ def _block(length: int) -> int:
   """Of equal ones that fill up a row, a multiple of the lanes."""
   count = -(-length // _BLOCK)
   return -(-length // (count * _LANES)) * _LANES
-
-
-def _fill_up(tree, multiple: int):
-  """[B, T, ...] until `multiple` divides T. Zeros are padding: segment 0."""
-  pad = lambda x: jnp.pad(
-      x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2)
-  )
-  return jax.tree.map(pad, tree)

@@ -120,22 +120,15 @@ def in_stretches(sizes: Sizes = Sizes()) -> attention.RowAttention:
     if not pays(length, sizes):
       return attention.in_xla()(where, windows, **scores)
     cut = _cut(length, sizes)
-    whole = jax.tree.map(lambda x: _fill_up(x, cut), where)
-    limits = [None] * len(windows)
-    if any(window is not None for window in windows):
-      limits = [
-          jnp.int32(attention.NO_WINDOW if x is None else x) for x in windows
-      ]
-    sights = [_look(whole, x, cut) for x in limits]
+    whole = attention.fill_up(where, cut.queries)
+    sights = [_look(whole, x, cut) for x in attention.limits_of(windows)]
 
     def attend_with(sight):
       options = tuple(scores.items()), cut
 
       def attend(q, k, v, tape=products.no_tape):
         made = tape.attended if tape.attended is not None else ()
-        *inputs, made = jax.tree.map(
-            lambda x: _fill_up(x, cut), (q, k, v, made)
-        )
+        *inputs, made = attention.fill_up((q, k, v, made), cut.queries)
         out = _attend(*options, *inputs, _Row(whole, sight), made)
         return out[:, : q.shape[1]], (k, v)
 
@@ -150,12 +143,6 @@ def _cut(length: int, sizes: Sizes) -> Sizes:
   """Equal stretches, none longer than asked for."""
   count = -(-length // sizes.queries)
   return sizes._replace(queries=-(-length // count))
-
-
-def _fill_up(x, cut):
-  """[B, T, ...] to whole stretches, with zeros: slots of padding."""
-  extra = -x.shape[1] % cut.queries
-  return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _look(where, window, cut) -> Sight:
@@ -179,7 +166,7 @@ def _look(where, window, cut) -> Sight:
   queries = _in_stretches(where, cut)
   count = jnp.arange(len(queries.segment_ids))
   far, steps = _of_all(of_stretch, (count, queries), cut)
-  return Sight(far, jnp.maximum(steps, 0), window)
+  return Sight(far, steps, window)
 
 
 def _of_all(fn, stretches: PyTree, cut: Sizes) -> PyTree:
