@@ -229,25 +229,36 @@ class CausalLM:
     graph = _norm_graph(self.family.Block.Norm, self.config)
     norm = nnx.merge(graph, params['norm'])
     x = norm(hidden)
-    if self.config.tie_word_embeddings:
-      kernel = params['embed']['embedding'].T
-    else:
+    if 'head' in params:
       kernel = params['head']['kernel']
-    logits = jnp.matmul(
-        attention.multiplicand(x),
-        attention.multiplicand(kernel.astype(x.dtype)),
-        preferred_element_type=jnp.float32,
-    )
+    else:
+      kernel = params['embed']['embedding'].T
+    factor = lambda x: attention.multiplicand(x.astype(hidden.dtype))
+    if isinstance(kernel, layers.Turned):
+      rows = factor(x).reshape(-1, x.shape[-1])
+      logits = layers.columns(factor(kernel.kernel), rows, axis=1)
+      logits = logits.T.reshape(*x.shape[:-1], -1)
+    else:
+      logits = jnp.matmul(
+          factor(x), factor(kernel), preferred_element_type=jnp.float32
+      )
     return attention.softcap(logits, self.config.final_logit_softcapping)
 
   def unstacked(self, params: PyTree) -> PyTree:
     """For `decode`, once, outside the token loop: layers are a list.
 
-    On a CPU, where that is faster, kernels of MLPs are `layers.Turned`.
+    On a CPU, where that is faster, kernels of MLPs and the head are
+    `layers.Turned`.
     """
     stacked = params['layers']
-    if attention.platform() == 'cpu' and not self.config.num_experts:
-      stacked = stacked | {'mlp': layers.turned(stacked['mlp'])}
+    if attention.platform() == 'cpu':
+      if not self.config.num_experts:
+        stacked = stacked | {'mlp': layers.turned(stacked['mlp'])}
+      if self.config.tie_word_embeddings:
+        head = params['embed']['embedding']
+      else:
+        head = params['head']['kernel'].T
+      params = params | {'head': {'kernel': layers.Turned(head)}}
     return params | {'layers': self._unstack(stacked)}
 
   def rotations(self, length: int) -> list:

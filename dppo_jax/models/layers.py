@@ -183,17 +183,13 @@ class GatedMLP(nnx.Module):
         for part in (self.gate, self.up, self.down)
     )
     rows = x.reshape(-1, x.shape[-1])
-    # Or the compiler turns the products round again.
-    product = lambda kernel, of, axis: jax.lax.optimization_barrier(
-        jax.lax.dot_general(kernel, of, (((1,), (axis,)), ((), ())))
-    )
     rows_of = lambda columns: columns.T.reshape(*x.shape[:-1], -1)
-    gate, up = product(gate, rows, 1), product(up, rows, 1)
+    gate, up = columns(gate, rows, axis=1), columns(up, rows, axis=1)
     # What decodes keeps products, and is given none.
     tape('gate', rows_of(gate))
     tape('up', rows_of(up))
     inner = self.activation(gate) * up
-    return tape('down', rows_of(product(down, inner, 0)))
+    return tape('down', rows_of(columns(down, inner, axis=0)))
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -315,7 +311,7 @@ def times(x: jax.Array, kernel: Any) -> jax.Array:
 )
 @dataclasses.dataclass(frozen=True)
 class Turned:
-  """A kernel of a `GatedMLP` that is kept as [out, in], for a CPU.
+  """A kernel of a `GatedMLP` or a head that is kept as [out, in], for a CPU.
 
   There, each product packs its second factor anew. In `kernel @ x.T` that is
   the few rows of a decode step, in `x @ kernel` it would be the kernel.
@@ -328,6 +324,23 @@ class Turned:
     if index is not Ellipsis:
       raise TypeError('Only the whole of a Turned can be read.')
     return self
+
+
+def columns(kernel: jax.Array, of: jax.Array, *, axis: int) -> jax.Array:
+  """A column for each token of what a `Turned` kernel makes.
+
+  Args:
+    kernel: [out, in].
+    of: [tokens, in] or [in, tokens].
+    axis: which one of it is `in`.
+
+  Returns:
+    [out, tokens]; in float32 if a factor is.
+  """
+  # Or the compiler turns the product round again.
+  return jax.lax.optimization_barrier(
+      jax.lax.dot_general(kernel, of, (((1,), (axis,)), ((), ())))
+  )
 
 
 def turned(mlp: PyTree) -> PyTree:
