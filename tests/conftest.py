@@ -6,10 +6,14 @@ import re
 import shutil
 import tempfile
 
-# Not in the home directory of who runs the tests; subprocesses inherit it.
-_CACHE = tempfile.mkdtemp(prefix='dppo_jax_compiled_')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _CACHE
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+# Not in the home directory of who runs the tests. The processes of one run, its
+# subprocesses, and runs that are told the same folder share what they compile.
+_COMPILED = 'DPPO_JAX_TESTS_COMPILED'
+if _COMPILED not in os.environ:
+  os.environ[_COMPILED] = tempfile.mkdtemp(prefix='dppo_jax_compiled_')
+  atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ[_COMPILED]
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 
 # ruff: noqa: E402
 import hypothesis

@@ -46,8 +46,6 @@ def cli(tmp_path_factory):
   shared = tmp_path_factory.mktemp('shared')
   environment = os.environ | {
       'HF_HUB_OFFLINE': '1',
-      'JAX_COMPILATION_CACHE_DIR': str(shared / 'xla'),
-      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
       'PYTHONPATH': str(ROOT),
       'TFDS_DATA_DIR': str(shared / 'tfds'),
       # Half of the compile time.
