@@ -167,7 +167,7 @@ def hidden_states(
   if not isinstance(rows.prompt_segments, tuple):
     asked['prompt_ids'] = rows.prompt_segments
   if products:
-    asked['products'] = products_lib.take(products, rows.entries)
+    asked['products'] = products_lib.Selection(products, rows.entries)
   hidden, kept = model.trunk(
       params,
       rows.inputs,

@@ -222,7 +222,7 @@ def test_a_sampler_records_what_whole_rows_attend_to(num_slots):
       params, rollout.tokens[:, :-1], positions=rollout.positions[:, :-1],
       segment_ids=rollout.segment_ids[:, :-1],
   )
-  found = products.take(aux.products, rollout.entries)
+  found = tiny_model.all_products(aux.products, rollout.entries)
   reads = rollout.segment_ids[:, 1:] > 0
   for name in ('attended', 'log_sum'):
     np.testing.assert_allclose(

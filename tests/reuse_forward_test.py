@@ -25,7 +25,6 @@ from dppo_jax import rollout as rollout_lib
 from dppo_jax.models import attention
 from dppo_jax.models import load
 from dppo_jax.models import packed_attention
-from dppo_jax.models import products
 
 MODEL = tiny_model.MODEL
 ONCE = {'learner__num_minibatches': 1}
@@ -103,7 +102,7 @@ def test_products_stand_where_entries_say(num_slots, num_halvings):
       positions=rollout.positions[:, :-1],
       segment_ids=rollout.segment_ids[:, :-1],
   )
-  found = products.take(aux.products, rollout.entries)
+  found = tiny_model.all_products(aux.products, rollout.entries)
   # Of tokens that an update reads, the last of a completion is none.
   reads = rollout.segment_ids[:, 1:] > 0
   assert 0.3 < reads.mean() < 0.95
@@ -185,11 +184,12 @@ def compare_gradients(model, trained, policy=lambda params: params):
   )(trained)
   of = tiny_model.jit(jax.value_and_grad(loss))
   value, gradients = of(trained, None)
-  again, reused = of(trained, kept.products)
+  again, reused = of(trained, tiny_model.selection(kept.products))
   assert float(again) == pytest.approx(float(value), rel=1e-4, abs=1e-3)
   scale = max(np.abs(x).max() for x in jax.tree.leaves(gradients))
   tiny_model.assert_trees_close(reused, gradients, rtol=0, atol=1e-5 * scale)
-  other, _ = of(trained, jax.tree.map(lambda x: x[..., ::-1], kept.products))
+  others = jax.tree.map(lambda x: x[..., ::-1], kept.products)
+  other, _ = of(trained, tiny_model.selection(others))
   assert abs(other - value) > 1e-3 * abs(value)
 
 
@@ -208,7 +208,7 @@ def test_a_plan_counts_what_is_left():
   kernels = [x for x in jax.tree.leaves(params['layers']) if x.ndim == 3]
   assert len(kernels) == len(kept) == 7
   forward = 2 * tokens.size * sum(x.size for x in kernels)
-  assert count(None) - count(kept) == forward
+  assert count(None) - count(tiny_model.selection(kept)) == forward
 
 
 # Options of a step, and how many tokens its learner reads.

@@ -32,6 +32,7 @@ from dppo_jax import train_step
 from dppo_jax import trainable as trainable_lib
 from dppo_jax import trust_regions
 from dppo_jax.models import layers
+from dppo_jax.models import products
 from dppo_jax.models import qwen3
 from dppo_jax.models import qwen3_moe
 from dppo_jax.models.causal_lm import CausalLM
@@ -276,3 +277,19 @@ def assert_trees_equal(actual, expected):
     a, b = number(a), number(b)
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
     assert a.tobytes() == b.tobytes()
+
+
+def selection(made):
+  """Products [L, B, T, F] that a pass has kept, for one over its tokens."""
+  batch, length = jax.tree.leaves(made)[0].shape[1:3]
+  return products.Selection(
+      jax.tree.map(lambda x: x.reshape(len(x), -1, x.shape[-1]), made),
+      jnp.arange(batch * length).reshape(batch, length),
+  )
+
+
+def all_products(made, entries):
+  """Of tokens [B, T] and all layers. [L, E, F] -> [L, B, T, F]."""
+  of = products.Selection(made, entries).of
+  layers = [of(i) for i in range(len(jax.tree.leaves(made)[0]))]
+  return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *layers)

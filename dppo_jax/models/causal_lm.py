@@ -162,13 +162,13 @@ class CausalLM:
       prompt_ids: jax.Array | None = None,
       keep_cache: bool = False,
       keep_products: bool = False,
-      products: products_lib.Products | None = None,
+      products: products_lib.Selection | None = None,
       routing: experts.Routing = experts.Routing(),
   ) -> tuple[jax.Array, Kept]:
     """All layers, scanned. [B, T] -> hidden [B, T, D] and what was kept.
 
-    The cache, if kept, is a list over layers of `attention.Cache`. `products`
-    [L, B, T, F], kept by a pass with the same parameters, are not made again.
+    The cache, if kept, is a list over layers of `attention.Cache`. `products`,
+    kept by a pass with the same parameters, are not made again.
     Who sees whom: see `attention.visible_within_segments`. Only models with
     experts look at `routing`.
     """
@@ -184,7 +184,8 @@ class CausalLM:
     ]
 
     def layer(x, scanned):
-      layer_params, kind, replay, made = scanned
+      layer_params, kind, replay, index = scanned
+      made = None if products is None else products.of(index)
       tape = self._tape(keep_products, made)
       rotation, sight = views[0]
       if len(views) > 1:  # What is selected is kept for every layer.
@@ -215,7 +216,7 @@ class CausalLM:
     if replay is not None:
       replay = jnp.moveaxis(replay, -2, 0)  # [L, B, T, k]
     x, kept = jax.lax.scan(
-        layer, x, (params['layers'], which, replay, products)
+        layer, x, (params['layers'], which, replay, jnp.arange(len(which)))
     )
     routed = kept.routed._replace(
         choices=_layers_last(kept.routed.choices, -2),

@@ -122,6 +122,23 @@ def begin(over: Products, products: Products) -> tuple[Buffer, jax.Array]:
   return buffer, entries.reshape(jax.tree.leaves(products)[0].shape[1:3])
 
 
-def take(products: Products, entries: jax.Array) -> Products:
-  """Of tokens [B, T]. [L, E, F] -> [L, B, T, F]."""
-  return jax.tree.map(lambda x: jnp.take(x, entries, axis=1), products)
+class Selection(NamedTuple):
+  """Products of tokens that are read again, to be taken layer by layer.
+
+  Of all layers at once, they would be copied for all layers at once.
+  """
+
+  products: Products  # [L, E, F] each.
+  entries: jax.Array  # [B, T] int32, of the tokens.
+
+  def of(self, layer: jax.Array) -> Products:
+    """Those of one layer, [] int32. [B, T, F] each."""
+
+    def take(x):
+      rows = x.reshape(-1, x.shape[-1])  # [L * E, F]
+      # All are there; a check would select each number.
+      return jnp.take(
+          rows, layer * x.shape[1] + self.entries, axis=0, mode='clip'
+      )
+
+    return jax.tree.map(take, self.products)
