@@ -73,10 +73,10 @@ def test_steps_are_those_of_a_new_forward_pass(options):
   )
   for ours, theirs in zip(reused['metrics'], anew['metrics'], strict=True):
     assert ours == pytest.approx(theirs, rel=1e-3, abs=2e-5)
-    # Only attention and the head differ between the two passes, but for two
+    # Only attention and the head differ between the two passes, but for four
     # units in the last place of a log-prob near 4.
     largest = 'on_policy/log_ratio_max'
-    assert ours[largest] <= theirs[largest] + 1e-6
+    assert ours[largest] <= theirs[largest] + 2e-6
 
 
 @pytest.mark.parametrize('num_slots, num_halvings', SLOTS)
