@@ -335,7 +335,7 @@ def columns(kernel: jax.Array, of: jax.Array, *, axis: int) -> jax.Array:
     axis: which one of it is `in`.
 
   Returns:
-    [out, tokens]; in float32 if a factor is.
+    [out, tokens], of the factors' type.
   """
   # Or the compiler turns the product round again.
   return jax.lax.optimization_barrier(
