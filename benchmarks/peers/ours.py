@@ -10,6 +10,7 @@ it is as large as its completions would be at their longest.
 """
 
 import argparse
+from collections.abc import Iterator
 import dataclasses
 import itertools
 import pathlib
@@ -120,8 +121,11 @@ def make_config(
   return config
 
 
-def run(args: argparse.Namespace, **setting) -> work.Steps:
-  """Steps of one setting, the warm-up first."""
+def steps_of(args: argparse.Namespace, **setting) -> Iterator[np.ndarray]:
+  """Takes steps of one setting, and yields the lengths that each drew [B].
+
+  The first learns from nothing: it compiles, and samples.
+  """
   config = make_config(args, **setting)
   size = work.SIZES[args.size]
   model = make_model(size, work.STOP[args.lengths])
@@ -144,10 +148,7 @@ def run(args: argparse.Namespace, **setting) -> work.Steps:
   scored = jax.device_put(
       train_step_lib.blank(program.rollout_fn, state, prompts), rows
   )
-  steps = work.Steps()
-  steps.mark()
-  # The first call learns from nothing: it compiles, and samples.
-  for _ in range(1 + args.warmup + args.steps):
+  for num_updates in itertools.count():
     state, rollout, metrics = program.train_step(state, scored, prompts)
     tokens, mask = jax.device_get((rollout.tokens[:, 1:], rollout.token_mask))
     rewards = np.float32(
@@ -155,14 +156,24 @@ def run(args: argparse.Namespace, **setting) -> work.Steps:
     )
     scored = ScoredRollout(rollout, jax.device_put(rewards, rows))
     jax.device_get(metrics)
-    steps.drew(mask.sum(-1))
+    assert int(state.step) == num_updates, state.step
+    assert program.train_step._cache_size() == 1, 'compiled more than once'
+    yield mask.sum(-1)
+
+
+def run(args: argparse.Namespace, **setting) -> work.Steps:
+  """Steps of one setting, the warm-up first."""
+  steps = work.Steps()
+  steps.mark()
+  count = 1 + args.warmup + args.steps
+  for lengths in itertools.islice(steps_of(args, **setting), count):
+    steps.drew(lengths)
     steps.mark()
-  assert int(state.step) == args.warmup + args.steps
-  assert program.train_step._cache_size() == 1, 'compiled more than once'
   return steps
 
 
-def main():
+def parser() -> argparse.ArgumentParser:
+  """Of the flags, those of all three scripts first."""
   flags = work.parser(__doc__)
   flags.add_argument(
       '--row_lengths', type=work.integers, default=[0, 256],
@@ -188,7 +199,11 @@ def main():
       '--reuses', type=work.integers, default=[0],
       help='config.learner.reuse_forward, to try one by one: 0 or 1.',
   )
-  args = flags.parse_args()
+  return flags
+
+
+def settings(args: argparse.Namespace) -> list[dict[str, int]]:
+  """All that the flags ask to try."""
   tried = {
       'microbatch': args.microbatches,
       'row_length': args.row_lengths,
@@ -198,11 +213,15 @@ def main():
       'halving_steps': args.halving_steps,
       'reuse': args.reuses,
   }
-  settings = [
+  return [
       dict(zip(tried, values)) for values in itertools.product(*tried.values())
   ]
+
+
+def main():
+  args = parser().parse_args()
   work.measure(
-      'dppo_jax', args, settings, run,
+      'dppo_jax', args, settings(args), run,
       ('jax', 'jaxlib', 'flax', 'optax', 'numpy'),
   )
 
