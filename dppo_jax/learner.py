@@ -65,18 +65,25 @@ def make_learner(
     accumulated = accumulate(state, batch, chosen, products)
     loss, gradients, stats, sizes = accumulated
     norm = optax.tree.norm(gradients)
-    changes, opt_state = optimizer.transformation.update(
-        gradients, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, changes)
-    # A finite gradient can still make infinite weights.
+
+    def changed():
+      changes, opt_state = optimizer.transformation.update(
+          gradients, state.opt_state, state.params
+      )
+      return optax.apply_updates(state.params, changes), opt_state
+
+    # A finite gradient can still make infinite weights. New ones are computed
+    # twice: to choose between two states, both would have to be there.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    finite &= jnp.isfinite(optax.tree.norm(params))
+    finite &= _all_finite(changed()[0])
+    params, opt_state = jax.lax.cond(
+        finite, changed, lambda: (state.params, state.opt_state)
+    )
     choose = lambda new, old: jnp.where(finite, new, old)
     new_dual, dual_metrics = _constrain(dual, state.dual, stats)
     new_state = state._replace(
-        params=jax.tree.map(choose, params, state.params),
-        opt_state=jax.tree.map(choose, opt_state, state.opt_state),
+        params=params,
+        opt_state=opt_state,
         policy_version=state.policy_version + finite,
         nonfinite_in_a_row=jnp.where(finite, 0, state.nonfinite_in_a_row + 1),
         dual=jax.tree.map(choose, new_dual, state.dual),
@@ -165,6 +172,14 @@ def _make_accumulate(
     }
 
   return accumulate
+
+
+def _all_finite(tree: PyTree) -> jax.Array:
+  """Whether all numbers are. [] bool."""
+  # The last axis first: a CPU shares the others among its cores.
+  every = lambda x: jnp.all(jnp.isfinite(jnp.atleast_1d(x)), axis=-1)
+  of_leaves = [jnp.all(every(x)) for x in jax.tree.leaves(tree)]
+  return jnp.all(jnp.stack(of_leaves))
 
 
 def _constrain(dual, state, stats):

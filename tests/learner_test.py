@@ -444,6 +444,16 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(scored):
   np.testing.assert_allclose(rates, [0, 0.005, 0.005, 0.005, 0.005])
 
 
+def test_weights_that_a_finite_gradient_makes_infinite_are_not_taken(scored):
+  adamw = optim.build('adamw', total_updates=9, learning_rate=float('inf'))
+  before = state_of(adamw)
+  state, _, metrics = learn(scored, state=before, optimizer=adamw)
+  tiny_model.assert_trees_equal(state.params, before.params)
+  tiny_model.assert_trees_equal(state.opt_state, before.opt_state)
+  assert metrics['optimizer/skipped'] == 1
+  assert int(state.nonfinite_in_a_row) == 1
+
+
 def test_only_the_mini_batches_with_the_bad_group_are_skipped(scored):
   # A NaN reward spoils the advantages of its group, four of the 16 rows.
   bad = scored._replace(rewards=scored.rewards.at[3].set(jnp.nan))
