@@ -184,6 +184,22 @@ def test_the_step_that_peers_are_compared_with_does_the_agreed_work(tmp_path):
   assert result['versions'].keys() >= {'jax', 'flax'}
 
 
+def test_a_commit_and_this_tree_take_the_same_steps_in_turns(tmp_path):
+  result = run(
+      'turns.py', '--base=HEAD', '--base_options=--slots=8 --halvings=0',
+      '--pairs=2', '--warmup=0', '--lengths=geometric', '--microbatches=4',
+      '--row_lengths=128', '--slots=16', '--halvings=1',
+      data_dir=tmp_path / 'data',
+  )
+  head = subprocess.run(
+      ['git', 'rev-parse', 'HEAD'], cwd=ROOT, capture_output=True, check=True
+  ).stdout.decode()
+  assert head.startswith(result['base'])
+  # The number of slots changes no token.
+  assert result['same_lengths']
+  assert result['step_s']['ratio'] > 0
+
+
 def test_peers_must_draw_completions_of_the_agreed_lengths():
   import numpy as np
 
