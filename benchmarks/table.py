@@ -261,6 +261,35 @@ def peers_table(result: dict) -> str:
   return '\n'.join([head, *lines])
 
 
+def turns_table(result: dict) -> str:
+  """One column of ratios."""
+  other = ' '.join(filter(None, [
+      f'the same at commit {result["base"]}', result['base_options'],
+      result['base_env'],
+  ]))
+  memory, sizes = result['memory_ratio'], result['memory']
+  rows = {
+      kind: f'{x["ratio"]:.3f} (pairs: median {x["median_of_pairs"]:.3f}, '
+      f'standard error {x["error"]:.3f})'
+      for kind, x in (
+          ('seconds', result['step_s']), ('CPU seconds', result['cpu_s'])
+      )
+  } | {
+      f'memory: {kind}': f'{memory[kind]:.4f} '
+      f'({_megabytes(sizes["this"][kind])}, {_megabytes(sizes["base"][kind])})'
+      for kind in ('total', 'temporary')
+  }
+  lines = [f'| {name} | {value} |' for name, value in rows.items()]
+  same = 'the same lengths' if result['same_lengths'] else 'other lengths'
+  head = (
+      f'### A whole step, against {other}\n\n'
+      f'`{result["options"]}`; {sizes_of(result)}, {same} drawn. '
+      f'{machine_line(result)}\n\n'
+      '| | ratio to the other |\n|---|---|'
+  )
+  return '\n'.join([head, *lines])
+
+
 def _megabytes(count: int) -> str:
   return f'{count / 1e6:.0f} MB'
 
@@ -269,6 +298,7 @@ def main():
   """Replaces what stands between the two marks."""
   tables = {
       'step': step_table,
+      'turns': turns_table,
       'divergences': divergences_table,
       'rollout': rollout_table,
       'learner': learner_table,

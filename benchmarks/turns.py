@@ -1,22 +1,25 @@
-"""Is a step faster than at another commit? One step of each, in turns.
+"""Is a step faster than another one? One of each, in turns.
 
-    python benchmarks/turns.py --base=HEAD~1 --pairs=14 --size=small \
-        --lengths=geometric --microbatches=4 --row_lengths=640 --slots=96 \
+    python benchmarks/turns.py --base=HEAD~1 --pairs=30 --size=small \
+        --lengths=geometric --microbatches=4 --row_lengths=640 --slots=64 \
         --halvings=4 --part_halvings=3 --halving_steps=2 --reuses=1
 
 compares this working tree with a commit, step by step, in two processes that
 wait for each other: what slows a shared machine down for minutes slows both.
-`--base=HEAD --base_options='--slots=64'` compares two settings, `--base_env`
-two environments. Other flags are those of peers/ours.py, one value of each.
+`--base_options='--slots=96'` gives the base another setting and `--base_env`
+another environment; HEAD is the base that differs in nothing else.
 
-Below 1, the working tree is faster: `ratio` of the sums over all pairs, and
-the median of the pairs. `same_lengths` says whether both drew the same: if not,
-chance is in the ratio, and many pairs are needed.
+All other flags are those of peers/ours.py, every list with one value. The
+ours.py of this tree runs both, so a base must still have what it calls.
+
+Below 1, this is less than the base: `ratio` of the sums over all pairs, the
+median of the pairs, and `error`, the standard error of their mean. Memory is
+what XLA plans for the step: arguments, temporary and results. `same_lengths`
+says whether both drew the same; if not, chance is in the ratio, too.
 """
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import pathlib
@@ -40,9 +43,10 @@ def unpack(commit: str, folder: str) -> str:
   )
   name = git('rev-parse', '--short', f'{commit}^{{commit}}')
   if name.returncode:
-    raise ValueError(f'--base={commit}: {name.stderr.decode().strip()}')
-  archive = git('archive', commit).stdout
-  with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+    raise SystemExit(f'--base={commit}: {name.stderr.decode().strip()}')
+  archive = git('archive', commit)
+  archive.check_returncode()
+  with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
     files.extractall(folder, filter='data')
   return name.stdout.decode().strip()
 
@@ -62,35 +66,41 @@ def work(code: str, options: list[str], pipe) -> None:
   args = ours.parser().parse_args(options)
   settings = ours.settings(args)
   if len(settings) > 1:
-    raise ValueError(f'One value of each flag, not {options}')
-  steps = ours.steps_of(args, **settings[0])
+    raise SystemExit(f'One value of each flag, not {settings}')
+  run = ours.Run(args, **settings[0])
   while pipe.recv():
     clocks = np.array([time.perf_counter(), time.process_time()])
-    lengths = next(steps)
+    lengths = run.step()
     taken = [time.perf_counter(), time.process_time()] - clocks
     pipe.send((taken, lengths))
+  pipe.send(run.memory())
 
 
 def start(code: str, options: list[str], environment: dict[str, str]):
   """A process of its own, and the pipe to it."""
   before = dict(os.environ)
-  os.environ.update(environment)  # What it is started with.
   context = multiprocessing.get_context('spawn')
   pipe, other = context.Pipe()
   process = context.Process(
       target=work, args=(code, options, other), daemon=True
   )
-  process.start()
-  os.environ.clear()
-  os.environ.update(before)
+  try:
+    os.environ.update(environment)  # What it is started with.
+    process.start()
+  finally:
+    os.environ.clear()
+    os.environ.update(before)
   other.close()  # Or the end of the process would not be heard of.
   return process, pipe
 
 
-def step(pipe):
-  """Seconds and CPU seconds [2] of a step, and the lengths it drew [B]."""
-  pipe.send(True)
-  return pipe.recv()
+def ask(pipe, go_on: bool):
+  """Of a step: (seconds and CPU seconds [2], lengths [B]); or the memory."""
+  try:
+    pipe.send(go_on)
+    return pipe.recv()
+  except (EOFError, OSError):
+    raise SystemExit('A process has ended; it says why above.') from None
 
 
 def compare(taken: np.ndarray) -> dict[str, Any]:
@@ -98,29 +108,19 @@ def compare(taken: np.ndarray) -> dict[str, Any]:
   result = {}
   for name, values in zip(('step_s', 'cpu_s'), np.moveaxis(taken, -1, 0)):
     base, this = values.T
+    pairs = this / base
     result[name] = {
         'ratio': round(float(this.sum() / base.sum()), 4),
-        'median_of_pairs': round(float(np.median(this / base)), 4),
+        'median_of_pairs': round(float(np.median(pairs)), 4),
+        'error': round(float(np.std(pairs) / max(len(pairs) - 1, 1) ** 0.5), 4),
         'base_median': round(float(np.median(base)), 4),
         'this_median': round(float(np.median(this)), 4),
     }
   return result
 
 
-def main():
-  flags = argparse.ArgumentParser(
-      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
-  flags.add_argument('--base', default='HEAD', help='A commit.')
-  flags.add_argument(
-      '--base_options', default='', help='More flags, of the base only.'
-  )
-  flags.add_argument(
-      '--base_env', default='', help='A=1 B=2, variables of the base only.'
-  )
-  flags.add_argument('--pairs', type=int, default=14, help='Timed.')
-  flags.add_argument('--warmup', type=int, default=2, help='Pairs before.')
-  args, options = flags.parse_known_args()
+def measure(args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+  """Pairs of steps, and what both need."""
   with tempfile.TemporaryDirectory() as folder:
     # Without links, as modules tell their paths.
     folder = str(pathlib.Path(folder).resolve())
@@ -137,22 +137,58 @@ def main():
     for pair in range(1 + args.warmup + args.pairs):
       # Who is first changes.
       order = (0, 1) if pair % 2 else (1, 0)
-      steps = {i: step(pipes[i]) for i in order}
+      steps = {i: ask(pipes[i], True) for i in order}
       taken.append([steps[0][0], steps[1][0]])
       same &= np.array_equal(steps[0][1], steps[1][1])
       seconds = [f'{x[0]:.3f}' for x in taken[-1]]
       print('base, this:', *seconds, flush=True)
-    for pipe in pipes:
-      pipe.send(False)
+    memory = [ask(pipe, False) for pipe in pipes]
     for process in processes:
       process.join()
-  print(json.dumps({
+  return {
       'base': base,
-      'pairs': args.pairs,
       'same_lengths': bool(same),
       **compare(np.array(taken[-args.pairs :])),
-      'load_average': round(os.getloadavg()[0], 2),
-  }))
+      'memory_ratio': {
+          kind: round(memory[1][kind] / size, 4) if size else None
+          for kind, size in memory[0].items()
+      },
+      'memory': dict(zip(('base', 'this'), memory)),
+  }
+
+
+def main():
+  flags = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flags.add_argument('--base', default='HEAD', help='A commit.')
+  flags.add_argument(
+      '--base_options', default='', help='More flags, of the base only.'
+  )
+  flags.add_argument(
+      '--base_env', default='', help='A=1 B=2, variables of the base only.'
+  )
+  flags.add_argument('--pairs', type=int, default=30, help='Timed.')
+  flags.add_argument('--warmup', type=int, default=2, help='Pairs before.')
+  flags.add_argument('--output', help='File of the result, JSON.')
+  args, options = flags.parse_known_args()
+  if args.pairs < 1:
+    flags.error(f'--pairs={args.pairs} is not positive.')
+  result = measure(args, options)
+  sys.path.insert(0, str(_ROOT))
+  from benchmarks import machine
+  machine.report(
+      {
+          'benchmark': 'turns',
+          'sizes': {'pairs': args.pairs, 'warmup': args.warmup},
+          'options': ' '.join(options),
+          'base_options': args.base_options,
+          'base_env': args.base_env,
+          **result,
+          'machine': machine.describe(),
+      },
+      args.output,
+  )
 
 
 if __name__ == '__main__':

@@ -117,8 +117,9 @@ def train(
       state, rollout, metrics = parts.train_step(
           state, backlog.pop(), batch.prompts
       )
-      logbook.flush()  # The previous step, while the device works.
-      backlog.score()  # So too, unless it was learned from at once.
+      parts.prompts.prefetch()  # The next batch, while the device works.
+      logbook.flush()  # So too, the previous step.
+      backlog.score()  # And this, unless it was learned from at once.
       # Two programs: who has older rollouts need not wait for this one.
       jax.block_until_ready(state if config.staleness else rollout)
       sampled = time.perf_counter()

@@ -198,6 +198,7 @@ def test_a_commit_and_this_tree_take_the_same_steps_in_turns(tmp_path):
   # The number of slots changes no token.
   assert result['same_lengths']
   assert result['step_s']['ratio'] > 0
+  assert result['memory']['this']['total'] > 0
 
 
 def test_peers_must_draw_completions_of_the_agreed_lengths():

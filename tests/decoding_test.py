@@ -309,13 +309,19 @@ def loops_on_eight_devices():
     }))
 
 
-@pytest.fixture(scope='module')
-def loops():
+@functools.cache
+def loops_of_layouts():
+  """What `loops_on_eight_devices` prints, by name."""
   printed = many_devices.run(
       'import decoding_test; decoding_test.loops_on_eight_devices()',
       optimized=False,
   )
   return {line.pop('name'): line for line in map(json.loads, printed)}
+
+
+@pytest.fixture(scope='module')
+def loops():
+  return loops_of_layouts()
 
 
 @pytest.mark.several_devices

@@ -265,6 +265,48 @@ def disturb(cli, workdir, name, step=3):
   return cli('-c', code, workdir=workdir)
 
 
+# Tells what the host does, and when.
+TELL = """
+    import jax
+    from dppo_jax import backlog
+    from dppo_jax import logbook
+    from dppo_jax import main
+    from dppo_jax import training
+    from dppo_jax.tasks import prompts
+
+    def tell(owner, name):
+      call = getattr(owner, name)
+      def told(*args, **kwargs):
+        print('called', name, flush=True)
+        return call(*args, **kwargs)
+      setattr(owner, name, told)
+
+    tell(backlog.Backlog, 'pop')
+    tell(prompts.PromptIterator, 'prefetch')
+    tell(logbook.Logbook, 'flush')
+    tell(training, 'score')
+    tell(jax, 'block_until_ready')
+    main.run_train()
+"""
+
+
+@pytest.mark.slow
+def test_the_host_logs_verifies_and_reads_while_the_device_works(cli, tmp_path):
+  done = cli(
+      '-c', textwrap.dedent(TELL), workdir=tmp_path / 'run', staleness=1,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  called = re.findall(r'^called (\w+)', done.stdout, re.M)
+  # What is learned from is taken right before a step is dispatched.
+  starts = [i for i, name in enumerate(called) if name == 'pop']
+  assert len(starts) == SIZES['total_steps']
+  meanwhile = [
+      called[i + 1 : called.index('block_until_ready', i)] for i in starts
+  ]
+  assert ['prefetch', 'flush', 'score'] in meanwhile, meanwhile
+  assert all(x[:2] == ['prefetch', 'flush'] for x in meanwhile), meanwhile
+
+
 @pytest.mark.slow
 def test_a_killed_run_continues_and_ends_bitwise_the_same(
     cli, finished, tmp_path

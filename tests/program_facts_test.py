@@ -8,11 +8,13 @@ that is meant to change them:
 writes them anew; the difference belongs into the commit.
 """
 
+import collections
 import functools
 import json
 import pathlib
 import re
 
+import decoding_test
 import jax
 import pytest
 import tiny_model
@@ -33,6 +35,15 @@ CASES = {
     'dppo_topk_tv, 64 slots': {'sampling__num_slots': 64},
     'dppo_topk_tv, packed': {'learner__row_length': 128},
     'dppo_topk_tv, shared prompts': {'learner__share_prompts': True},
+    'dppo_topk_tv, halved and packed, forward pass reused': {
+        'sampling__num_slots': 64,
+        'sampling__num_halvings': 1,
+        'learner__row_length': 128,
+        'learner__num_halvings': 1,
+        'learner__num_minibatches': 1,
+        'learner__reuse_forward': True,
+        'learner__chunk_size': 0,
+    },
     'dppo_binary_tv_recompute': {
         'algorithm': 'dppo_binary_tv_recompute'
     },
@@ -58,16 +69,57 @@ def facts(case):
   }
 
 
+@functools.cache
+def executables(case):
+  """Programs of a run of three steps, whose lengths are not the same."""
+  options = CASES[case]
+  if 'learner__row_length' in options:
+    options = options | {'learner__row_length': 32}
+  if 'sampling__num_slots' in options:
+    options = options | {'sampling__num_slots': 8}
+  config, mesh, program = whole_step.make_small(tiny_model.MODEL, **options)
+  steps = whole_step.take_steps(config, mesh, program, tiny_model.params())
+  assert len({step['tokens/sampled'] for step in steps['metrics']}) > 1
+  return program.train_step._cache_size()
+
+
+def decode_collectives():
+  """{layout: {collective: how often}} of the sampler's loops on 8 devices."""
+  return {
+      name: dict(sorted(collections.Counter(
+          kind for kind, _ in loops['collectives']
+      ).items()))
+      for name, loops in decoding_test.loops_of_layouts().items()
+  }
+
+
+def kept():
+  """The file, if it was made with this jax."""
+  found = json.loads(FILE.read_text())
+  if found['jax'] != jax.__version__:
+    pytest.skip(f'kept with jax {found["jax"]}, this is {jax.__version__}')
+  return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', CASES)
+def test_a_run_has_as_many_executables_as_it_did(case):
+  assert executables(case) == kept()['executables'][case] == 1
+
+
+@pytest.mark.several_devices
+@pytest.mark.slow
+def test_the_decode_loop_has_the_collectives_that_it_had():
+  assert decode_collectives() == kept()['decode_collectives']
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_the_step_costs_what_it_did(case):
-  kept = json.loads(FILE.read_text())
-  if kept['jax'] != jax.__version__:
-    pytest.skip(f'kept with jax {kept["jax"]}, this is {jax.__version__}')
-  now = facts(case)
-  assert now.keys() == kept['cases'][case].keys()
+  before, now = kept()['cases'][case], facts(case)
+  assert now.keys() == before.keys()
   for name, value in now.items():
-    assert value == pytest.approx(kept['cases'][case][name], rel=0.03), name
+    assert value == pytest.approx(before[name], rel=0.03), name
 
 
 @pytest.mark.slow
@@ -85,5 +137,8 @@ def test_the_costs_are_in_proportion():
 
 if __name__ == '__main__':
   FILE.write_text(json.dumps({
-      'jax': jax.__version__, 'cases': {case: facts(case) for case in CASES}
+      'jax': jax.__version__,
+      'cases': {case: facts(case) for case in CASES},
+      'executables': {case: executables(case) for case in CASES},
+      'decode_collectives': decode_collectives(),
   }, indent=2) + '\n')

@@ -542,6 +542,21 @@ def test_a_restored_iterator_gives_exactly_the_batches_that_followed(position):
     assert restored.get_state() == uninterrupted.get_state()
 
 
+def test_a_batch_that_was_read_ahead_counts_as_not_read():
+  plain, ahead = iterator(numbered(10)), iterator(numbered(10))
+  for _ in range(6):
+    state = ahead.get_state()
+    ahead.prefetch()
+    ahead.prefetch()  # One at most.
+    assert ahead.get_state() == state == plain.get_state()
+    assert next(ahead).texts == next(plain).texts
+  state = ahead.get_state()
+  expected = texts_of(ahead, 2)
+  ahead.prefetch()
+  ahead.set_state(state)
+  assert texts_of(ahead, 2) == expected
+
+
 def test_a_position_of_another_run_is_refused():
   state = iterator(numbered(10)).get_state()
   with pytest.raises(ValueError, match='num_prompts=4, now it is 5'):

@@ -10,7 +10,6 @@ it is as large as its completions would be at their longest.
 """
 
 import argparse
-from collections.abc import Iterator
 import dataclasses
 import itertools
 import pathlib
@@ -29,6 +28,7 @@ from benchmarks.peers import work
 from configs import default
 from dppo_jax import checks
 from dppo_jax import main as main_lib
+from dppo_jax import memory
 from dppo_jax import sharding
 from dppo_jax import train_step as train_step_lib
 from dppo_jax.models import causal_lm
@@ -90,8 +90,8 @@ def make_config(
     halving_steps: int,
     reuse: int,
 ):
-  """GRPO with the sizes of `work`."""
-  config = default.get_config('grpo')
+  """The algorithm, GRPO for the agreed work, with the sizes of `work`."""
+  config = default.get_config(args.algorithm)
   config.update_from_flattened_dict({
       'total_steps': 1 + args.warmup + args.steps,
       'num_prompts': work.NUM_PROMPTS,
@@ -121,53 +121,68 @@ def make_config(
   return config
 
 
-def steps_of(args: argparse.Namespace, **setting) -> Iterator[np.ndarray]:
-  """Takes steps of one setting, and yields the lengths that each drew [B].
+class Run:
+  """Steps of one setting; the first compiles, samples, and learns nothing."""
 
-  The first learns from nothing: it compiles, and samples.
-  """
-  config = make_config(args, **setting)
-  size = work.SIZES[args.size]
-  model = make_model(size, work.STOP[args.lengths])
-  mesh = sharding.make_mesh(**config.mesh)
-  rows = sharding.batch(mesh)
-  program = main_lib.make_program(
-      config, mesh, main_lib.make_method(config), model,
-      types.SimpleNamespace(
-          eos_token_id=work.EOS_ID, pad_token_id=work.PAD_ID
-      ),
-  )
-  tokens = work.make_prompts(size.vocab)
-  prompts = Prompts(tokens, np.ones(tokens.shape, bool))
-  key_params, key_state, key_adapters = jax.random.split(
-      jax.random.key(args.seed), 3
-  )
-  state = jax.jit(program.init, out_shardings=program.shardings)(
-      model.init(key_params), key_state, key_adapters
-  )
-  scored = jax.device_put(
-      train_step_lib.blank(program.rollout_fn, state, prompts), rows
-  )
-  for num_updates in itertools.count():
-    state, rollout, metrics = program.train_step(state, scored, prompts)
+  def __init__(self, args: argparse.Namespace, **setting):
+    config = make_config(args, **setting)
+    size = work.SIZES[args.size]
+    model = make_model(size, work.STOP[args.lengths])
+    mesh = sharding.make_mesh(**config.mesh)
+    self._rows = sharding.batch(mesh)
+    program = main_lib.make_program(
+        config, mesh, main_lib.make_method(config), model,
+        types.SimpleNamespace(
+            eos_token_id=work.EOS_ID, pad_token_id=work.PAD_ID
+        ),
+    )
+    tokens = work.make_prompts(size.vocab)
+    self._prompts = Prompts(tokens, np.ones(tokens.shape, bool))
+    key_params, key_state, key_adapters = jax.random.split(
+        jax.random.key(args.seed), 3
+    )
+    self._state = jax.jit(program.init, out_shardings=program.shardings)(
+        model.init(key_params), key_state, key_adapters
+    )
+    self._scored = jax.device_put(
+        train_step_lib.blank(program.rollout_fn, self._state, self._prompts),
+        self._rows,
+    )
+    self._train_step = program.train_step
+    self._num_updates = 0
+
+  def step(self) -> np.ndarray:
+    """Learns and samples; the lengths of what was sampled, [B]."""
+    self._state, rollout, metrics = self._train_step(
+        self._state, self._scored, self._prompts
+    )
     tokens, mask = jax.device_get((rollout.tokens[:, 1:], rollout.token_mask))
     rewards = np.float32(
         [work.reward(t[m]) for t, m in zip(tokens, mask, strict=True)]
     )
-    scored = ScoredRollout(rollout, jax.device_put(rewards, rows))
+    self._scored = ScoredRollout(rollout, jax.device_put(rewards, self._rows))
     jax.device_get(metrics)
-    assert int(state.step) == num_updates, state.step
-    assert program.train_step._cache_size() == 1, 'compiled more than once'
-    yield mask.sum(-1)
+    assert int(self._state.step) == self._num_updates, self._state.step
+    assert self._train_step._cache_size() == 1, 'compiled more than once'
+    self._num_updates += 1
+    return mask.sum(-1)
+
+  def memory(self) -> dict[str, int]:
+    """Bytes that the compiled step needs, by kind."""
+    return memory.of_step(
+        self._train_step.lower(
+            self._state, self._scored, self._prompts
+        ).compile()
+    )
 
 
 def run(args: argparse.Namespace, **setting) -> work.Steps:
   """Steps of one setting, the warm-up first."""
+  own = Run(args, **setting)
   steps = work.Steps()
   steps.mark()
-  count = 1 + args.warmup + args.steps
-  for lengths in itertools.islice(steps_of(args, **setting), count):
-    steps.drew(lengths)
+  for _ in range(1 + args.warmup + args.steps):
+    steps.drew(own.step())
     steps.mark()
   return steps
 
@@ -175,6 +190,10 @@ def run(args: argparse.Namespace, **setting) -> work.Steps:
 def parser() -> argparse.ArgumentParser:
   """Of the flags, those of all three scripts first."""
   flags = work.parser(__doc__)
+  flags.add_argument(
+      '--algorithm', default='grpo',
+      help='Of a step by itself (turns.py): one that peers do not have.',
+  )
   flags.add_argument(
       '--row_lengths', type=work.integers, default=[0, 256],
       help='config.learner.row_length, to try one by one; 0 shares prompts.',
@@ -219,7 +238,10 @@ def settings(args: argparse.Namespace) -> list[dict[str, int]]:
 
 
 def main():
-  args = parser().parse_args()
+  flags = parser()
+  args = flags.parse_args()
+  if args.algorithm != 'grpo':
+    flags.error('The peers have no other algorithm than grpo.')
   work.measure(
       'dppo_jax', args, settings(args), run,
       ('jax', 'jaxlib', 'flax', 'optax', 'numpy'),

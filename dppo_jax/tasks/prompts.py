@@ -345,10 +345,12 @@ class PromptIterator:
     # Not endless: the length of an endless one overflows.
     epochs = rows.shuffle(seed=seed).repeat(_NUM_EPOCHS)
     batches = epochs.batch(num_prompts, batch_fn=list)
-    # No threads: reading a batch takes far less than a step.
+    # No threads: `prefetch` reads a batch while a device works.
     self._batches = iter(
       batches.to_iter_dataset(grain.ReadOptions(num_threads=0))
     )
+    # The position before a batch that was read ahead, and the batch.
+    self._ahead: tuple[dict[str, Any], PromptBatch] | None = None
 
   def _check_all(self, rows: base.Source) -> None:
     for start in range(0, len(rows), _CHECK_AT_ONCE):
@@ -360,6 +362,17 @@ class PromptIterator:
     return self
 
   def __next__(self) -> PromptBatch:
+    if self._ahead is None:
+      return self._read()
+    (_, batch), self._ahead = self._ahead, None
+    return batch
+
+  def prefetch(self) -> None:
+    """Reads the batch that comes next, which is as if it had not been read."""
+    if self._ahead is None:
+      self._ahead = (self.get_state(), self._read())
+
+  def _read(self) -> PromptBatch:
     numbers = next(self._batches)
     rows = {i: self._source[numbers[i]] for i in self._share.held}
     texts = [row['prompt'] for row in rows.values()]
@@ -372,6 +385,9 @@ class PromptIterator:
 
   def get_state(self) -> dict[str, Any]:
     """The position between two batches; goes through JSON."""
+    if self._ahead is not None:
+      state, _ = self._ahead
+      return state
     return {**self._identity, 'position': self._batches.get_state()}
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -391,3 +407,4 @@ class PromptIterator:
           'new run.'
         )
     self._batches.set_state(state['position'])
+    self._ahead = None
