@@ -175,9 +175,13 @@ def _make_accumulate(
 
 
 def _all_finite(tree: PyTree) -> jax.Array:
-  """Whether all numbers are. [] bool."""
-  # The last axis first: a CPU shares the others among its cores.
-  every = lambda x: jnp.all(jnp.isfinite(jnp.atleast_1d(x)), axis=-1)
+  """Whether all numbers are, and their squares. [] bool."""
+
+  def every(x):
+    squares = jnp.square(jnp.atleast_1d(x).astype(jnp.float32))
+    # The last axis first: a CPU shares the others among its cores.
+    return jnp.all(jnp.isfinite(squares), axis=-1)
+
   of_leaves = [jnp.all(every(x)) for x in jax.tree.leaves(tree)]
   return jnp.all(jnp.stack(of_leaves))
 

@@ -444,8 +444,12 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(scored):
   np.testing.assert_allclose(rates, [0, 0.005, 0.005, 0.005, 0.005])
 
 
-def test_weights_that_a_finite_gradient_makes_infinite_are_not_taken(scored):
-  adamw = optim.build('adamw', total_updates=9, learning_rate=float('inf'))
+# The squares of the second are infinite.
+@pytest.mark.parametrize('rate', [float('inf'), 1e38])
+def test_weights_that_a_finite_gradient_makes_infinite_are_not_taken(
+    scored, rate
+):
+  adamw = optim.build('adamw', total_updates=9, learning_rate=rate)
   before = state_of(adamw)
   state, _, metrics = learn(scored, state=before, optimizer=adamw)
   tiny_model.assert_trees_equal(state.params, before.params)

@@ -20,6 +20,8 @@ import pytest
 import tiny_model
 import whole_step
 
+from benchmarks.peers import ours
+
 FILE = pathlib.Path(__file__).with_name('program_facts.json')
 SIZES = {
     'num_prompts': 32,
@@ -74,10 +76,15 @@ def executables(case):
   """Programs of a run of three steps, whose lengths are not the same."""
   options = CASES[case]
   if 'learner__row_length' in options:
-    options = options | {'learner__row_length': 32}
+    options = options | {
+        'learner__row_length': 32, 'learner__num_microbatches': 4
+    }
   if 'sampling__num_slots' in options:
     options = options | {'sampling__num_slots': 8}
-  config, mesh, program = whole_step.make_small(tiny_model.MODEL, **options)
+  model = tiny_model.MODEL
+  model = ours.Stopping(model.config, model.family, stop=0.9)
+  config, mesh, _ = whole_step.make_small(model, **options)
+  program = whole_step.make_program(config, mesh, model)
   steps = whole_step.take_steps(config, mesh, program, tiny_model.params())
   assert len({step['tokens/sampled'] for step in steps['metrics']}) > 1
   return program.train_step._cache_size()
