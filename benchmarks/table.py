@@ -263,10 +263,8 @@ def peers_table(result: dict) -> str:
 
 def turns_table(result: dict) -> str:
   """One column of ratios."""
-  other = ' '.join(filter(None, [
-      f'the same at commit {result["base"]}', result['base_options'],
-      result['base_env'],
-  ]))
+  changes = ' '.join(filter(None, [result['base_env'], result['base_options']]))
+  other = f'commit {result["base"]}' + (f' with `{changes}`' if changes else '')
   memory, sizes = result['memory_ratio'], result['memory']
   rows = {
       kind: f'{x["ratio"]:.3f} (pairs: median {x["median_of_pairs"]:.3f}, '
