@@ -17,8 +17,8 @@ VOCAB, CHUNK = 151_936, 32
 NUM_PROMPTS, G, P, C = 4, 4, 8, 40
 
 
-def largest_array(chunk_size, num_slots, row_length=0):
-  """Elements of the largest array in the program of a whole step."""
+def sizes_of_step(chunk_size, num_slots, row_length=0):
+  """Elements of the largest array of a whole step, its temporary bytes."""
   model = tiny_model.MODEL.replace(
       config=dataclasses.replace(tiny_model.CONFIG, vocab_size=VOCAB)
   )
@@ -29,7 +29,10 @@ def largest_array(chunk_size, num_slots, row_length=0):
       learner__row_length=row_length,
   )
   shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', compiled.as_text())
-  return max(math.prod(map(int, x.split(','))) for x in set(shapes))
+  return (
+      max(math.prod(map(int, x.split(','))) for x in set(shapes)),
+      compiled.memory_analysis().temp_size_in_bytes,
+  )
 
 
 @pytest.mark.slow
@@ -38,15 +41,19 @@ def test_only_a_chunk_of_logits_exists_at_a_time(num_slots, row_length):
   all_logits = NUM_PROMPTS * G * C * VOCAB
   # The embedding is the largest array, then the logits of a chunk.
   limit = VOCAB * max(CHUNK, tiny_model.CONFIG.hidden_size)
-  assert largest_array(CHUNK, num_slots, row_length) == limit
-  assert limit == all_logits / 20
+  largest, temporary = sizes_of_step(CHUNK, num_slots, row_length)
+  assert largest == limit == all_logits / 20
+  # Gradients, moments and the sampler's head are as large as the embedding.
+  assert temporary < 4 * all_logits
 
 
 @pytest.mark.slow
 def test_without_chunks_they_all_exist():
   # So the test above can fail.
   all_logits = NUM_PROMPTS * G * C * VOCAB
-  assert largest_array(0, 0) >= all_logits
+  largest, temporary = sizes_of_step(0, 0)
+  assert largest >= all_logits
+  assert temporary > 2 * 4 * all_logits
 
 
 def by_halves(fn):
