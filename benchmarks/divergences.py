@@ -41,6 +41,7 @@ from benchmarks import machine
 from dppo_jax import divergences
 from dppo_jax import losses
 from dppo_jax import packing
+from dppo_jax import sampling
 from dppo_jax import target as target_lib
 from dppo_jax.types import Divergence
 from dppo_jax.types import LossFn
@@ -139,7 +140,8 @@ def make_sample(divergence: Divergence):
   """What the sampler does with logits [n, V]."""
 
   def sample(logits, key):
-    tokens = jax.random.categorical(key, logits)
+    keys = sampling.row_keys(key, len(logits))
+    tokens = sampling.categorical(keys, logits)
     logprobs = divergences.token_logprobs(logits, tokens)
     return tokens, logprobs, divergence.record(logits, tokens)
 
@@ -168,7 +170,7 @@ def roll_out(params, key, *, sample, chunk: int) -> Rollout:
   tokens, logprobs, record = jax.tree.map(
       lambda x: x.reshape(1, -1, *x.shape[2:]), sampled
   )
-  padded = jnp.pad(tokens.astype(jnp.int32), [(0, 0), (1, 0)])
+  padded = jnp.pad(tokens, [(0, 0), (1, 0)])
   return Rollout(
       tokens=padded,
       segment_ids=jnp.ones_like(padded),
