@@ -56,10 +56,9 @@ def rates() -> tuple[float, float]:
 def make_decode(model, batch_prompts, group):
   """(seconds of a decode step, operations, bytes), when called."""
   config = model.config
-  prompts = shapes.make_prompts(batch_prompts, config.vocab_size)
-  params = model.init(jax.random.key(0))
+  params, prompts, key = shapes.make_inputs(model, batch_prompts)
   rows = batch_prompts * group
-  keys = sampling.row_keys(jax.random.key(1), rows)
+  keys = sampling.row_keys(key, rows)
   long, short = FLAGS.length, FLAGS.length // 2
 
   def compile_for(length):

@@ -44,10 +44,9 @@ _OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
 def measure() -> dict:
   """One row for each number of slots and of halvings."""
   model = shapes.make_model(_SIZE.value, mean=_MEAN.value)
-  params = model.init(jax.random.key(0))
-  prompts = shapes.make_prompts(_PROMPTS.value, model.config.vocab_size)
+  params, prompts, key = shapes.make_inputs(model, _PROMPTS.value)
   batch = _PROMPTS.value * _GROUP.value
-  keys = sampling.row_keys(jax.random.key(1), batch)
+  keys = sampling.row_keys(key, batch)
 
   def compile_for(num_slots, num_halvings):
     sampler = sampling.make_sampler(

@@ -1,4 +1,4 @@
-"""Models of two sizes with random weights, and prompts for them."""
+"""Models of two sizes with random weights, and what they are called with."""
 
 import dataclasses
 
@@ -54,6 +54,16 @@ def make_prompts(num_prompts: int, vocab: int) -> Prompts:
   rng = np.random.RandomState(0)
   tokens = rng.randint(2, vocab, (num_prompts, PROMPT_LENGTH), np.int32)
   return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
+
+
+def make_inputs(model: Geometric, num_prompts: int):
+  """Parameters, prompts and the key that draws completions, always the same.
+
+  By `sampling.row_keys` of that key, so every script that asks for as many
+  completions of the same mean and limit gets the same tokens.
+  """
+  prompts = make_prompts(num_prompts, model.config.vocab_size)
+  return model.init(jax.random.key(0)), prompts, jax.random.key(1)
 
 
 def operations(config, tokens, sampled, pairs) -> float:

@@ -132,6 +132,21 @@ def test_slots_draw_the_same_completions_and_are_timed_against_all_at_once(
   assert two['speedup']['median'] > 0
 
 
+def test_the_learner_learns_from_the_completions_that_slots_draw(tmp_path):
+  sizes = ('--prompts=4', '--group=2', '--length=8', '--mean=3', '--rounds=1')
+  drawn = run(
+      'rollout.py', *sizes, '--slots=2', '--halvings=0',
+      data_dir=tmp_path / 'data',
+  )
+  learned = run(
+      'learner.py', *sizes, '--microbatches=1,2', '--packed=96:2',
+      data_dir=tmp_path / 'data',
+  )
+  assert learned['sizes'] == drawn['sizes']
+  assert learned['tokens'] == drawn['tokens']
+  assert [x['row_length'] for x in learned['rows']] == [0, 0, 96]
+
+
 def test_an_accelerator_is_compared_with_what_it_could_do(tmp_path):
   result = run(
       'accelerator.py', '--size=tiny', '--prompts=4', '--group=2',
