@@ -1,6 +1,6 @@
 """What a GPU or TPU makes of a step: tokens a second, and shares of its rates.
 
-    python benchmarks/accelerator.py --output=benchmarks/results/gpu.json
+    python benchmarks/accelerator.py --name=accelerator
 
 A Qwen3 of 0.6 B parameters with random weights in bfloat16, 64 prompts x 8
 completions that never end, at most 1,024 tokens: sampling and one update, each
@@ -60,7 +60,7 @@ _PEAK_FLOPS = flags.DEFINE_float(
 _PEAK_BANDWIDTH = flags.DEFINE_float(
     'peak_bandwidth', None, 'Bytes a second that the maker publishes.'
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
+_NAME = flags.DEFINE_string('name', None, 'Keeps the result under it.')
 
 
 class Endless(causal_lm.CausalLM):
@@ -223,7 +223,7 @@ def main(_):
       **measure(),
       'machine': machine.describe(),
   }
-  machine.report(result, _OUTPUT.value)
+  machine.report(result, _NAME.value)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """What attention among packed rows saves by not looking further than it must.
 
-    python benchmarks/attention.py --output=benchmarks/results/attention.json
+    python benchmarks/attention.py --name=attention
 
 Forward and backward pass of the attention of all layers, scanned, over rows
 that hold completions of geometric length behind their prompts: by the products
@@ -42,7 +42,7 @@ _CUTS = flags.DEFINE_list(
     'Slots of a stretch, how many before it are met at once, farthest slots.',
 )
 _ROUNDS = flags.DEFINE_integer('rounds', 7, 'Runs of each.', lower_bound=1)
-_OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
+_NAME = flags.DEFINE_string('name', None, 'Keeps the result under it.')
 
 
 def make_row(row_length: int) -> attention.Where:
@@ -147,7 +147,7 @@ def main(_):
       'rows': [row for x in _ROWS.value for row in measure(int(x))],
       'machine': machine.describe(),
   }
-  machine.report(result, _OUTPUT.value)
+  machine.report(result, _NAME.value)
 
 
 if __name__ == '__main__':

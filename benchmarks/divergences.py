@@ -1,7 +1,6 @@
 """What each divergence and loss costs, relative to PPO's ratio clip.
 
-    python benchmarks/divergences.py \
-        --output=benchmarks/results/divergences.json
+    python benchmarks/divergences.py --name=divergences
 
 For each one, two programs are timed. `learn` is the learner's head, forward and
 backward, by the learner's own code: hidden states to chunks of logits to log-
@@ -64,7 +63,7 @@ _CLOCK = flags.DEFINE_enum(
     "Seconds that passed, or seconds of all the process's threads: on CPU, the "
     'one that other programs do not disturb.',
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
+_NAME = flags.DEFINE_string('name', None, 'Keeps the result under it.')
 
 BASELINE = ('ratio_gap', 'policy_gradient')
 
@@ -311,7 +310,7 @@ def main(argv):
       'rows': rows,
       'machine': machine.describe(),
   }
-  machine.report(result, _OUTPUT.value)
+  machine.report(result, _NAME.value)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """How far decoding and learning are from what the machine could do.
 
-    python benchmarks/floor.py --output=benchmarks/results/floor.json
+    python benchmarks/floor.py --name=floor-small
 
 The floor of a piece of work is the larger of its operations at the rate of a
 large matrix product and its bytes at the bandwidth of a large array, both
@@ -143,7 +143,7 @@ def main(_):
       'rows': measure(),
       'machine': machine.describe(),
   }
-  machine.report(result, FLAGS.output)
+  machine.report(result, FLAGS.name)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """What packed rows and shared prompts save in the learner.
 
-    python benchmarks/learner.py --output=benchmarks/results/learner.json
+    python benchmarks/learner.py --name=learner-tiny
 
 One update from the completions that rollout.py draws, of geometric length or of
 a fixed one, by rows as they were sampled, by packed ones, and with --shared by
@@ -46,7 +46,7 @@ _SHARED = flags.DEFINE_list(
     'shared', [], 'Micro-batches of rows that share their prompt.'
 )
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Runs of each.', lower_bound=1)
-_OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
+_NAME = flags.DEFINE_string('name', None, 'Keeps the result under it.')
 
 
 def make_config(
@@ -151,7 +151,7 @@ def main(_):
       **measure(),
       'machine': machine.describe(),
   }
-  machine.report(result, _OUTPUT.value)
+  machine.report(result, _NAME.value)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
 """What reading a model's weights holds in the host's memory.
 
-    python benchmarks/load_memory.py \
-        --output=benchmarks/results/load_memory.json
+    python benchmarks/load_memory.py --name=load_memory
 
 Writes a Qwen3 of random bfloat16 weights (about 380 MB in files of 64 MB), then
 reads it in a new process for each case and looks at the largest resident set
@@ -29,7 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from absl import app
 from absl import flags
 
-_OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
+_NAME = flags.DEFINE_string('name', None, 'Keeps the result under it.')
 _LAYERS = flags.DEFINE_integer('layers', 10, 'Of the model.', lower_bound=1)
 _FOLDER = flags.DEFINE_string('folder', None, 'Only reads it: one case.')
 _DTYPE = flags.DEFINE_string('dtype', 'bfloat16', 'Of that case.')
@@ -157,7 +156,7 @@ def main(argv):
         },
         'rows': rows,
     }
-  machine.report(result | {'machine': machine.describe()}, _OUTPUT.value)
+  machine.report(result | {'machine': machine.describe()}, _NAME.value)
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 _ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = _ROOT / 'benchmarks' / 'results'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
 
 
@@ -86,12 +88,28 @@ def best_of(fn, *arguments, rounds=3) -> float:
   return min(seconds)
 
 
-def report(result: dict[str, Any], output: str | None) -> None:
-  """Writes a result to the file, if any, and prints it on one last line."""
-  if output:
-    path = pathlib.Path(output)
+def path_of(name: str, described: dict[str, Any]) -> pathlib.Path:
+  """.../results/2-amd-epyc/rollout-tiny-2026-11-23.json.
+
+  The folder is the kind of the devices, and how many if there are several; on
+  a CPU these are its cores. table.py looks for an older file beside a new one.
+  """
+  if described['device'] == 'cpu':
+    count, kind = described['cpus'], described['cpu']
+  else:
+    count, kind = described['devices'], described['device']
+  words = re.findall('[a-z0-9]+', kind.lower())
+  folder = '-'.join(([str(count)] if count > 1 else []) + words)
+  return RESULTS / folder / f'{name}-{described["date"]}.json'
+
+
+def report(result: dict[str, Any], name: str | None) -> None:
+  """Keeps a result that has a name, and prints it on one last line."""
+  if name:
+    path = path_of(name, result['machine'])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + '\n')
+    print(path)
   print(json.dumps(result), flush=True)
 
 

@@ -1,6 +1,6 @@
 """What slots save when completions differ in length.
 
-    python benchmarks/rollout.py --output=benchmarks/results/rollout.json
+    python benchmarks/rollout.py --slots=16,32,64,128 --name=rollout-tiny
 
 The same completions, token for token, by the loop that ends with the longest
 and by loops with fewer slots, which take the next of the queue when a
@@ -38,7 +38,7 @@ _HALVINGS = flags.DEFINE_list(
     'halvings', ['0', '3'], 'How often slots are halved, with each number.'
 )
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Runs of each.', lower_bound=1)
-_OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
+_NAME = flags.DEFINE_string('name', None, 'Keeps the result under it.')
 
 
 def measure() -> dict:
@@ -104,7 +104,7 @@ def main(_):
       **measure(),
       'machine': machine.describe(),
   }
-  machine.report(result, _OUTPUT.value)
+  machine.report(result, _NAME.value)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
 """What a training step costs, and where its time goes.
 
-    python benchmarks/step.py --config=configs/tv_topk.py \
-        --output=benchmarks/results/step-tv_topk.json
+    python benchmarks/step.py --config=configs/tv_topk.py --name=step-tv_topk
 
 The compiled step learns and samples in one program, so nobody can stop a watch
 between the two. Training splits its time by a call that only samples
@@ -46,7 +45,7 @@ from dppo_jax.rollout import SamplingAux
 _IMPORTED = time.perf_counter()
 
 # --config is defined by dppo_jax.main.
-_OUTPUT = flags.DEFINE_string('output', None, 'File of the result, JSON.')
+_NAME = flags.DEFINE_string('name', None, 'Keeps the result under it.')
 _STEPS = flags.DEFINE_integer(
     'steps', 20, 'Training steps to time, twice.', lower_bound=1
 )
@@ -257,7 +256,7 @@ def main(argv):
       'sizes': {name: config[name] for name in _SIZES},
   }
   result |= measure(config, num_steps=_STEPS.value)
-  machine.report(result | {'machine': machine.describe()}, _OUTPUT.value)
+  machine.report(result | {'machine': machine.describe()}, _NAME.value)
 
 
 if __name__ == '__main__':

@@ -2,7 +2,8 @@
 
     python benchmarks/table.py
 
-Run it after a benchmark has written its result there.
+Run it after a benchmark has written its result there. There is a table of the
+newest result of each machine and name, results/MACHINE/NAME-DATE.json.
 """
 
 import json
@@ -288,30 +289,80 @@ def turns_table(result: dict) -> str:
   return '\n'.join([head, *lines])
 
 
+def headline(result: dict) -> str:
+  """The figure of a result that should not become worse unseen."""
+  rows = [x for x in result.get('rows', ()) if 'skipped' not in x]
+  match result['benchmark']:
+    case 'step':
+      return f'{range_of(result["step_s"], " s")} a step'
+    case 'turns':
+      return f'{result["step_s"]["ratio"]:.3f} of the seconds of the other'
+    case 'divergences':
+      # `topk_tv`, unless that was left out: they are in order.
+      return f'both {rows[-1]["step_ratio"]:.3f} of `{rows[-1]["divergence"]}`'
+    case 'rollout' | 'learner' | 'attention':
+      best = max(rows, key=lambda x: x['speedup']['median'])
+      faster, seconds = best['speedup'], range_of(best['seconds'], ' s')
+      return f'{range_of(faster)} times as fast, {seconds}'
+    case 'floor':
+      found = (f'{x["work"]} {range_of(x["over_floor"])}' for x in rows)
+      return f'{", ".join(found)} times the floor'
+    case 'accelerator':
+      return f'{result["tokens_per_s"]["both"]:.0f} tokens/s'
+    case 'load_memory':
+      return f'{max(x["peak_ratio"] for x in rows):.2f} of the parameters'
+    case 'peers':
+      found = [range_of(x['step_s']['dppo_jax'], ' s') for x in rows]
+      return f'{", ".join(found)} a step of dppo_jax'
+
+
 def _megabytes(count: int) -> str:
   return f'{count / 1e6:.0f} MB'
 
 
+TABLES = {
+    'step': step_table,
+    'turns': turns_table,
+    'divergences': divergences_table,
+    'rollout': rollout_table,
+    'learner': learner_table,
+    'attention': attention_table,
+    'floor': floor_table,
+    'accelerator': accelerator_table,
+    'load_memory': load_memory_table,
+    'peers': peers_table,
+}
+
+
+def table_of(result: dict, older: dict | None) -> str:
+  """A table, with what its headline figure was before, if that is known."""
+  table = TABLES[result['benchmark']](result)
+  if older is None:
+    return table
+  title, _, rest = table.partition('\n\n')
+  date, commit = (older['machine'][x] for x in ('date', 'commit'))
+  before = (
+      f'Before, {date}, commit {commit}: {headline(older)}. '
+      f'Now: {headline(result)}.'
+  )
+  return f'{title}\n\n{before}\n\n{rest}'
+
+
+def tables_of(folder: pathlib.Path) -> str:
+  """Of the newest result of each machine and name."""
+  kept = {}
+  for path in sorted(folder.glob('*/*.json')):
+    name = path.stem[: -len('-2026-11-23')]
+    found = kept.setdefault((path.parent, name), [])
+    found.append(json.loads(path.read_text()))
+  pairs = [([None] + x)[-2:] for x in kept.values()]
+  pairs.sort(key=lambda x: list(TABLES).index(x[1]['benchmark']))
+  return '\n\n'.join(table_of(result, older) for older, result in pairs)
+
+
 def main():
   """Replaces what stands between the two marks."""
-  tables = {
-      'step': step_table,
-      'turns': turns_table,
-      'divergences': divergences_table,
-      'rollout': rollout_table,
-      'learner': learner_table,
-      'attention': attention_table,
-      'floor': floor_table,
-      'accelerator': accelerator_table,
-      'load_memory': load_memory_table,
-      'peers': peers_table,
-  }
-  results = [
-      json.loads(path.read_text())
-      for path in sorted((_HERE / 'results').glob('*.json'))
-  ]
-  results.sort(key=lambda x: list(tables).index(x['benchmark']))
-  text = '\n\n'.join(tables[x['benchmark']](x) for x in results)
+  text = tables_of(_HERE / 'results')
   readme = _HERE / 'README.md'
   before, _, rest = readme.read_text().partition(_START)
   after = rest.partition(_END)[2]

@@ -170,7 +170,7 @@ def main():
   )
   flags.add_argument('--pairs', type=int, default=30, help='Timed.')
   flags.add_argument('--warmup', type=int, default=2, help='Pairs before.')
-  flags.add_argument('--output', help='File of the result, JSON.')
+  flags.add_argument('--name', help='Keeps the result under it.')
   args, options = flags.parse_known_args()
   if args.pairs < 1:
     flags.error(f'--pairs={args.pairs} is not positive.')
@@ -187,7 +187,7 @@ def main():
           **result,
           'machine': machine.describe(),
       },
-      args.output,
+      args.name,
   )
 
 

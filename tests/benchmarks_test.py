@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from benchmarks import machine
+from benchmarks import table
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -41,6 +42,73 @@ def test_a_commit_is_dirty_for_changed_code_and_not_for_results(
   assert machine.commit() == f'{clean}-dirty'
 
 
+def test_a_result_is_kept_by_machine_name_and_date(
+    tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(machine, 'RESULTS', tmp_path)
+  cpu = {'cpus': 2, 'cpu': 'AMD EPYC', 'device': 'cpu', 'devices': 8}
+  gpu = cpu | {'device': 'NVIDIA H100 80GB HBM3', 'devices': 1}
+  date = {'date': '2026-11-23'}
+  for described, folder in (
+      (cpu, '2-amd-epyc'),
+      (gpu, 'nvidia-h100-80gb-hbm3'),
+      (gpu | {'devices': 4}, '4-nvidia-h100-80gb-hbm3'),
+  ):
+    result = {'machine': described | date}
+    machine.report(result, 'step-tiny')
+    kept = tmp_path / folder / 'step-tiny-2026-11-23.json'
+    assert json.loads(kept.read_text()) == result
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+  machine.report({'machine': cpu | date}, None)
+  assert len(list(tmp_path.glob('*/*'))) == 3
+
+
+def test_kept_results_lie_where_they_belong_and_have_a_headline():
+  paths = list(machine.RESULTS.glob('**/*.json'))
+  assert paths
+  for path in paths:
+    result = json.loads(path.read_text())
+    name = path.stem.removesuffix(f'-{result["machine"]["date"]}')
+    assert machine.path_of(name, result['machine']) == path
+    assert table.headline(result)
+
+
+def test_the_newest_result_is_shown_with_what_it_was_before(
+    tmp_path, monkeypatch
+):
+  monkeypatch.setattr(machine, 'RESULTS', tmp_path)
+  spread = lambda x: dict.fromkeys(('median', 'min', 'max'), x)
+
+  def keep(name, date, ratio, **changes):
+    row = {
+        'work': 'decode', **dict.fromkeys(('flops', 'bandwidth'), spread(1e9)),
+        **dict.fromkeys(('seconds', 'floor_seconds'), spread(1)),
+        'over_floor': spread(ratio),
+    }
+    about = machine.describe() | {'date': date, 'commit': f'of {date}'}
+    machine.report({
+        'benchmark': 'floor', 'sizes': {'length': 8}, 'rows': [row],
+        'machine': about | changes,
+    }, name)
+
+  keep('floor', '2026-01-03', 1.5)
+  keep('floor', '2026-01-02', 1.25)
+  keep('floor', '2025-12-31', 1.75)
+  keep('floor', '2026-01-01', 3.0, device='GPU')  # Another machine,
+  keep('floor-small', '2026-01-01', 4.0)  # and another name.
+  tables = table.tables_of(tmp_path)
+  lines = tables.splitlines()
+  assert sum(x.startswith('### ') for x in lines) == 3
+  [before] = [x for x in lines if x.startswith('Before')]
+  assert before == (
+      'Before, 2026-01-02, commit of 2026-01-02: decode 1.25 (1.25 to 1.25) '
+      'times the floor. Now: decode 1.5 (1.5 to 1.5) times the floor.'
+  )
+  title, gap, *_ = lines[lines.index(before) - 2 :]
+  assert title.startswith('### ') and not gap
+  assert 'commit of 2025-12-31' not in tables
+
+
 def run(script, *options, data_dir):
   """The JSON object on the last line that a benchmark prints."""
   done = subprocess.run(
@@ -56,12 +124,10 @@ def run(script, *options, data_dir):
 
 
 def test_step_splits_its_time_and_describes_the_machine(tmp_path):
-  output = tmp_path / 'step.json'
   result = run(
       'step.py',
       '--config=configs/tv_topk.py',
       '--steps=1',
-      f'--output={output}',
       '--config.num_prompts=4',
       '--config.group_size=2',
       '--config.max_completion_length=4',
@@ -70,7 +136,6 @@ def test_step_splits_its_time_and_describes_the_machine(tmp_path):
       '--config.eval.num_samples=2',
       data_dir=tmp_path / 'data',
   )
-  assert result == json.loads(output.read_text())
   assert result['algorithm'] == 'dppo_topk_tv'
   assert result['split'].keys() == {'learn_s', 'sample_s', 'score_s'}
   assert result['cold_start_s'].keys() >= {'first_update', 'total'}

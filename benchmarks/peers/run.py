@@ -1,7 +1,6 @@
 """One step of dppo_jax against one of TRL and one of Tunix, in turns.
 
-    python benchmarks/peers/run.py --envs=ENVIRONMENTS \
-        --output=benchmarks/results/peers.json
+    python benchmarks/peers/run.py --envs=ENVIRONMENTS --name=peers
 
 Run it with the Python that has dppo_jax. The peers get a virtual environment
 each under --envs, made with the same Python when it is not there; --pip adds
@@ -209,7 +208,7 @@ def parse() -> argparse.Namespace:
   flags.add_argument(
       '--quick', action='store_true', help='Try one setting of each only.'
   )
-  flags.add_argument('--output', help='File of the result, JSON.')
+  flags.add_argument('--name', help='Keeps the result under it.')
   args = flags.parse_args()
   if not args.envs and not (args.trl_python and args.tunix_python):
     flags.error('--envs, or both --trl_python and --tunix_python')
@@ -224,7 +223,7 @@ def main():
   args = parse()
   environments = pythons(args)
   cells = [(size, kind) for size in args.sizes for kind in args.lengths]
-  rows = []
+  rows, date = [], machine.describe()['date']
   for size, kind in cells:
     row, versions = measure(
         {'size': size, 'lengths': kind}, environments, args
@@ -243,10 +242,10 @@ def main():
         },
         'rows': rows,
         'versions': versions,
-        'machine': machine.describe(),
+        'machine': machine.describe() | {'date': date},
     }
-    # After every row: a long measurement may be stopped.
-    machine.report(result, args.output)
+    # After every row, to one file: a long measurement may be stopped.
+    machine.report(result, args.name)
 
 
 if __name__ == '__main__':
