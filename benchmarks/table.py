@@ -299,7 +299,7 @@ def headline(result: dict) -> str:
       return f'{result["step_s"]["ratio"]:.3f} of the seconds of the other'
     case 'divergences':
       # `topk_tv`, unless that was left out: they are in order.
-      return f'both {rows[-1]["step_ratio"]:.3f} of `{rows[-1]["divergence"]}`'
+      return f'`{rows[-1]["divergence"]}` {rows[-1]["step_ratio"]:.3f} in both'
     case 'rollout' | 'learner' | 'attention':
       best = max(rows, key=lambda x: x['speedup']['median'])
       faster, seconds = best['speedup'], range_of(best['seconds'], ' s')
