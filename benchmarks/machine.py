@@ -124,7 +124,10 @@ def commit() -> str | None:
   """The commit that was measured, with '-dirty' if code differs from it.
 
   Results and texts may differ: one experiment writes what the next would find.
+  A copy without its history takes it from DPPO_JAX_COMMIT.
   """
+  if given := os.environ.get('DPPO_JAX_COMMIT'):
+    return given
   try:
     name = _git('describe', '--always')
     changes = _git(

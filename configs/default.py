@@ -113,6 +113,9 @@ def _step(config):
       # int8 or float8_e4m3fn.
       'weights_dtype': '',
       'cache_dtype': '',
+      # Of a token that is decoded to its completion: by XLA, by a kernel
+      # (triton for NVIDIA), or auto, docs/models.md.
+      'attention': 'auto',
       # Completions decoded at a time, over all devices: when one ends, the next
       # takes its slot. 0 decodes all at once, until the longest has ended.
       'num_slots': 0,

@@ -85,7 +85,9 @@ def check(
   _check_lora(config.lora)
   _check_rules(config.learning_rates)
   for name, known in (
-      ('model.remat', REMAT), ('model.attention', attention_kernels.NAMES)
+      ('model.remat', REMAT),
+      ('model.attention', attention_kernels.NAMES),
+      ('sampling.attention', attention_kernels.DECODE_NAMES),
   ):
     if _get(config, name) not in known:
       raise ValueError(

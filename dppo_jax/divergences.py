@@ -17,6 +17,7 @@ through a divergence: it selects tokens.
 from typing import Any, NamedTuple
 
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from dppo_jax import registry
@@ -32,6 +33,11 @@ config = register.config
 # the floor does not tell p from 0. Both keep a KL finite at p = 0 and p = 1.
 _LOG_ALMOST_ONE = -(2.0**-24)
 _LOG_ALMOST_ZERO = -87.0
+_LOWEST = -1e4  # Its exponential is 0.
+
+# Name of what `logprobs_and_entropy` keeps for its gradient, in policies of
+# `jax.checkpoint`.
+OF_ROWS = 'of_rows'
 
 
 def trust_region(
@@ -79,6 +85,61 @@ def token_logprobs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   shifted, log_sum = _shift(logits)
   chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)
   return (chosen - log_sum)[..., 0]
+
+
+@jax.custom_vjp
+def logprobs_and_entropy(
+    logits: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probs of `tokens`, and the entropy in nats.
+
+  Its gradient reads the logits once, and needs of the forward pass only what is
+  named `OF_ROWS`: arrays without the axis V.
+
+  Args:
+    logits: [..., V]; -inf is a token without mass.
+    tokens: [...] int32.
+
+  Returns:
+    [...] float32 each.
+  """
+  return _logprobs_and_entropy(logits, tokens)[0]
+
+
+def _logprobs_and_entropy(logits, tokens):
+  shifted, log_sum = _shift(logits)
+  chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)
+  # 0 times -inf is not a number.
+  terms = jnp.exp(shifted) * jnp.maximum(shifted, _LOWEST)
+  mean = jnp.sum(terms, axis=-1, keepdims=True) / jnp.exp(log_sum)
+  entropy = log_sum - mean
+  largest = jnp.max(logits.astype(jnp.float32), axis=-1, keepdims=True)
+  of_rows = ad_checkpoint.checkpoint_name((largest, log_sum, entropy), OF_ROWS)
+  return ((chosen - log_sum)[..., 0], entropy[..., 0]), of_rows
+
+
+def _logprobs_and_entropy_forward(logits, tokens):
+  out, of_rows = _logprobs_and_entropy(logits, tokens)
+  return out, (logits, tokens, of_rows)
+
+
+def _logprobs_and_entropy_backward(kept, gradients):
+  logits, tokens, (largest, log_sum, entropy) = kept
+  of_chosen, of_entropy = (x[..., None] for x in gradients)
+  every = logits.astype(jnp.float32) - largest - log_sum
+  probs = jnp.exp(every)
+  ids = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
+  change = jnp.where(ids == tokens[..., None], of_chosen, 0.0)
+  # d entropy / d logit = -p (log p + entropy).
+  change -= probs * (
+      of_chosen + of_entropy * (jnp.maximum(every, _LOWEST) + entropy)
+  )
+  return change.astype(logits.dtype), None
+
+
+logprobs_and_entropy.defvjp(
+    _logprobs_and_entropy_forward, _logprobs_and_entropy_backward
+)
 
 
 def _shift(logits: jax.Array) -> tuple[jax.Array, jax.Array]:

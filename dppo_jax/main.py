@@ -47,6 +47,7 @@ from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
 from dppo_jax.models import attention
 from dppo_jax.models import attention_kernels
+from dppo_jax.models import decode_kernel
 from dppo_jax.models import load
 from dppo_jax.models import packed_attention
 from dppo_jax.models.causal_lm import CausalLM
@@ -223,10 +224,19 @@ def warn_of_no_kernel(config: Any, mesh: Any, model: CausalLM) -> None:
 
 def _asked_of_attention(
     config: Any, mesh: Any, model: CausalLM
-) -> tuple[attention_kernels.Asked, attention_kernels.Asked]:
-  """What the learner's rows need, and the sampler's prompts."""
+) -> tuple[attention_kernels.Asked, ...]:
+  """What the learner's rows need, the sampler's prompts, and its completions."""
   prompt = config.max_prompt_length
   learning, sampling_mesh = _meshes(config, mesh)
+  prefill = attention_kernels.Asked(
+      whose='prefill',
+      config=model.config,
+      dtype=config.sampling.dtype,
+      dtype_name='config.sampling.dtype',
+      length=prompt,
+      mesh=sampling_mesh.shape,
+      splits_rows=False,
+  )
   return attention_kernels.Asked(
       whose='learner',
       config=model.config,
@@ -236,22 +246,19 @@ def _asked_of_attention(
       or prompt + config.max_completion_length - 1,
       mesh=learning.shape,
       splits_rows=True,
-  ), attention_kernels.Asked(
-      whose='prefill',
-      config=model.config,
-      dtype=config.sampling.dtype,
-      dtype_name='config.sampling.dtype',
-      length=prompt,
-      mesh=sampling_mesh.shape,
-      splits_rows=False,
+  ), prefill, prefill._replace(
+      whose='decoding', length=config.max_completion_length
   )
 
 
 def _choose_attention(
     config: Any, asked: attention_kernels.Asked
 ) -> attention_kernels.Chosen:
+  decoding = asked.whose == 'decoding'
   return attention_kernels.choose(
-      config.model.attention, asked, platform=attention_kernels.platform_of()
+      config.sampling.attention if decoding else config.model.attention,
+      asked,
+      platform=attention_kernels.platform_of(),
   )
 
 
@@ -266,18 +273,24 @@ def _with_attention(
   def make(asked, mesh, in_xla):
     name = _choose_attention(config, asked).name
     share = sharding.by_rows_and_heads(mesh)
+    of_decoded = sharding.by_rows_and_heads(mesh, axis=1)
     return {
         'xla': in_xla,
         'splash': lambda: attention_kernels.splash(share),
-        'cudnn': lambda: attention_kernels.cudnn(share),
+        'cudnn': lambda: attention_kernels.cudnn(
+            share, aligned=asked.whose == 'learner' and alone
+        ),
+        'triton': lambda: decode_kernel.by_triton(of_decoded),
     }[name]()
 
-  learner, prefill = _asked_of_attention(config, mesh, model)
+  learner, prefill, decoded = _asked_of_attention(config, mesh, model)
   sizes = packed_attention.sizes_for(
       prompt_length=config.max_prompt_length,
       completion_length=config.max_completion_length,
   )
   sequence = config.max_prompt_length + config.max_completion_length - 1
+  # Rows as sampled, one sequence each.
+  alone = not (config.learner.row_length or config.learner.share_prompts)
   in_stretches = (
       split is None
       and config.learner.row_length >= 2 * sequence
@@ -302,10 +315,17 @@ def _with_attention(
   )
   short = config.max_prompt_length <= attention.LONG_ROW
   return (
-      model.replace(row_attention=of_learner),
+      model.replace(
+          row_attention=of_learner,
+          aligns_rows=alone
+          and _choose_attention(config, learner).name == 'cudnn',
+      ),
       # The sampler has its own rows already, and whole ones.
       model.replace(
           row_attention=make(prefill, sampling_mesh, attention.in_xla),
+          attend_to_cache=make(
+              decoded, sampling_mesh, lambda: attention.attend_to_cache
+          ),
           keeps_attention=in_stretches and by_xla and short,
       ),
   )
@@ -495,7 +515,8 @@ def architecture(config: Any, family: Any, sizes: Any) -> CausalLM:
 
 def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
   settings = config.sampling.to_dict()
-  del settings['mesh'], settings['num_devices']
+  for name in ('mesh', 'num_devices', 'attention'):
+    del settings[name]
   sampling_mesh = _sampling_mesh(config, mesh)
   num_slots = settings.pop('num_slots')
   sampler = sampling.make_sampler(

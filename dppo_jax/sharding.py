@@ -423,7 +423,7 @@ def _gather(params, specs):
   return jax.tree.map(gather, params, specs)
 
 
-def by_rows_and_heads(mesh) -> Callable[..., Any]:
+def by_rows_and_heads(mesh, *, axis: int = 2) -> Callable[..., Any]:
   """Attention of each device to its own rows and heads.
 
   For kernels, which XLA does not partition. Within `by_rows`, the rows are
@@ -432,10 +432,11 @@ def by_rows_and_heads(mesh) -> Callable[..., Any]:
   Args:
     mesh: whose axes `data` and `fsdp` divide the rows, and `tensor` the heads;
       a row is whole.
+    axis: where heads are: 2 of [B, T, H, E], or 1.
 
   Returns:
-    `share(attend)`, for an `attend(q, k, v, rows, rest)` of arrays [B, T, H or
-    K, E], a tree of [B, ...], and a tree that all share.
+    `share(attend)`, for an `attend(q, k, v, rows, rest)` of trees with heads, a
+    tree of [B, ...], and a tree that all share. What it makes has heads.
   """
   if mesh.size == 1:
     return lambda attend: attend
@@ -445,7 +446,7 @@ def by_rows_and_heads(mesh) -> Callable[..., Any]:
       outer = jax.sharding.get_abstract_mesh()
       done = set(outer.manual_axes)
       rows = tuple(axis for axis in BATCH_AXES if axis not in done)
-      heads = P(rows, None, 'tensor')
+      heads = P(rows, *[None] * (axis - 1), 'tensor')
       return jax.shard_map(
           attend,
           mesh=outer if done else mesh,

@@ -209,8 +209,7 @@ def make_target_fn(
   )
 
   def of_tokens(logits, targets, anchor):
-    logprobs = divergences.token_logprobs(logits, targets)
-    every = jax.nn.log_softmax(logits, axis=-1)
+    logprobs, entropy = divergences.logprobs_and_entropy(logits, targets)
     detached = jax.lax.stop_gradient(logits)
     measured = divergence.measure(detached, targets, anchor.record)
     if divergence.direction is None:
@@ -219,7 +218,7 @@ def make_target_fn(
       direction = divergence.direction(detached, targets, anchor.record)
     return TargetStats(
         logprobs,
-        -jnp.sum(jnp.exp(every) * every, axis=-1),
+        entropy,
         jax.lax.stop_gradient(measured),
         jax.lax.stop_gradient(direction),
     )
@@ -261,7 +260,8 @@ def _in_chunks(body, heads, mask, trees, chunk_size):
     )
     return jax.lax.cond(jnp.any(mask), run, skip)
 
-  of_chunk = jax.checkpoint(of_chunk, prevent_cse=False)
+  keeps = jax.checkpoint_policies.save_only_these_names(divergences.OF_ROWS)
+  of_chunk = jax.checkpoint(of_chunk, prevent_cse=False, policy=keeps)
   heads = _exact(heads)
   _, out = jax.lax.scan(
       lambda _, chunk: (None, of_chunk(heads, *chunk)),

@@ -69,15 +69,14 @@ def platform() -> str:
   return _platform.get() or jax.default_backend()
 
 
-def multiplicand(x: jax.Array) -> jax.Array:
-  """What goes into a product that is summed in float32.
+def multiplied_in(dtype: Any) -> Any:
+  """The type of the factors of a product that is summed in float32.
 
   A CPU does not multiply float16 into float32, and bfloat16 not always; there
   the factors are widened, which changes no product.
   """
-  if x.dtype.itemsize < 4 and platform() == 'cpu':
-    return x.astype(jnp.float32)
-  return x
+  narrow = jnp.dtype(dtype).itemsize < 4
+  return jnp.float32 if narrow and platform() == 'cpu' else dtype
 
 
 def visible_within_segments(
@@ -97,6 +96,20 @@ def visible_within_segments(
   return sees(where, slots_of(where), where, slots_of(where), window)
 
 
+class InCache(NamedTuple):
+  """What one new token of each completion sees, in either of two forms.
+
+  The cache of the completions is a ring: all write to the same place, one step
+  after the other, wherever each of them began.
+  """
+
+  prompt: jax.Array  # [N, G or 1, P] bool
+  own: jax.Array  # [N or 1, G or 1, C] bool
+  first: jax.Array  # [B] int32, slot of the prompt from which on it is seen.
+  count: jax.Array  # [B] int32, slots of the ring that are, up to `place`.
+  place: jax.Array  # [] int32, where the new tokens go.
+
+
 def visible_in_cache(
     *,
     prompt_mask: jax.Array,
@@ -106,23 +119,17 @@ def visible_in_cache(
     place: jax.Array,
     count: jax.Array,
     window: int | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> InCache:
   """What one new token of each completion sees of its prompt and of itself.
 
-  The cache of the completions is a ring: all write to the same place, one step
-  after the other, wherever each of them began.
-
   Args:
-    prompt_mask: [N, P] bool.
+    prompt_mask: [N, P] bool, of prompts that end with the last slot.
     prompt_positions: [N, P] int32.
     positions: [B] int32 of the new tokens; B = N * G.
     length: C, of the completions' cache.
     place: [] int32, where in the cache the new tokens go.
     count: [] or [B] int32, tokens of a completion with the new one, at most C.
     window: see `LayerKind`.
-
-  Returns:
-    [N, G or 1, P] and [N or 1, G or 1, C] bool.
   """
   num_prompts = prompt_mask.shape[0]
   age = (place - jnp.arange(length)[None, None]) % length  # Tokens ago.
@@ -132,7 +139,16 @@ def visible_in_cache(
     new = positions.reshape(num_prompts, -1, 1)  # [N, G, 1]
     prompt = prompt & (new - prompt_positions[:, None, :] < window)
     own = own & (age < window)
-  return prompt, own
+  # For kernels; positions of a prompt begin with 0.
+  group_size = len(positions) // num_prompts
+  first = prompt_mask.shape[1] - jnp.repeat(
+      jnp.sum(prompt_mask, axis=1), group_size
+  )
+  seen = jnp.broadcast_to(count, positions.shape)
+  if window is not None:
+    first = jnp.maximum(first, first + positions - window + 1)
+    seen = jnp.minimum(seen, window)
+  return InCache(prompt, own, first, seen, place)
 
 
 def attend_within_row(
@@ -552,12 +568,23 @@ def empty_cache(
   )
 
 
+def insert(cache: Cache, k: jax.Array, v: jax.Array, place: jax.Array) -> Cache:
+  """One new token of each row, [B, 1, K, E] each, at that place."""
+  new = convert_cache(cache_of(k, v), quantization.dtype_of(cache.keys))
+  put = lambda axis: lambda old, new: (
+      jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=axis)
+  )
+  return Cache(
+      jax.tree.map(put(3), cache.keys, new.keys),
+      jax.tree.map(put(2), cache.values, new.values),
+  )
+
+
 def attend_to_cache(
     *,
     prompt: Cache,
     cache: Cache,
-    visible: tuple[jax.Array, jax.Array],
-    place: jax.Array,
+    visible: InCache,
     scale: float,
     cap: float | None,
 ) -> AttendFn:
@@ -570,21 +597,13 @@ def attend_to_cache(
     prompt: of N prompts of P tokens.
     cache: of B completions, room for C tokens.
     visible: from `visible_in_cache`.
-    place: [] int32, where in the cache the new tokens go.
     scale: of the scores.
     cap: see `softcap`; of the scores.
   """
   num_prompts = prompt.keys.shape[0]
 
   def attend(q, k, v, tape=products.no_tape):  # [B, 1, H or K, E]
-    new = convert_cache(cache_of(k, v), quantization.dtype_of(cache.keys))
-    put = lambda axis: lambda old, new: (
-        jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=axis)
-    )
-    kept = Cache(
-        jax.tree.map(put(3), cache.keys, new.keys),
-        jax.tree.map(put(2), cache.values, new.values),
-    )
+    kept = insert(cache, k, v, visible.place)
     batch, _, heads, size = q.shape
     num_keys = k.shape[2]
     own_keys, own_values, prompt_keys, prompt_values = (
@@ -599,12 +618,11 @@ def attend_to_cache(
     q = q.reshape(batch, num_keys, heads // num_keys, size)
     of_prompt = product('nkghe,nkep->nkghp', by_prompt(q), prompt_keys)
     own = product('bkhe,bkec->bkhc', q, own_keys)
-    seen_prompt, seen_own = visible
     of_prompt = jnp.where(
-        seen_prompt[:, None, :, None], softcap(of_prompt * scale, cap), -jnp.inf
+        visible.prompt[:, None, :, None], softcap(of_prompt * scale, cap), -jnp.inf
     )
     own = rows(jnp.where(
-        seen_own[:, :, None, None], groups(softcap(own * scale, cap)), -jnp.inf
+        visible.own[:, :, None, None], groups(softcap(own * scale, cap)), -jnp.inf
     ))
     # One softmax of both; its sum divides what the weights bring, not them.
     over = lambda reduce, x: reduce(x, axis=-1, keepdims=True)
@@ -628,7 +646,7 @@ def attend_to_cache(
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """An einsum that is summed in float32, and stays it."""
+  factors = (z.astype(multiplied_in(z.dtype)) for z in (x, y))
   return jnp.einsum(
-      subscripts, multiplicand(x), multiplicand(y),
-      preferred_element_type=jnp.float32,
+      subscripts, *factors, preferred_element_type=jnp.float32
   )

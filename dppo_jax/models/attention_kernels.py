@@ -27,6 +27,8 @@ from dppo_jax.models import layers
 from dppo_jax.models import products
 
 NAMES = ('auto', 'xla', 'splash', 'cudnn')
+# Of tokens that are decoded, see `decode_kernel`.
+DECODE_NAMES = ('auto', 'xla', 'triton')
 
 # Queries and keys that splash has on the chip at a time, in its lanes. Ours:
 # nothing was measured.
@@ -42,11 +44,11 @@ ShareFn = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 class Asked(NamedTuple):
   """What a kernel would have to do."""
 
-  whose: str  # 'learner' or 'prefill'.
+  whose: str  # 'learner', 'prefill' or 'decoding'.
   config: layers.ModelConfig
   dtype: Any
   dtype_name: str  # 'config.model.dtype', where it is set.
-  length: int  # T, at most.
+  length: int  # T, at most; of a completion that is decoded.
   mesh: Mapping[str, int]  # Sizes of axes.
   splits_rows: bool  # Over its axis `sequence`; the sampler has whole ones.
 
@@ -54,16 +56,16 @@ class Asked(NamedTuple):
 class Chosen(NamedTuple):
   """A kernel, or XLA."""
 
-  name: str  # 'xla', 'splash' or 'cudnn'.
+  name: str  # One of the names, and not 'auto'.
   reason: str  # Why not the kernel of the platform; '' if it is, or has none.
 
 
 def choose(name: str, asked: Asked, *, platform: str) -> Chosen:
-  """By what rows are attended.
+  """By what rows are attended, or the tokens that a new one sees.
 
   Args:
-    name: one of `NAMES`; 'auto' is the kernel of the platform, and XLA for what
-      it cannot do.
+    name: one of `NAMES`, or of `DECODE_NAMES`; 'auto' is the kernel of the
+      platform, and XLA for what it cannot do.
     asked: of it.
     platform: from `platform_of`.
 
@@ -73,18 +75,23 @@ def choose(name: str, asked: Asked, *, platform: str) -> Chosen:
   if name == 'xla':
     return Chosen('xla', '')
   if name == 'auto':
-    name = {'tpu': 'splash', 'cuda': 'cudnn'}.get(platform)
+    kernels, shortest = {'tpu': 'splash', 'cuda': 'cudnn'}, SHORT_ROW
+    if asked.whose == 'decoding':
+      kernels, shortest = {'cuda': 'triton'}, 0
+    name = kernels.get(platform)
     if name is None:
-      reason = '' if platform == 'cpu' else f'there is no kernel for {platform}'
+      known = platform in ('cpu', 'tpu')
+      reason = '' if known else f'there is no kernel for {platform}'
       return Chosen('xla', reason)
     reason = _why_not(name, asked, platform)
-    if not reason and asked.length < SHORT_ROW:
+    if not reason and asked.length < shortest:
       reason = f'rows of {asked.length} tokens are short, below {SHORT_ROW}'
     return Chosen('xla', reason) if reason else Chosen(name, '')
   reason = _why_not(name, asked, platform)
   if reason:
+    part = 'sampling' if asked.whose == 'decoding' else 'model'
     raise ValueError(
-        f"config.model.attention='{name}' cannot serve the {asked.whose}: "
+        f"config.{part}.attention='{name}' cannot serve the {asked.whose}: "
         f"{reason}; use 'auto' or 'xla'."
     )
   return Chosen(name, '')
@@ -127,12 +134,17 @@ def _why_not(name: str, asked: Asked, platform: str) -> str:
   # Wider ones need a Hopper, and are not tried.
   if name == 'cudnn' and (config.head_dim > 128 or config.head_dim % 8):
     return f'a head has {config.head_dim} numbers, not 8, 16, ... 128'
+  if name == 'triton' and config.head_dim not in (16, 32, 64, 128, 256):
+    return f'a head has {config.head_dim} numbers, not 16, 32, ... 256'
   return ''
 
 
 _NEEDS = {
     'splash': ('tpu', 'a TPU', ('float32', 'bfloat16')),
     'cudnn': (
+        'cuda', 'a GPU of NVIDIA, Ampere or later', ('bfloat16', 'float16')
+    ),
+    'triton': (
         'cuda', 'a GPU of NVIDIA, Ampere or later', ('bfloat16', 'float16')
     ),
 }
@@ -249,14 +261,19 @@ def _heads_first(attend):
   return attend_rows
 
 
-def cudnn(share: ShareFn = alone) -> attention.RowAttention:
+def cudnn(
+    share: ShareFn = alone, *, aligned: bool = False
+) -> attention.RowAttention:
   """Fused attention of cuDNN, for NVIDIA's GPUs.
 
   Who sees whom is a bias of two bytes for each pair of tokens of a row, for all
-  heads together; what is behind a query is skipped.
+  heads together; what is behind a query is skipped. Aligned rows need none, if
+  no layer has a window: then a token sees what stands before it.
 
   Args:
     share: see `ShareFn`.
+    aligned: rows hold one sequence each, from their first slot on. Padding
+      behind it sees it, and is not seen.
   """
 
   def rows(where, windows: Sequence[int | None], *, scale, cap):
@@ -265,14 +282,17 @@ def cudnn(share: ShareFn = alone) -> attention.RowAttention:
     length = where.segment_ids.shape[1]
     # A bias of odd length has no gradients.
     where = attention.fill_up(where, 2)
-    sights = [
-        attention.visible_within_segments(where, window=x) for x in windows
-    ]
+    if aligned and set(windows) == {None}:
+      sights = [None] * len(windows)
+    else:
+      sights = [
+          attention.visible_within_segments(where, window=x) for x in windows
+      ]
 
     def of_rows(q, k, v, visible, _):
       return jax.nn.dot_product_attention(
-          q, k, v, mask=visible[:, None], scale=scale, is_causal=True,
-          implementation='cudnn',
+          q, k, v, mask=None if visible is None else visible[:, None],
+          scale=scale, is_causal=True, implementation='cudnn',
       )
 
     def attend_with(visible):

@@ -17,6 +17,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.models import alignment
 from dppo_jax.models import attention
 from dppo_jax.models import experts
 from dppo_jax.models import layers
@@ -25,11 +26,13 @@ from dppo_jax.models import quantization
 from dppo_jax.models import rope
 from dppo_jax.types import PyTree
 
-# What the backward pass of a layer finds again: all of it, nothing, or what a
-# policy of that name in `jax.checkpoint_policies` keeps.
+# What the backward pass of a layer finds again: all of it, nothing, products
+# with its kernels and what a kernel of attention made, or what a policy of that
+# name in `jax.checkpoint_policies` keeps.
 REMAT = (
     'none',
     'full',
+    'products',
     'dots_saveable',
     'dots_with_no_batch_dims_saveable',
 )
@@ -66,6 +69,10 @@ class CausalLM:
     by_experts: the same for tokens and experts, see `experts.Experts`.
     row_attention: among the tokens of whole rows, by XLA or by a kernel, see
       `attention_kernels`.
+    aligns_rows: rows of one sequence each begin with its first token, whatever
+      stood before it, as `row_attention` may need.
+    attend_to_cache: of a token that is decoded, by XLA or by a kernel, see
+      `decode_kernel`.
     keeps_attention: products that are kept have what attention brought beside
       them, for a `row_attention` that can go on from it.
   """
@@ -79,6 +86,8 @@ class CausalLM:
   by_tokens: Callable[..., Any] | None = None
   by_experts: experts.SpreadFn | None = None
   row_attention: attention.RowAttention = attention.in_xla()
+  aligns_rows: bool = False
+  attend_to_cache: Callable[..., attention.AttendFn] = attention.attend_to_cache
   keeps_attention: bool = False
 
   def replace(self, **changes) -> 'CausalLM':
@@ -172,6 +181,10 @@ class CausalLM:
     Who sees whom: see `attention.visible_within_segments`. Only models with
     experts look at `routing`.
     """
+    if self.aligns_rows:
+      return self._aligned_trunk(
+          params, tokens, positions, segment_ids, products, routing
+      )
     x = self.place(self._embed(params, tokens))
     where = attention.Where(segment_ids, positions, prompt_ids)
     kinds = self.config.kinds
@@ -205,11 +218,8 @@ class CausalLM:
       return self.place(x), Kept(cache, routed, made)
 
     if self.remat != 'none':
-      keeps = self.remat if self.remat != 'full' else 'nothing_saveable'
       layer = jax.checkpoint(
-          layer,
-          prevent_cse=False,
-          policy=getattr(jax.checkpoint_policies, keeps),
+          layer, prevent_cse=False, policy=_remat_policy(self.remat)
       )
     which = jnp.asarray(self.config.layer_kinds, jnp.int32)  # [L]
     replay = routing.replay
@@ -225,6 +235,30 @@ class CausalLM:
     cache = self._unstack(kept.cache) if keep_cache else None
     return x, Kept(cache, routed, kept.products)
 
+  def _aligned_trunk(
+      self, params, tokens, positions, segment_ids, products, routing
+  ):
+    """`trunk`, of rows that are moved to the left and back."""
+    order = alignment.order_of(segment_ids)
+    move = functools.partial(jax.tree.map, order.move)
+    if products is not None:
+      products = products._replace(entries=order.move(products.entries))
+    hidden, kept = self.replace(aligns_rows=False).trunk(
+        params,
+        order.move(tokens),
+        positions=order.move(positions),
+        segment_ids=order.move(segment_ids),
+        products=products,
+        routing=routing._replace(
+            replay=move(routing.replay), counted=move(routing.counted)
+        ),
+    )
+    routed = kept.routed._replace(
+        choices=jax.tree.map(order.move_back, kept.routed.choices),
+        changed=jax.tree.map(order.move_back, kept.routed.changed),
+    )
+    return order.move_back(hidden), Kept(routed=routed)
+
   def head(self, params: PyTree, hidden: jax.Array) -> jax.Array:
     """Final norm and vocabulary. [..., D] -> logits [..., V] float32."""
     graph = _norm_graph(self.family.Block.Norm, self.config)
@@ -234,15 +268,13 @@ class CausalLM:
       kernel = params['head']['kernel']
     else:
       kernel = params['embed']['embedding'].T
-    factor = lambda x: attention.multiplicand(x.astype(hidden.dtype))
+    dtype = attention.multiplied_in(hidden.dtype)
     if isinstance(kernel, layers.Turned):
-      rows = factor(x).reshape(-1, x.shape[-1])
-      logits = layers.columns(factor(kernel.kernel), rows, axis=1)
+      rows = x.astype(dtype).reshape(-1, x.shape[-1])
+      logits = layers.columns(kernel.kernel.astype(dtype), rows, axis=1)
       logits = logits.T.reshape(*x.shape[:-1], -1)
     else:
-      logits = jnp.matmul(
-          factor(x), factor(kernel), preferred_element_type=jnp.float32
-      )
+      logits = layers.wide_times(x, kernel, dtype)
     return attention.softcap(logits, self.config.final_logit_softcapping)
 
   def unstacked(self, params: PyTree) -> PyTree:
@@ -364,12 +396,8 @@ class CausalLM:
         strict=True,
     ):
       rotation, visible = views[kind]
-      attend = attention.attend_to_cache(
-          prompt=prompt,
-          cache=own,
-          visible=visible,
-          place=place,
-          **self._scores(),
+      attend = self.attend_to_cache(
+          prompt=prompt, cache=own, visible=visible, **self._scores()
       )
       tape = self._tape(keep_products)
       x, kept, routed = self._block(
@@ -458,6 +486,25 @@ class CausalLM:
     """[L, ...] leaves -> a list of L trees."""
     take = lambda layer: jax.tree.map(lambda x: x[layer], stacked)
     return [take(i) for i in range(self.config.num_hidden_layers)]
+
+
+def _remat_policy(name: str) -> Callable[..., bool]:
+  """Which results are kept, of those in `REMAT` but 'none'."""
+  policies = jax.checkpoint_policies
+  if name == 'full':
+    return policies.nothing_saveable
+  if name != 'products':
+    return getattr(policies, name)
+
+  def keeps(primitive, *arguments, **params):
+    # cuDNN's; XLA's attention has products with axes of a batch.
+    return primitive.name.startswith('dot_product_attention_fwd') or (
+        policies.dots_with_no_batch_dims_saveable(
+            primitive, *arguments, **params
+        )
+    )
+
+  return keeps
 
 
 def _layers_last(x: PyTree, axis: int) -> PyTree:

@@ -306,6 +306,20 @@ def times(x: jax.Array, kernel: Any) -> jax.Array:
   return _times(x, kernel) if isinstance(kernel, jax.Array) else x @ kernel
 
 
+def wide_times(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+  """A product of factors of a type that is summed, and stays, in float32.
+
+  So are those of its gradient: that of JAX would take the gradient of the
+  product as it comes, in float32, and multiply at that type's lower rate.
+
+  Args:
+    x: [..., in].
+    kernel: [in, out].
+    dtype: of the factors.
+  """
+  return _wide_times(x, kernel, jnp.dtype(dtype).name)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=['kernel'], meta_fields=[]
 )
@@ -378,6 +392,35 @@ def _times_backward(kept, gradient):
 
 
 _times.defvjp(_times_forward, _times_backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _wide_times(x, kernel, dtype):
+  return jnp.matmul(
+      x.astype(dtype), kernel.astype(dtype),
+      preferred_element_type=jnp.float32,
+  )
+
+
+def _wide_times_forward(x, kernel, dtype):
+  return _wide_times(x, kernel, dtype), (x, kernel)
+
+
+def _wide_times_backward(dtype, kept, gradient):
+  x, kernel = kept
+  gradient = gradient.astype(dtype)
+  product = functools.partial(
+      jax.lax.dot_general, preferred_element_type=jnp.float32
+  )
+  every, last = tuple(range(x.ndim - 1)), x.ndim - 1
+  of_x = product(gradient, kernel.astype(dtype), (((last,), (1,)), ((), ())))
+  of_kernel = product(
+      x.astype(dtype), gradient, ((every, every), ((), ()))
+  )
+  return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
+
+
+_wide_times.defvjp(_wide_times_forward, _wide_times_backward)
 
 
 @jax.custom_vjp
