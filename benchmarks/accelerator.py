@@ -12,6 +12,7 @@ Rates are those of a large product and of a large array, measured here, and the
 published ones if --peak_flops and --peak_bandwidth give them.
 """
 
+import functools
 import pathlib
 import sys
 import time
@@ -32,6 +33,7 @@ from benchmarks import shapes
 from configs import default
 from dppo_jax import main as main_lib
 from dppo_jax import sharding
+from dppo_jax import train_step
 from dppo_jax.models import causal_lm
 from dppo_jax.models import layers
 from dppo_jax.models import qwen3
@@ -48,9 +50,9 @@ _PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts.')
 _GROUP = flags.DEFINE_integer('group', 8, 'Completions of each.')
 _PROMPT_LENGTH = flags.DEFINE_integer('prompt_length', 128, 'Of each prompt.')
 _LENGTH = flags.DEFINE_integer('length', 1024, 'Of each completion.')
-_MICROBATCHES = flags.DEFINE_integer('microbatches', 64, 'Parts of an update.')
-_CHUNK = flags.DEFINE_integer('chunk', 2048, 'Tokens of the head at a time.')
-_REMAT = flags.DEFINE_enum('remat', 'full', causal_lm.REMAT, 'Of a layer.')
+_MICROBATCHES = flags.DEFINE_integer('microbatches', 16, 'Parts of an update.')
+_CHUNK = flags.DEFINE_integer('chunk', 8192, 'Tokens of the head at a time.')
+_REMAT = flags.DEFINE_enum('remat', 'products', causal_lm.REMAT, 'Of a layer.')
 _DTYPE = flags.DEFINE_string('dtype', 'bfloat16', 'Of model and sampler.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Runs of each.', lower_bound=1)
 _PEAK_FLOPS = flags.DEFINE_float(
@@ -173,13 +175,16 @@ def measure() -> dict:
       2, model.config.vocab_size, (_PROMPTS.value, _PROMPT_LENGTH.value)
   ).astype(np.int32)
   prompts = Prompts(tokens, np.ones(tokens.shape, bool))
+  jit = functools.partial(
+      jax.jit, compiler_options=train_step.compiler_options()
+  )
   sample, (rollout, _) = timed(
-      jax.jit(program.rollout_fn), state.params, prompts, key, 0
+      jit(program.rollout_fn), state.params, prompts, key, 0
   )
   sampled = int(rollout.token_mask.sum())
   rewards = jax.random.bernoulli(key, 0.5, rollout.truncated.shape)
   scored = ScoredRollout(rollout, rewards.astype(jnp.float32))
-  learn, _ = timed(jax.jit(program.learn), state, scored, key)
+  learn, _ = timed(jit(program.learn), state, scored, key)
   peaks, done = rates(), work(model.config)
   best = {'sample': min(sample), 'learn': min(learn)}
   shares = {}

@@ -225,7 +225,7 @@ def warn_of_no_kernel(config: Any, mesh: Any, model: CausalLM) -> None:
 def _asked_of_attention(
     config: Any, mesh: Any, model: CausalLM
 ) -> tuple[attention_kernels.Asked, ...]:
-  """What the learner's rows need, the sampler's prompts, and its completions."""
+  """What the learner's rows need, the sampler's prompts, its completions."""
   prompt = config.max_prompt_length
   learning, sampling_mesh = _meshes(config, mesh)
   prefill = attention_kernels.Asked(

@@ -136,6 +136,16 @@ def test_splash_rounds_bfloat16_about_as_xla_does():
   assert_rounds_as_xla(in_splash, packed(130, shared=True))
 
 
+@pytest.mark.skipif(
+    attention_kernels.platform_of() != 'cuda', reason='there is no such GPU'
+)
+def test_aligned_rows_need_no_bias():
+  segments = jnp.asarray([[1] * 1000 + [0] * 24, [1] * 517 + [0] * 507])
+  positions = jnp.cumsum(segments, axis=1) - segments
+  where = attention.Where(segments, positions)
+  assert_rounds_as_xla(attention_kernels.cudnn(aligned=True), where)
+
+
 KERNELS = {'tpu': attention_kernels.splash(), 'cuda': attention_kernels.cudnn()}
 
 
@@ -191,6 +201,16 @@ def test_auto_is_the_kernel_of_the_platform(platform, chosen):
   assert bool(found.reason) == (platform == 'gpu')
 
 
+@pytest.mark.parametrize('platform, chosen', [
+    ('tpu', 'xla'), ('cuda', 'triton'), ('cpu', 'xla'), ('gpu', 'xla'),
+])
+def test_auto_decodes_by_the_kernel_of_the_platform(platform, chosen):
+  decoding = asked(whose='decoding', length=20)  # However short.
+  found = attention_kernels.choose('auto', decoding, platform=platform)
+  assert found.name == chosen
+  assert bool(found.reason) == (platform == 'gpu')
+
+
 def with_model(**changes):
   return {'config': dataclasses.replace(tiny_model.CONFIG, **changes)}
 
@@ -205,14 +225,21 @@ def with_model(**changes):
     ('cudnn', 'cuda', with_model(attn_logit_softcapping=50.0), 'at 50 here'),
     ('cudnn', 'cuda', with_model(head_dim=256), '256 numbers'),
     ('cudnn', 'cuda', with_model(head_dim=36), '36 numbers'),
+    ('triton', 'tpu', {}, 'needs a GPU of NVIDIA'),
+    ('triton', 'cuda', with_model(head_dim=80), '80 numbers, not 16, 32'),
+    ('triton', 'cuda', {'dtype': 'float32'}, 'not one of bfloat16, float16'),
 ])
 def test_what_a_kernel_cannot_do_is_refused_and_auto_says_so(
     name, platform, changes, reason
 ):
+  setting = 'model'
+  if name == 'triton':
+    changes, setting = changes | {'whose': 'decoding'}, 'sampling'
   with pytest.raises(ValueError, match=reason) as error:
     attention_kernels.choose(name, asked(**changes), platform=platform)
   message = str(error.value)
-  assert '\n' not in message and f"config.model.attention='{name}'" in message
+  assert '\n' not in message
+  assert f"config.{setting}.attention='{name}'" in message
   if 'traced for' not in message and 'needs' not in message:
     auto = attention_kernels.choose('auto', asked(**changes), platform=platform)
     assert auto.name == 'xla' and reason in auto.reason
@@ -239,8 +266,8 @@ def test_a_run_says_once_where_auto_has_no_kernel(caplog):
   with attention.traced_for('cuda'):
     main.warn_of_no_kernel(config, mesh, model)
   assert [record.getMessage() for record in caplog.records] == [
-      'Attention of the prefill by XLA: config.sampling.dtype=float32 is not '
-      'one of bfloat16, float16.'
+      f'Attention of the {part} by XLA: config.sampling.dtype=float32 is not '
+      'one of bfloat16, float16.' for part in ('prefill', 'decoding')
   ]
   caplog.clear()
   main.warn_of_no_kernel(config, mesh, model)  # On a CPU.
@@ -254,16 +281,29 @@ def test_a_run_refuses_a_kernel_that_is_not_for_its_device():
   config.model.attention = 'slash'
   with pytest.raises(ValueError, match="Did you mean 'splash'"):
     checks.check(config, num_batch_shards=1)
+  config = whole_step.make_config(sampling__attention='triton')
+  with pytest.raises(ValueError, match="attention='triton' cannot serve the"):
+    whole_step.make_program(config, whole_step.make_mesh(), tiny_model.MODEL)
+  config.sampling.attention = 'tritium'
+  with pytest.raises(ValueError, match="Did you mean 'triton'"):
+    checks.check(config, num_batch_shards=1)
+
+
+def traced_step(**options):
+  """A whole step."""
+  config = whole_step.make_config(num_prompts=4, group_size=2, **options)
+  mesh = whole_step.make_mesh()
+  model = tiny_model.MODEL.replace(
+      dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+  )
+  program = whole_step.make_program(config, mesh, model)
+  arguments = main.abstract_arguments(config, mesh, program)
+  return program.train_step.trace(*arguments)
 
 
 def lowered_step(platform=None, **options):
-  """The text of a whole step before it is compiled, for a platform."""
-  config = whole_step.make_config(num_prompts=4, group_size=2, **options)
-  mesh = whole_step.make_mesh()
-  model = tiny_model.MODEL.replace(dtype=jnp.dtype(config.model.dtype))
-  program = whole_step.make_program(config, mesh, model)
-  arguments = main.abstract_arguments(config, mesh, program)
-  traced = program.train_step.trace(*arguments)
+  """Its text before it is compiled, for a platform."""
+  traced = traced_step(**options)
   return traced.lower(lowering_platforms=platform and (platform,)).as_text()
 
 
@@ -288,9 +328,30 @@ def test_a_step_for_cuda_calls_cudnn(monkeypatch, options):
         'cuda', model__attention='cudnn', model__dtype='bfloat16',
         sampling__dtype='bfloat16', **options,
     )
+  # Rows as sampled are aligned, and need no bias to say who sees whom.
+  bias = 'ScaleBias' if options else ''
   assert set(re.findall(r'__cudnn\$fmha\w*', text)) == {
-      '__cudnn$fmhaScaleBiasSoftmax', '__cudnn$fmhaScaleBiasSoftmaxBackward'
+      '__cudnn$fmhaScaleBiasSoftmax',  # Of the prompts.
+      f'__cudnn$fmha{bias}Softmax', f'__cudnn$fmha{bias}SoftmaxBackward'
   }
+
+
+@pytest.mark.parametrize('remat, calls', [
+    ('none', 1), ('products', 1), ('full', 2)
+])
+def test_what_attention_made_is_among_the_products_that_are_kept(
+    monkeypatch, remat, calls
+):
+  monkeypatch.setattr(
+      fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
+  )
+  with attention.traced_for('cuda'):
+    jaxpr = traced_step(
+        model__attention='cudnn', model__dtype='bfloat16',
+        sampling__dtype='bfloat16', model__remat=remat,
+    ).jaxpr
+  # And one of the prompts.
+  assert str(jaxpr).count('= dot_product_attention_fwd_wrapper[') == calls + 1
 
 
 @pytest.mark.parametrize('options, learner', [

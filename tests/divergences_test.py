@@ -153,6 +153,59 @@ def test_bfloat16_logprobs_move_a_probability_by_less_than_a_thousandth():
   assert jnp.all(tv < 1e-3)
 
 
+def test_logprobs_entropy_and_their_gradient_are_those_of_log_softmax():
+  rng = np.random.RandomState(0)
+  logits = np.float32(3 * rng.standard_normal((2, 3, 11)))
+  logits[0, 0] = [40.0] + [0.0] * 10  # Certain to the last bit but some.
+  logits[0, 1] = 0.0
+  tokens = jnp.asarray([[0, 3, 10], [1, 1, 2]])
+  upstream = np.float32(rng.standard_normal((2, 2, 3)))
+
+  def ours(logits):
+    return jnp.stack(divergences.logprobs_and_entropy(logits, tokens))
+
+  def direct(logits):
+    every = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(every, tokens[..., None], axis=-1)[..., 0]
+    return jnp.stack([chosen, -jnp.sum(jnp.exp(every) * every, axis=-1)])
+
+  close(ours(logits), direct(logits))
+  close(ours(logits)[1, 0, 1], np.log(11))
+  for of_which in ((1, 1), (1, 0), (0, 1)):
+    weights = upstream * np.reshape(np.float32(of_which), (2, 1, 1))
+    found, expected = (
+        jax.vjp(fn, logits)[1](weights)[0] for fn in (ours, direct)
+    )
+    close(found, expected)
+
+
+def test_a_token_without_mass_has_no_gradient_and_no_share_of_the_entropy():
+  logits = jnp.asarray([[1.0, -jnp.inf, 2.0], [1.0, 0.5, -jnp.inf]])
+  tokens = jnp.asarray([2, 0])
+  rest = jnp.asarray([[1.0, 2.0], [1.0, 0.5]])
+  total = lambda tokens: lambda x: sum(
+      jnp.sum(y) for y in divergences.logprobs_and_entropy(x, tokens)
+  )
+  found, gradient = jax.value_and_grad(total(tokens))(logits)
+  expected, of_rest = jax.value_and_grad(total(jnp.asarray([1, 0])))(rest)
+  close(found, expected)
+  close(gradient[[0, 0, 1, 1], [0, 2, 0, 1]], of_rest.ravel())
+  assert gradient[0, 1] == gradient[1, 2] == 0
+
+
+def test_a_recomputed_head_keeps_sums_of_rows_and_no_array_of_logits(capsys):
+  fn = jax.checkpoint(
+      lambda x: divergences.logprobs_and_entropy(
+          jnp.tanh(x), jnp.zeros(4, jnp.int32)
+      )[0],
+      policy=jax.checkpoint_policies.save_only_these_names(divergences.OF_ROWS),
+  )
+  jax.ad_checkpoint.print_saved_residuals(fn, jnp.ones((4, 9)))
+  lines = capsys.readouterr().out.splitlines()
+  kept = [x for x in lines if 'argument' not in x]
+  assert kept and all(x.startswith('f32[4,1]') for x in kept)
+
+
 # --- partitions of the vocabulary --------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 from golden import make_embedded_logits
 import jax
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import tiny_model
 
+from dppo_jax.models import alignment
 from dppo_jax.models import causal_lm
+from dppo_jax.models import experts
 from dppo_jax.models import layers
 from dppo_jax.models import load
 
@@ -208,6 +211,89 @@ def test_the_gradient_of_a_norm_is_that_of_its_formula(norm, dtype, tolerance):
   for argnum in (0, 1):
     alone = tiny_model.jit(jax.grad(ours, argnums=argnum))(x, scale)
     tiny_model.assert_trees_close(alone, actual[argnum], rtol=0, atol=1e-6)
+
+
+def of_head(product, dtype):
+  """Values and gradients of logits, [2, 3, 7], and the types of products."""
+  rng = np.random.RandomState(0)
+  x = jnp.asarray(rng.standard_normal((2, 3, 5)), dtype)
+  kernel, upstream = (
+      jnp.asarray(rng.standard_normal(shape), jnp.float32)
+      for shape in ((5, 7), (2, 3, 7))
+  )
+  total = lambda x, kernel: jnp.sum(product(x, kernel) * upstream)
+  both = jax.value_and_grad(total, argnums=(0, 1))
+  shape = r'tensor<[\dx]*x(\w+)>'
+  text = jax.jit(both).lower(x, kernel).as_text()
+  return (product(x, kernel), *both(x, kernel)[1]), re.findall(
+      rf'dot_general.*: \({shape}, {shape}\) -> {shape}', text
+  )
+
+
+def test_the_gradient_of_a_head_multiplies_in_its_own_type():
+  ours = lambda x, kernel: layers.wide_times(x, kernel, x.dtype)
+  direct = lambda x, kernel: jnp.matmul(
+      x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+  )
+  for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 0.03)):
+    found, products = of_head(ours, dtype)
+    expected, _ = of_head(direct, dtype)
+    assert [x.dtype for x in found] == [jnp.float32, dtype, jnp.float32]
+    tiny_model.assert_trees_close(
+        *jax.tree.map(lambda x: x.astype(jnp.float32), (found, expected)),
+        rtol=0, atol=tolerance,
+    )
+    short = {'float32': 'f32', 'bfloat16': 'bf16'}[jnp.dtype(dtype).name]
+    assert products == 3 * [(short, short, 'f32')]
+
+
+@pytest.mark.parametrize('model', [
+    MODEL, tiny_model.WITH_EXPERTS
+], ids=['dense', 'experts'])
+def test_rows_that_are_aligned_bring_what_they_bring_where_they_stand(model):
+  tokens = jnp.asarray(random_tokens(3, 7))
+  mask = jnp.asarray([
+      [0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]
+  ], bool)
+  positions, segment_ids = positions_and_segments(mask)
+  params = tiny_model.jit(model.init)(jax.random.key(1))
+  replay = (jnp.arange(3 * 7 * 2 * 2).reshape(3, 7, 2, 2) * 7) % 4
+  routing = experts.Routing()
+  if model.config.num_experts:
+    routing = routing._replace(replay=replay, counted=mask)
+
+  def brought(model):
+    def total(params):
+      hidden, kept = model.trunk(
+          params, tokens, positions=positions, segment_ids=segment_ids,
+          routing=routing,
+      )
+      seen = jnp.where(mask[..., None], hidden, 0.0)
+      return jnp.sum(seen ** 2), (seen, kept.routed)
+    return tiny_model.jit(jax.grad(total, has_aux=True))(params)
+
+  ours = brought(model.replace(aligns_rows=True))
+  theirs = brought(model)
+  measured = len(jax.tree.leaves(ours[1][1]))
+  assert bool(measured) == bool(model.config.num_experts)
+  choose = lambda x: (
+      jnp.where(mask[..., None], x, 0) if x.shape[:2] == mask.shape else x
+  )
+  tiny_model.assert_trees_close(
+      *jax.tree.map(choose, (ours, theirs)), rtol=1e-4, atol=1e-3
+  )
+
+
+def test_aligned_rows_begin_with_their_first_token_and_are_even():
+  segment_ids = jnp.asarray([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
+  order = alignment.order_of(segment_ids)
+  moved = order.move(segment_ids)
+  np.testing.assert_array_equal(moved, [[1, 1, 0, 0, 0, 0], [1] * 5 + [0]])
+  values = jnp.arange(1.0, 11.0).reshape(2, 5)
+  np.testing.assert_array_equal(order.move_back(order.move(values)), values)
+  weights = jnp.arange(12.0).reshape(2, 6)
+  gradient = jax.grad(lambda x: jnp.sum(order.move(x) * weights))(values)
+  np.testing.assert_array_equal(gradient, order.move_back(weights))
 
 
 def test_bfloat16_computes_in_bfloat16_and_ends_in_float32_logits():

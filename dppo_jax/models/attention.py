@@ -619,10 +619,14 @@ def attend_to_cache(
     of_prompt = product('nkghe,nkep->nkghp', by_prompt(q), prompt_keys)
     own = product('bkhe,bkec->bkhc', q, own_keys)
     of_prompt = jnp.where(
-        visible.prompt[:, None, :, None], softcap(of_prompt * scale, cap), -jnp.inf
+        visible.prompt[:, None, :, None],
+        softcap(of_prompt * scale, cap),
+        -jnp.inf,
     )
     own = rows(jnp.where(
-        visible.own[:, :, None, None], groups(softcap(own * scale, cap)), -jnp.inf
+        visible.own[:, :, None, None],
+        groups(softcap(own * scale, cap)),
+        -jnp.inf,
     ))
     # One softmax of both; its sum divides what the weights bring, not them.
     over = lambda reduce, x: reduce(x, axis=-1, keepdims=True)
