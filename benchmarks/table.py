@@ -197,7 +197,7 @@ def accelerator_table(result: dict) -> str:
           for name, value in rates.items()
       },
       **{
-          name.replace('_', ' '): f'{100 * value:.0f} %'
+          name.replace('_', ' '): f'{100 * value:.1f} %'
           for name, value in shares.items()
       },
   }

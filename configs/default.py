@@ -34,7 +34,7 @@ def _what(config):
       # Of the parameters; bfloat16 keeps a float32 copy in the optimizer.
       'params_dtype': 'float32',
       # What the backward pass computes again: none, full, or but for what
-      # dots_saveable or dots_with_no_batch_dims_saveable keep.
+      # products, dots_saveable or dots_with_no_batch_dims_saveable keep.
       'remat': 'none',
       # Among the tokens of rows: by XLA, by a kernel (splash for TPU, cudnn for
       # NVIDIA), or auto, docs/models.md.
