@@ -123,19 +123,26 @@ def unrecorded():
       ),
       group_size=tiny_model.GROUP_SIZE,
   )
+  return rolled, noisy_logits(rolled)
+
+
+def noisy_logits(rolled):
+  """[B, T, V] of behaviour policies near and far, see `unrecorded`."""
+  rng = np.random.RandomState(0)
   params = policies()[1]
   hidden = trunk(params, packing.rows_of(rolled))
   logits = tiny_model.MODEL.head(params, hidden)
   far = jnp.linspace(0.01, 0.6, NUM_ROWS)[:, None, None]
   noise = far * jax.random.normal(jax.random.key(2), logits.shape)
   certain = jnp.asarray(rng.choice([0.0, 0.0, 8.0], logits.shape[:2]))
+  certain = certain.at[0].set(0.0)
   at_token = jax.nn.one_hot(rolled.tokens[:, 1:], logits.shape[-1])
-  return rolled, logits + noise + certain[..., None] * at_token
+  return logits + noise + certain[..., None] * at_token
 
 
-def scored_for(divergence):
-  """The rollout with what `divergence` remembers of it."""
-  rolled, logits = unrecorded()
+def scored_for(divergence, source=unrecorded):
+  """The rollout of a source with what `divergence` remembers of it."""
+  rolled, logits = source()
   targets = rolled.tokens[:, 1:]
   rolled = rolled._replace(
       behaviour_logprobs=divergences.token_logprobs(logits, targets),
