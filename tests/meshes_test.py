@@ -13,6 +13,7 @@ import json
 import math
 
 import jax
+import jax.numpy as jnp
 import many_devices
 import numpy as np
 import pytest
@@ -31,7 +32,10 @@ MESHES = {
     'all': {'data': 2, 'fsdp': 2, 'tensor': 2},
     'tensor': {'tensor': 8},
     'expert': {'fsdp': 2, 'expert': 4},
+    'slots': {'data': 2, 'fsdp': 2, 'tensor': 2},
 }
+# Four on each device of `data` and `fsdp`, then two, for eight rows.
+SLOTS = {'sampling__num_slots': 16, 'sampling__num_halvings': 1}
 # Beyond what every family does: (family, mesh, fields of the config).
 LONG = {'fsdp': 2, 'sequence': 4}  # Ten tokens over four devices.
 LAYOUTS = {
@@ -60,6 +64,9 @@ LAYOUTS = {
     'shared prompts of experts': (
         'qwen3_moe', {'fsdp': 2, 'expert': 4},
         {'learner__share_prompts': True},
+    ),
+    'slots of experts': (
+        'qwen3_moe', {'data': 2, 'fsdp': 2, 'expert': 2}, SLOTS
     ),
     'sampler over tensor': (
         'qwen3', {'fsdp': 8}, {'sampling__mesh__tensor': 2}
@@ -118,32 +125,55 @@ SIZES = {
 }
 
 
+# Added to the logit of the end token, so that lengths differ: logits do, too.
+ENDS = dict.fromkeys(SIZES, 3.0) | {'qwen3_moe': 8.0, 'gemma3_text': 6.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending(CausalLM):
+  """Ends a completion now and then."""
+
+  ends: float = 0.0
+
+  def head(self, params, hidden):
+    logits = super().head(params, hidden)
+    ends = jnp.arange(logits.shape[-1]) == whole_step.EOS_ID
+    return logits + jnp.broadcast_to(self.ends * ends, logits.shape)
+
+
 @functools.cache
 def model_of(family):
   """A model and its parameters, whose logits differ enough to sample."""
   config = dataclasses.replace(
       tiny_model.CONFIG, model_type=family, **SIZES[family]
   )
-  model = CausalLM(config=config, family=load.FAMILIES[family])
+  model = Ending(
+      config=config, family=load.FAMILIES[family], ends=ENDS[family]
+  )
   params = tiny_model.jit(model.init)(jax.random.key(0))
   for name in {'embed', 'head'} & params.keys():
     params[name] = jax.tree.map(lambda x: 20 * x, params[name])
   return model, params
 
 
+def options_of(name):
+  """Fields of the config for a mesh or a layout."""
+  if name in LAYOUTS:
+    return LAYOUTS[name][2]
+  return SLOTS if name == 'slots' else {}
+
+
 def on_eight_devices(family, names):
   """Prints three steps on each mesh, or on one device."""
   for name in names:
-    mesh, options = MESHES.get(name), {}
-    if name in LAYOUTS:
-      _, mesh, options = LAYOUTS[name]
+    mesh = LAYOUTS[name][1] if name in LAYOUTS else MESHES.get(name)
     steps = whole_step.three_steps(
         *model_of(family),
         mesh=mesh,
         num_prompts=8,
         learner__num_minibatches=1,
         divergence__k=8,
-        **options,
+        **options_of(name),
     )
     print(json.dumps({'name': name, **steps}))
 
@@ -211,21 +241,32 @@ def run_for(family, name):
   return run_on(family, *quick) | run_on(family, *others)
 
 
-def check(one, many, apart_from=()):
+def check(found, name):
   """Tokens exactly, every metric to 1e-4."""
+  one, many, options = found['one'], found[name], options_of(name)
   assert (one['devices'], many['devices']) == (1, 8)
   assert many['tokens'] == one['tokens']
   first, *_, last = one['tokens']
   assert first != last  # Sampled by another policy, with another key.
+  ended = [whole_step.EOS_ID in row[tiny_model.PROMPT_LENGTH:] for row in last]
+  assert any(ended) and not all(ended)
   # In some step a group has both rewards.
   assert max(abs(step['loss']) for step in one['metrics']) > 1e-3
   assert max(step['optimizer/grad_norm'] for step in one['metrics']) > 1e-2
+  apart_from = ()
+  # Rows of another layout have other numbers of slots.
+  if {'learner__row_length', 'learner__share_prompts'} & options.keys():
+    apart_from += ('learner/',)
+  if 'sampling__num_slots' in options:  # Filled again, which takes more steps.
+    apart_from += ('sample/decode_steps',)
+    steps = [step['sample/decode_steps'] for step in many['metrics']]
+    assert min(steps) > tiny_model.COMPLETION_LENGTH
   for ours, theirs in zip(many['metrics'], one['metrics'], strict=True):
     assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-      if not name.startswith(apart_from):
+    for metric, value in theirs.items():
+      if not metric.startswith(apart_from):
         np.testing.assert_allclose(
-            ours[name], value, rtol=1e-4, atol=1e-4, err_msg=name
+            ours[metric], value, rtol=1e-4, atol=1e-4, err_msg=metric
         )
   np.testing.assert_allclose(
       many['parameters'], one['parameters'], rtol=1e-4
@@ -242,8 +283,7 @@ def test_every_family_is_here():
     for x in itertools.product(SIZES, MESHES)
 ])
 def test_three_steps_on_a_mesh_are_those_of_one_device(family, mesh):
-  found = run_for(family, mesh)
-  check(found['one'], found[mesh])
+  check(run_for(family, mesh), mesh)
 
 
 @pytest.mark.several_devices
@@ -252,11 +292,7 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(family, mesh):
     'family, name', [(x[0], name) for name, x in LAYOUTS.items()]
 )
 def test_split_rows_and_a_sampler_of_its_own_change_no_number(family, name):
-  *_, options = LAYOUTS[name]
-  found = run_for(family, name)
-  # Rows of another layout have other numbers of slots.
-  other = {'learner__row_length', 'learner__share_prompts'} & options.keys()
-  check(found['one'], found[name], apart_from='learner/' if other else ())
+  check(run_for(family, name), name)
 
 
 @pytest.mark.several_devices

@@ -15,6 +15,8 @@ from dppo_jax import sharding
 from dppo_jax import train_step
 from dppo_jax.types import ScoredRollout
 
+EOS_ID = 3  # Of `make_small`.
+
 
 def make_config(algorithm='dppo_topk_tv', **sizes):
   """The default config; `sizes` are its fields, with '__' for '.'."""
@@ -86,7 +88,7 @@ def make_small(model, *, mesh=None, **options):
       **options,
   })
   mesh = make_mesh(**mesh or {})
-  return config, mesh, make_program(config, mesh, model, eos_id=3)
+  return config, mesh, make_program(config, mesh, model, EOS_ID)
 
 
 def take_steps(config, mesh, program, params, *, num_blank=1, on_rollout=None):
