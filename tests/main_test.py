@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import default
 from dppo_jax import command_line
 from dppo_jax import lora
 from dppo_jax import main
@@ -79,7 +80,13 @@ def finished(cli, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('finished') / 'run'
   done = cli(workdir=workdir)
   assert done.returncode == 0, done.stderr[-3000:]
+  log_of(workdir).write_text(done.stderr)
   return workdir
+
+
+def log_of(workdir):
+  """Where what the run said is, beside its folder."""
+  return workdir.with_suffix('.log')
 
 
 @pytest.fixture
@@ -168,6 +175,35 @@ def test_every_step_has_its_metrics(finished):
     assert row['policy/version'] == 4 * row['step']
     assert row['policy/age_max'] == 0
     assert row['optimizer/skipped'] == 0
+
+
+@pytest.mark.slow
+def test_a_run_says_before_its_first_step_what_its_step_needs(finished):
+  start, *_ = metrics_lib.read(finished)
+  before, _ = log_of(finished).read_text().split('] step 0:')
+  said = [line.split('] ', 1)[-1] for line in before.splitlines()]
+  # One behind the other.
+  first = said.index(
+      f"Compiled the training step in {start['time/compile_s']:.1f} s."
+  )
+  of_model, of_kinds, of_step = said[first + 1 : first + 4]
+  count, _ = load.from_pretrained('embedded').num_parameters()
+  assert of_model == f'{count / 1e6:.2f} M parameters.'
+
+  def sizes(line, title):
+    """In MB, by name."""
+    assert line.startswith(f'{title}: ') and line.endswith(' MB.')
+    listed = line.removeprefix(f'{title}: ').removesuffix(' MB.')
+    pairs = (x.rsplit(' ', 1) for x in listed.split(' MB, '))
+    return {name: float(size) for name, size in pairs}
+
+  lasting = sizes(of_kinds, 'Memory per device')
+  # Two moments for each parameter, all in float32.
+  assert lasting['parameters'] == pytest.approx(4e-6 * count, abs=0.01)
+  assert lasting['optimizer state'] == pytest.approx(8e-6 * count, abs=0.01)
+  step = sizes(of_step, 'Memory per device of the compiled step')
+  assert step['arguments'] == pytest.approx(sum(lasting.values()), abs=0.1)
+  assert step['total'] > step['temporary'] > 1
 
 
 @pytest.mark.slow
@@ -383,6 +419,11 @@ def test_compiled_programs_are_kept_where_the_config_says(
     assert jax.config.jax_compilation_cache_dir == f'{tmp_path}/compiled'
     main._use_compilation_cache('~/another')  # What is set goes before.
     assert jax.config.jax_compilation_cache_dir == f'{tmp_path}/compiled'
+    jax.config.update(option, None)
+    # By default, in a folder of who runs it.
+    main._use_compilation_cache(default.get_config().compilation_cache)
+    folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+    assert tmp_path in folder.parents
   finally:
     jax.config.update(option, before)
 

@@ -1,5 +1,6 @@
 """What is told about memory is what the arrays hold and the devices have."""
 
+import dataclasses
 import types
 
 import jax
@@ -72,6 +73,47 @@ def test_a_token_meets_its_own_experts_only():
   assert total - active == 2 * (4 - 2) * 3 * 32 * 6
   dense, met = tiny_model.MODEL.num_parameters()
   assert dense == met
+
+
+def test_a_run_tells_its_size_and_what_it_needs_by_kind():
+  model = tiny_model.WITH_EXPERTS.replace(
+      config=dataclasses.replace(
+          tiny_model.WITH_EXPERTS.config, moe_intermediate_size=10_000
+      )
+  )
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  mesh = jax.sharding.AbstractMesh((2,), ('data',))
+  on = lambda x, spec: placed(
+      x, jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, spec), x)
+  )
+  state = jax.eval_shape(
+      lambda params: train_step.init_state(
+          params, tiny_model.sgd(), jax.random.key(0)
+      ),
+      params,
+  )
+  rewards = jax.ShapeDtypeStruct((10**6,), jnp.float32)
+  scored = ScoredRollout((), rewards)
+  analysis = types.SimpleNamespace(
+      argument_size_in_bytes=5 * 10**9, temp_size_in_bytes=3 * 10**6,
+      output_size_in_bytes=12 * 10**6, alias_size_in_bytes=11 * 10**6,
+  )
+  compiled = types.SimpleNamespace(memory_analysis=lambda: analysis)
+  told = lambda compiled: list(memory.describe(
+      model, on(state, P()), on(scored, P('data')), compiled
+  ))
+  # Two layers with 4 experts, of which a token has 2: three kernels of 32 x
+  # 10,000. An embedding of 64 x 32, attention, routers and norms are 8,640.
+  assert told(compiled) == [
+      '7.69 M parameters, 3.85 M of them for a token.',
+      'Memory per device: parameters 30.75 MB, frozen parameters 0.00 MB, '
+      'optimizer state 0.00 MB, reference 0.00 MB, replay 0.00 MB, products '
+      '0.00 MB, rollouts 2.00 MB.',
+      'Memory per device of the compiled step: arguments 5.00 GB, temporary '
+      '3.00 MB, results 1.00 MB, total 5.00 GB.',
+  ]
+  unknown = types.SimpleNamespace(memory_analysis=lambda: None)
+  assert told(unknown) == told(compiled)[:2]
 
 
 def devices(platform, *stats):

@@ -133,6 +133,10 @@ def test_weights_are_cast_and_unstacked_before_the_loop_over_tokens(
 
 # --- what XLA made of it -----------------------------------------------------
 
+SLOTS = pytest.mark.parametrize(
+    'num_slots', [0, pytest.param(8, marks=pytest.mark.slow)]
+)
+
 
 def compiled_loop(*, given='float32', **options):
   """Instructions of the loop over tokens and of all of the program."""
@@ -154,7 +158,7 @@ def compiled_loop(*, given='float32', **options):
   return program, every(sorted(reached)), every(program.computations)
 
 
-@pytest.mark.parametrize('num_slots', [0, 8])
+@SLOTS
 def test_no_weight_is_cast_or_taken_from_a_stack_in_the_compiled_loop(
     num_slots
 ):
@@ -177,7 +181,7 @@ def test_no_weight_is_cast_or_taken_from_a_stack_in_the_compiled_loop(
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'int8'])
-@pytest.mark.parametrize('num_slots', [0, 8])
+@SLOTS
 def test_the_compiled_loop_writes_the_cache_in_place(num_slots, dtype):
   program, loop, _ = compiled_loop(cache_dtype=dtype, num_slots=num_slots)
   rows = num_slots or N * G
