@@ -17,16 +17,15 @@ VOCAB, CHUNK = 151_936, 32
 NUM_PROMPTS, G, P, C = 4, 4, 8, 40
 
 
-def sizes_of_step(chunk_size, num_slots, row_length=0):
+def sizes_of_step(chunk_size, **options):
   """Elements of the largest array of a whole step, its temporary bytes."""
   model = tiny_model.MODEL.replace(
       config=dataclasses.replace(tiny_model.CONFIG, vocab_size=VOCAB)
   )
   compiled = whole_step.compile_step(
       model, num_prompts=NUM_PROMPTS, group_size=G, max_prompt_length=P,
-      max_completion_length=C, sampling__num_slots=num_slots,
-      learner__num_minibatches=1, learner__chunk_size=chunk_size,
-      learner__row_length=row_length,
+      max_completion_length=C, learner__num_minibatches=1,
+      learner__chunk_size=chunk_size, **options,
   )
   shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', compiled.as_text())
   return (
@@ -36,12 +35,22 @@ def sizes_of_step(chunk_size, num_slots, row_length=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('num_slots, row_length', [(0, 0), (8, 0), (8, 64)])
-def test_only_a_chunk_of_logits_exists_at_a_time(num_slots, row_length):
+@pytest.mark.parametrize('options', [
+    {},
+    {'sampling__num_slots': 8},
+    {'sampling__num_slots': 8, 'learner__row_length': 64},
+    {'learner__share_prompts': True},
+    {'learner__reuse_forward': True},
+    {'anchor': 'recomputed'},
+    {'anchor': 'recomputed', 'learner__reuse_forward': True},
+    {'extras__kl_coefficient': 0.1, 'extras__kl_estimator': 'k3'},
+    {'extras__kl_coefficient': 0.1, 'extras__kl_estimator': 'full'},
+], ids=str)
+def test_only_a_chunk_of_logits_exists_at_a_time(options):
   all_logits = NUM_PROMPTS * G * C * VOCAB
   # The embedding is the largest array, then the logits of a chunk.
   limit = VOCAB * max(CHUNK, tiny_model.CONFIG.hidden_size)
-  largest, temporary = sizes_of_step(CHUNK, num_slots, row_length)
+  largest, temporary = sizes_of_step(CHUNK, **options)
   assert largest == limit == all_logits / 20
   # Gradients, moments and the sampler's head are as large as the embedding.
   assert temporary < 4 * all_logits
@@ -51,7 +60,7 @@ def test_only_a_chunk_of_logits_exists_at_a_time(num_slots, row_length):
 def test_without_chunks_they_all_exist():
   # So the test above can fail.
   all_logits = NUM_PROMPTS * G * C * VOCAB
-  largest, temporary = sizes_of_step(0, 0)
+  largest, temporary = sizes_of_step(0)
   assert largest >= all_logits
   assert temporary > 2 * 4 * all_logits
 
