@@ -14,6 +14,7 @@ import pytest
 import tiny_model
 import whole_step
 
+from dppo_jax import hlo
 from dppo_jax import sampling
 from dppo_jax import sharding
 from dppo_jax.models import layers
@@ -321,20 +322,30 @@ def loops_on_eight_devices():
     params = jax.eval_shape(
         model.replace(config=config).init, jax.random.key(0)
     )
+    params = jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        params, sharding.of_params(params, mesh),
+    )
     sampler = sharding.on_its_own_mesh(
         make_sampler(0, model=model, config=config, group_size=1),
         mesh=sampling_mesh, learner_mesh=mesh, head_dim=config.head_dim,
     )
     rows = sharding.batch(mesh)
-    jitted = jax.jit(
-        sampler, in_shardings=(sharding.of_params(params, mesh), rows, rows)
-    )
+    of_params = jax.tree.map(lambda x: x.sharding, params)
+    jitted = jax.jit(sampler, in_shardings=(of_params, rows, rows))
     with tiny_model.quick_compilation():
       text = jitted.lower(
           params,
           tiny_model.prompts(NUM_PROMPTS),
           sampling.row_keys(jax.random.key(3), NUM_PROMPTS),
       ).compile().as_text()
+    program = hlo.parse(text)
+    steps = hlo.executed(program, num_trips=lambda phase, _: (phase, C))
+    gathered = [
+        x.payload * x.times
+        for x in hlo.collectives(program, list(steps), num_devices=mesh.size)
+        if x.kind == 'all-gather'
+    ]
     tensor, heads = sampling_mesh.shape['tensor'], config.num_key_value_heads
     parts = 1 if heads % tensor else tensor
     num_rows = NUM_PROMPTS // sharding.num_row_shards(sampling_mesh)
@@ -343,6 +354,12 @@ def loops_on_eight_devices():
         'rows': num_rows,
         'devices': tensor,
         'collectives': collectives.in_loops(text),
+        'gathered': sorted(gathered),
+        # Of weights that are split.
+        'weights': sorted(
+            4 * x.size for x in jax.tree.leaves(params)
+            if x.sharding.shard_shape(x.shape) != x.shape
+        ),
         # Keys [B, K, E, C]: of a device's rows and heads, not of all heads.
         'split': f'[{num_rows},{heads // parts},32,{C}]' in text,
         'whole': parts > 1 and f'[{num_rows},{heads},32,{C}]' in text,
@@ -362,6 +379,18 @@ def loops_of_layouts():
 @pytest.fixture(scope='module')
 def loops():
   return loops_of_layouts()
+
+
+@pytest.mark.several_devices
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['fsdp', 'sequence'])
+def test_split_weights_are_brought_together_once_for_prompts_and_all_tokens(
+    loops, name
+):
+  weights = loops[name]['weights']
+  # Embedding and head in one, and seven kernels of all layers.
+  assert len(weights) == 8
+  assert loops[name]['gathered'] == weights
 
 
 @pytest.mark.several_devices
