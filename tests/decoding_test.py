@@ -188,7 +188,7 @@ def test_completions_of_one_token_need_no_slot():
     (0, 'float32', 4096),
     (8, 'float32', 4096),
     # Shorter, as XLA computes what is in an empty cache when it compiles.
-    pytest.param(0, 'int8', 1024, marks=pytest.mark.slow),
+    pytest.param(0, 'int8', 256, marks=pytest.mark.slow),
     pytest.param(8, 'int8', 1024, marks=pytest.mark.slow),
 ])
 def test_each_layer_costs_the_memory_of_its_cache_and_no_copy_of_it(
