@@ -241,18 +241,36 @@ def run_for(family, name):
   return run_on(family, *quick) | run_on(family, *others)
 
 
-def check(found, name):
+def check(one, many, apart_from=()):
   """Tokens exactly, every metric to 1e-4."""
-  one, many, options = found['one'], found[name], options_of(name)
   assert (one['devices'], many['devices']) == (1, 8)
   assert many['tokens'] == one['tokens']
   first, *_, last = one['tokens']
   assert first != last  # Sampled by another policy, with another key.
-  ended = [whole_step.EOS_ID in row[tiny_model.PROMPT_LENGTH:] for row in last]
-  assert any(ended) and not all(ended)
   # In some step a group has both rewards.
   assert max(abs(step['loss']) for step in one['metrics']) > 1e-3
   assert max(step['optimizer/grad_norm'] for step in one['metrics']) > 1e-2
+  for ours, theirs in zip(many['metrics'], one['metrics'], strict=True):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+      if not name.startswith(apart_from):
+        np.testing.assert_allclose(
+            ours[name], value, rtol=1e-4, atol=1e-4, err_msg=name
+        )
+  np.testing.assert_allclose(
+      many['parameters'], one['parameters'], rtol=1e-4
+  )
+
+
+def check_run(family, name):
+  """What one device and a mesh or layout did, by `check`."""
+  found, options = run_for(family, name), options_of(name)
+  one, many = found['one'], found[name]
+  ended = [
+      whole_step.EOS_ID in row[tiny_model.PROMPT_LENGTH:]
+      for row in one['tokens'][-1]
+  ]
+  assert any(ended) and not all(ended)
   apart_from = ()
   # Rows of another layout have other numbers of slots.
   if {'learner__row_length', 'learner__share_prompts'} & options.keys():
@@ -261,16 +279,7 @@ def check(found, name):
     apart_from += ('sample/decode_steps',)
     steps = [step['sample/decode_steps'] for step in many['metrics']]
     assert min(steps) > tiny_model.COMPLETION_LENGTH
-  for ours, theirs in zip(many['metrics'], one['metrics'], strict=True):
-    assert ours.keys() == theirs.keys()
-    for metric, value in theirs.items():
-      if not metric.startswith(apart_from):
-        np.testing.assert_allclose(
-            ours[metric], value, rtol=1e-4, atol=1e-4, err_msg=metric
-        )
-  np.testing.assert_allclose(
-      many['parameters'], one['parameters'], rtol=1e-4
-  )
+  check(one, many, apart_from)
 
 
 def test_every_family_is_here():
@@ -283,7 +292,7 @@ def test_every_family_is_here():
     for x in itertools.product(SIZES, MESHES)
 ])
 def test_three_steps_on_a_mesh_are_those_of_one_device(family, mesh):
-  check(run_for(family, mesh), mesh)
+  check_run(family, mesh)
 
 
 @pytest.mark.several_devices
@@ -292,7 +301,7 @@ def test_three_steps_on_a_mesh_are_those_of_one_device(family, mesh):
     'family, name', [(x[0], name) for name, x in LAYOUTS.items()]
 )
 def test_split_rows_and_a_sampler_of_its_own_change_no_number(family, name):
-  check(run_for(family, name), name)
+  check_run(family, name)
 
 
 @pytest.mark.several_devices
