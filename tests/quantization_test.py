@@ -175,6 +175,16 @@ def test_the_token_loop_holds_eight_bit_weights_and_cache():
   assert 'xi8>' not in shapes()
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'int8', 'float8_e4m3fn'])
+@pytest.mark.parametrize('axis', [2, 3])
+def test_an_empty_cache_is_of_the_form_of_what_is_written_to_it(dtype, axis):
+  shape = (2, 3, 4, 5)
+  empty = quantization.zeros(shape, jnp.dtype(dtype), axis=axis)
+  made = quantization.convert(jnp.ones(shape), jnp.dtype(dtype), axis=axis)
+  assert jax.eval_shape(lambda: empty) == jax.eval_shape(lambda: made)
+  assert not quantization.widen(empty, jnp.float32).any()
+
+
 @pytest.mark.parametrize('options', [
     {}, {'dtype': 'bfloat16'}, {'weights_dtype': 'int8'},
     {'weights_dtype': 'float8_e4m3fn', 'cache_dtype': 'int8'},

@@ -559,12 +559,9 @@ def empty_cache(
     batch: int, length: int, num_heads: int, size: int, dtype: Any
 ) -> Cache:
   """Room for `length` tokens."""
-  return convert_cache(
-      Cache(
-          jnp.zeros((batch, num_heads, size, length)),
-          jnp.zeros((batch, num_heads, length, size)),
-      ),
-      dtype,
+  return Cache(
+      quantization.zeros((batch, num_heads, size, length), dtype, axis=2),
+      quantization.zeros((batch, num_heads, length, size), dtype, axis=3),
   )
 
 

@@ -59,6 +59,17 @@ def convert(x: jax.Array, dtype: Any, *, axis: int) -> jax.Array | Quantized:
   return x.astype(dtype)
 
 
+def zeros(
+    shape: tuple[int, ...], dtype: Any, *, axis: int
+) -> jax.Array | Quantized:
+  """What `convert` makes of zeros, which a compiler would compute for long."""
+  values = jnp.zeros(shape, dtype)
+  if jnp.dtype(dtype).name not in SCALED:
+    return values
+  of_scale = [1 if i == axis else size for i, size in enumerate(shape)]
+  return Quantized(values, jnp.ones(of_scale))
+
+
 def widen(tree: PyTree, dtype: Any) -> PyTree:
   """A tree whose quantized arrays are multiplied out, in `dtype`."""
 
