@@ -12,7 +12,6 @@ Rates are those of a large product and of a large array, measured here, and the
 published ones if --peak_flops and --peak_bandwidth give them.
 """
 
-import functools
 import pathlib
 import sys
 import time
@@ -33,7 +32,6 @@ from benchmarks import shapes
 from configs import default
 from dppo_jax import main as main_lib
 from dppo_jax import sharding
-from dppo_jax import train_step
 from dppo_jax.models import attention_kernels
 from dppo_jax.models import causal_lm
 from dppo_jax.models import layers
@@ -51,7 +49,7 @@ _PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts.')
 _GROUP = flags.DEFINE_integer('group', 8, 'Completions of each.')
 _PROMPT_LENGTH = flags.DEFINE_integer('prompt_length', 128, 'Of each prompt.')
 _LENGTH = flags.DEFINE_integer('length', 1024, 'Of each completion.')
-_MICROBATCHES = flags.DEFINE_integer('microbatches', 32, 'Parts of an update.')
+_MICROBATCHES = flags.DEFINE_integer('microbatches', 16, 'Parts of an update.')
 _CHUNK = flags.DEFINE_integer('chunk', 8192, 'Tokens of the head at a time.')
 _REMAT = flags.DEFINE_enum('remat', 'products', causal_lm.REMAT, 'Of a layer.')
 _DECODE = flags.DEFINE_enum(
@@ -181,16 +179,13 @@ def measure() -> dict:
       2, model.config.vocab_size, (_PROMPTS.value, _PROMPT_LENGTH.value)
   ).astype(np.int32)
   prompts = Prompts(tokens, np.ones(tokens.shape, bool))
-  jit = functools.partial(
-      jax.jit, compiler_options=train_step.compiler_options()
-  )
   sample, (rollout, _) = timed(
-      jit(program.rollout_fn), state.params, prompts, key, 0
+      jax.jit(program.rollout_fn), state.params, prompts, key, 0
   )
   sampled = int(rollout.token_mask.sum())
   rewards = jax.random.bernoulli(key, 0.5, rollout.truncated.shape)
   scored = ScoredRollout(rollout, rewards.astype(jnp.float32))
-  learn, _ = timed(jit(program.learn), state, scored, key)
+  learn, _ = timed(jax.jit(program.learn), state, scored, key)
   peaks, done = rates(), work(model.config)
   typical = {'sample': np.median(sample), 'learn': np.median(learn)}
   shares = {}

@@ -176,6 +176,7 @@ def together(
         cache=cache,
         place=index - 1,
         count=index,
+        ended=done,
     )
     column, ended = draw(logits, start.keys, index)
     column = column._replace(

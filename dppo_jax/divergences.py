@@ -107,13 +107,13 @@ def logprobs_and_entropy(
 
 
 def _logprobs_and_entropy(logits, tokens):
-  shifted, log_sum = _shift(logits)
+  largest = _largest(logits)
+  shifted, log_sum = _shift(logits, largest)
   chosen = jnp.take_along_axis(shifted, tokens[..., None], axis=-1)
   # 0 times -inf is not a number.
   terms = jnp.exp(shifted) * jnp.maximum(shifted, _LOWEST)
   mean = jnp.sum(terms, axis=-1, keepdims=True) / jnp.exp(log_sum)
   entropy = log_sum - mean
-  largest = jnp.max(logits.astype(jnp.float32), axis=-1, keepdims=True)
   of_rows = ad_checkpoint.checkpoint_name((largest, log_sum, entropy), OF_ROWS)
   return ((chosen - log_sum)[..., 0], entropy[..., 0]), of_rows
 
@@ -142,7 +142,15 @@ logprobs_and_entropy.defvjp(
 )
 
 
-def _shift(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _largest(logits: jax.Array) -> jax.Array:
+  """[..., V] -> [..., 1] float32, a constant: nothing depends on its choice."""
+  largest = jnp.max(logits.astype(jnp.float32), axis=-1, keepdims=True)
+  return jax.lax.stop_gradient(largest)
+
+
+def _shift(
+    logits: jax.Array, largest: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
   """Logits minus their maximum, and the log of their sum of exponentials.
 
   Log-probs are the difference of the two. Subtracting a log-sum-exp from the
@@ -151,13 +159,13 @@ def _shift(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
   Args:
     logits: [..., V].
+    largest: their maximum, if it is there.
 
   Returns:
     [..., V] and [..., 1] float32.
   """
-  logits = logits.astype(jnp.float32)
-  largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-  shifted = logits - largest
+  largest = _largest(logits) if largest is None else largest
+  shifted = logits.astype(jnp.float32) - largest
   return shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1, keepdims=True))
 
 

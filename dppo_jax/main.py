@@ -237,6 +237,15 @@ def _asked_of_attention(
       mesh=sampling_mesh.shape,
       splits_rows=False,
   )
+  together = not (config.sampling.num_slots or config.sampling.num_halvings)
+  decoding = prefill._replace(
+      whose='decoding',
+      length=config.max_completion_length,
+      prompt_length=prompt,
+      # In slots each completion has a copy of its prompt.
+      sharing=config.group_size if together else 1,
+      cache_dtype=config.sampling.cache_dtype or config.sampling.dtype,
+  )
   return attention_kernels.Asked(
       whose='learner',
       config=model.config,
@@ -246,9 +255,7 @@ def _asked_of_attention(
       or prompt + config.max_completion_length - 1,
       mesh=learning.shape,
       splits_rows=True,
-  ), prefill, prefill._replace(
-      whose='decoding', length=config.max_completion_length
-  )
+  ), prefill, decoding
 
 
 def _choose_attention(
@@ -269,28 +276,36 @@ def _with_attention(
   learning, sampling_mesh = _meshes(config, mesh)
   parts = learning.shape['sequence']
   split = sharding.by_queries(learning)
+  asked = _asked_of_attention(config, mesh, model)
+  names = {x.whose: _choose_attention(config, x).name for x in asked}
+  length = asked[0].length  # Of the learner's rows.
+  # Rows as sampled hold one sequence each.
+  aligns = (
+      names['learner'] == 'cudnn'
+      and not (config.learner.row_length or config.learner.share_prompts)
+      and not any(
+          attention_kernels.narrows(kind.window, length)
+          for kind in model.config.kinds
+      )
+  )
 
-  def make(asked, mesh, in_xla):
-    name = _choose_attention(config, asked).name
+  def make(whose, mesh, in_xla):
     share = sharding.by_rows_and_heads(mesh)
     of_decoded = sharding.by_rows_and_heads(mesh, axis=1)
     return {
         'xla': in_xla,
         'splash': lambda: attention_kernels.splash(share),
         'cudnn': lambda: attention_kernels.cudnn(
-            share, aligned=asked.whose == 'learner' and alone
+            share, aligned=aligns and whose == 'learner'
         ),
         'triton': lambda: decode_kernel.by_triton(of_decoded),
-    }[name]()
+    }[names[whose]]()
 
-  learner, prefill, decoded = _asked_of_attention(config, mesh, model)
   sizes = packed_attention.sizes_for(
       prompt_length=config.max_prompt_length,
       completion_length=config.max_completion_length,
   )
   sequence = config.max_prompt_length + config.max_completion_length - 1
-  # Rows as sampled, one sequence each.
-  alone = not (config.learner.row_length or config.learner.share_prompts)
   in_stretches = (
       split is None
       and config.learner.row_length >= 2 * sequence
@@ -300,31 +315,23 @@ def _with_attention(
     of_rows = functools.partial(packed_attention.in_stretches, sizes)
   else:
     of_rows = functools.partial(attention.in_xla, parts=parts, split=split)
-  of_learner = make(learner, learning, of_rows)
+  of_learner = make('learner', learning, of_rows)
   if config.learner.share_prompts:
     groups = attention.Groups(config.max_prompt_length - 1, config.group_size)
-    by_xla = _choose_attention(config, learner).name == 'xla'
-    if by_xla and learner.length <= attention.LONG_ROW:
+    if names['learner'] == 'xla' and length <= attention.LONG_ROW:
       of_learner = attention.in_merged_groups(groups)
     else:
       of_learner = attention.in_groups(of_learner, groups)
   # What attention brings is only of use where it is not computed again.
-  by_xla = all(
-      _choose_attention(config, asked).name == 'xla'
-      for asked in (learner, prefill)
-  )
+  by_xla = names['learner'] == names['prefill'] == 'xla'
   short = config.max_prompt_length <= attention.LONG_ROW
   return (
-      model.replace(
-          row_attention=of_learner,
-          aligns_rows=alone
-          and _choose_attention(config, learner).name == 'cudnn',
-      ),
+      model.replace(row_attention=of_learner, aligns_rows=aligns),
       # The sampler has its own rows already, and whole ones.
       model.replace(
-          row_attention=make(prefill, sampling_mesh, attention.in_xla),
+          row_attention=make('prefill', sampling_mesh, attention.in_xla),
           attend_to_cache=make(
-              decoded, sampling_mesh, lambda: attention.attend_to_cache
+              'decoding', sampling_mesh, lambda: attention.attend_to_cache
           ),
           keeps_attention=in_stretches and by_xla and short,
       ),

@@ -35,21 +35,18 @@ def make_split_step(
   """
   halves = train_step_lib.make_halves(**functions)
   everywhere = sharding.replicated(sampling_mesh)
-  compiled = {'compiler_options': train_step_lib.compiler_options()}
   return SplitStep(
       learn=jax.jit(
           halves.learn,
           donate_argnums=0,
           in_shardings=(state_shardings, sharding.batch(mesh)),
           out_shardings=(state_shardings, sharding.replicated(mesh)),
-          **compiled,
       ),
       # Passes on what it need not compute, so it is not told where to.
       merge=jax.jit(halves.merge),
       sample=jax.jit(
           halves.sample,
           out_shardings=(sharding.batch(sampling_mesh), everywhere),
-          **compiled,
       ),
       mesh=mesh,
       sampling_mesh=sampling_mesh,

@@ -18,7 +18,6 @@ from dppo_jax import duals
 from dppo_jax import replay as replay_lib
 from dppo_jax import sharding
 from dppo_jax import trainable as trainable_lib
-from dppo_jax.models import attention
 from dppo_jax.rollout import RolloutFn
 from dppo_jax.rollout import SamplingAux
 from dppo_jax.types import Prompts
@@ -83,20 +82,7 @@ def make_train_step(
       donate_argnums=0,
       in_shardings=(state_shardings, rows, rows),
       out_shardings=(state_shardings, rows, everywhere),
-      compiler_options=compiler_options(),
   )
-
-
-def compiler_options() -> dict[str, Any]:
-  """For XLA, on the platform that programs are traced for.
-
-  On a GPU it makes one product of several with a factor in common, if they are
-  below 32 MB. That pays for the few rows of a decode step; in the backward pass
-  of a learner it copies gradients next to each other first.
-  """
-  if attention.platform() != 'gpu':
-    return {}
-  return {'xla_gpu_dot_merger_threshold_mb': 16}
 
 
 def make_halves(

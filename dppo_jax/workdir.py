@@ -27,6 +27,7 @@ _FREE = (
     'eval.every',
     'mode',
     'model.attention',
+    'sampling.attention',
     'sampling.num_devices',
     'sampling.mesh.tensor',
     'sampling.mesh.expert',

@@ -211,6 +211,28 @@ def test_auto_decodes_by_the_kernel_of_the_platform(platform, chosen):
   assert bool(found.reason) == (platform == 'gpu')
 
 
+def test_auto_decodes_by_what_reads_less_and_by_what_has_been_tried(
+    monkeypatch
+):
+  choose = lambda **changes: attention_kernels.choose(
+      'auto', asked(whose='decoding', **changes), platform='cuda'
+  )
+  long = {'prompt_length': 2048, 'sharing': 16}
+  assert choose(**long, length=4096).name == 'triton'
+  found = choose(**long, length=256)
+  assert found.name == 'xla'
+  assert found.reason.startswith('a prompt of 2048 tokens is read once for 16')
+  # In slots each has its own prompt.
+  assert choose(**long | {'sharing': 1}, length=256).name == 'triton'
+  monkeypatch.setattr(attention_kernels, '_capability', lambda: 8.6)
+  found = choose(length=4096)
+  assert found.name == 'xla' and 'this GPU is 8.6' in found.reason
+  named = attention_kernels.choose(
+      'triton', asked(whose='decoding'), platform='cuda'
+  )
+  assert named == ('triton', '')
+
+
 def with_model(**changes):
   return {'config': dataclasses.replace(tiny_model.CONFIG, **changes)}
 
@@ -227,6 +249,9 @@ def with_model(**changes):
     ('cudnn', 'cuda', with_model(head_dim=36), '36 numbers'),
     ('triton', 'tpu', {}, 'needs a GPU of NVIDIA'),
     ('triton', 'cuda', with_model(head_dim=80), '80 numbers, not 16, 32'),
+    ('triton', 'cuda', with_model(head_dim=512), '512 numbers, not 16, 32'),
+    ('triton', 'cuda', with_model(head_dim=256) | {'cache_dtype': 'float32'},
+     'a head of 256 numbers in float32 is too large'),
     ('triton', 'cuda', {'dtype': 'float32'}, 'not one of bfloat16, float16'),
 ])
 def test_what_a_kernel_cannot_do_is_refused_and_auto_says_so(
@@ -336,6 +361,29 @@ def test_a_step_for_cuda_calls_cudnn(monkeypatch, options):
   }
 
 
+@pytest.mark.parametrize('window, bias', [(20, 'ScaleBias'), (21, '')])
+def test_rows_need_a_bias_for_a_window_that_hides_something(
+    monkeypatch, window, bias
+):
+  monkeypatch.setattr(
+      fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
+  )
+  sizes = dataclasses.replace(
+      tiny_model.CONFIG, sliding_window=window,
+      layer_types=('sliding_attention', 'full_attention'),
+  )
+  model = tiny_model.MODEL.replace(config=sizes)
+  monkeypatch.setattr(tiny_model, 'MODEL', model)
+  with attention.traced_for('cuda'):
+    text = lowered_step(
+        'cuda', model__attention='cudnn', model__dtype='bfloat16',
+        sampling__dtype='bfloat16', max_prompt_length=6,
+        max_completion_length=16,
+    )
+  found = set(re.findall(r'__cudnn\$fmha\w*Backward', text))
+  assert found == {f'__cudnn$fmha{bias}SoftmaxBackward'}
+
+
 @pytest.mark.parametrize('remat, calls', [
     ('none', 1), ('products', 1), ('full', 2)
 ])
@@ -384,6 +432,38 @@ def steps_on_eight_devices():
           model__attention='splash', **options,
       )
     print(json.dumps([one, many]))
+
+
+def aligned_on_eight_devices():
+  """The same, of rows that are aligned there; by XLA, as if by cuDNN."""
+  model, params = tiny_model.MODEL, tiny_model.params()
+  options = {'num_prompts': 8, 'learner__num_minibatches': 1}
+  one = whole_step.three_steps(model, params, **options)
+
+  def choose(_, asked):
+    name = 'cudnn' if asked.whose == 'learner' else 'xla'
+    return attention_kernels.Chosen(name, '')
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(main, '_choose_attention', choose)
+    patch.setattr(
+        attention_kernels, 'cudnn', lambda share, aligned: attention.in_xla()
+    )
+    many = whole_step.three_steps(
+        model, params, mesh={'data': 2, 'fsdp': 2, 'tensor': 2},
+        model__remat='products', **options,
+    )
+  print(json.dumps([one, many]))
+
+
+@pytest.mark.several_devices
+@pytest.mark.slow
+def test_three_steps_of_aligned_rows_on_a_mesh_are_those_of_one_device():
+  [line] = many_devices.run(
+      'import attention_kernels_test as t; t.aligned_on_eight_devices()',
+      optimized=False,
+  )
+  meshes_test.check(*json.loads(line))
 
 
 @pytest.mark.several_devices

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import tiny_model
 import whole_step
 
+from dppo_jax import divergences
 from dppo_jax import target
 from dppo_jax.types import Rows
 
@@ -106,3 +108,22 @@ def test_a_chunk_has_so_many_tokens_of_a_device_and_one_of_each_row_at_least(
   params = jax.eval_shape(tiny_model.MODEL.init, jax.random.key(0))
   jax.eval_shape(lambda params: token_map(fn, params, rows), params)
   assert set(seen) == {expected}
+
+
+def test_logits_of_a_chunk_are_not_reduced_again_for_their_gradient():
+  head_map = target.make_head_map(
+      tiny_model.MODEL, temperature=1.0, chunk_size=4
+  )
+  rows = types.SimpleNamespace(
+      token_mask=jnp.ones((2, 8), bool), targets=jnp.zeros((2, 8), jnp.int32)
+  )
+  hidden = jnp.ones((2, 8, tiny_model.CONFIG.hidden_size))
+
+  def total(params):
+    of_tokens = lambda *x: divergences.logprobs_and_entropy(*x)[0]
+    return jnp.sum(head_map(of_tokens, params, hidden, rows))
+
+  both = jax.jit(jax.value_and_grad(total))
+  text = both.lower(tiny_model.params()).as_text()
+  # Of 4 tokens and 64 words: a maximum, a sum of exponentials, an entropy.
+  assert len(re.findall(r'stablehlo\.reduce.*tensor<4x64xf32>', text)) == 3

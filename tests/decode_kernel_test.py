@@ -5,6 +5,7 @@ The last test runs it where there is a GPU.
 """
 
 import contextlib
+import functools
 import json
 
 import jax
@@ -128,13 +129,41 @@ def test_a_kernel_sees_and_weighs_as_xla_does(options, tolerance):
   assert_close(LONG | options, tolerance)
 
 
-def test_a_kernel_reads_no_block_without_a_visible_slot():
+@pytest.mark.parametrize('window', [None, 4])
+def test_a_kernel_reads_no_block_without_a_visible_slot(window):
   """Where it must not look there is what would show."""
-  length, place, count = 6 * BLOCK, 4 * BLOCK + 3, BLOCK
-  begin, number = decode_kernel._blocks(
-      jnp.int32(place), jnp.int32(count), length
+  settings = {
+      'length': 6 * BLOCK, 'place': 4 * BLOCK + 3, 'counts': BLOCK,
+      'prompt_length': 3 * BLOCK, 'window': window,
+  }
+  inputs, seen = arranged(**settings)
+  expected = by(attention.attend_to_cache)(inputs, seen)
+  # Of the ring, blocks 3 and 4 are seen, or the last of them; of prompts that
+  # begin in slots 3, 0 and 4 all, or nothing.
+  unseen = jnp.arange(6 * BLOCK) // BLOCK
+  unseen = (unseen < (3 if window is None else 4)) | (unseen > 4)
+  poison = lambda x, axis, where: jnp.where(
+      where.reshape([-1 if i == axis else 1 for i in range(4)]), jnp.nan, x
   )
-  assert (int(begin), int(number)) == (3, 2)
+  cache = seen['cache']
+  seen['cache'] = attention.Cache(
+      poison(cache.keys, 3, unseen), poison(cache.values, 2, unseen)
+  )
+  if window is not None:
+    everything = jnp.ones(3 * BLOCK, bool)
+    prompt = seen['prompt']
+    seen['prompt'] = attention.Cache(
+        poison(prompt.keys, 3, everything), poison(prompt.values, 2, everything)
+    )
+  found = by(interpreted)(inputs, seen)
+  assert_trees_close = functools.partial(
+      np.testing.assert_allclose, rtol=0, atol=1e-5
+  )
+  jax.tree.map(assert_trees_close, found, expected)
+
+
+def test_blocks_are_those_of_visible_slots_each_once():
+  length = 6 * BLOCK
   for place in range(0, length, 37):
     for count in (1, BLOCK, BLOCK + 1, length - 1, length):
       begin, number = decode_kernel._blocks(
@@ -154,6 +183,17 @@ def sample(attend_to_cache, **options):
   )
   keys = sampling.row_keys(jax.random.key(3), 4 * len(prompts.tokens))
   return jax.jit(sampler)(tiny_model.params(), prompts, keys)
+
+
+def test_of_a_completion_that_has_ended_one_slot_is_read():
+  visible = attention.visible_in_cache(
+      prompt_mask=jnp.ones((2, 3), bool),
+      prompt_positions=jnp.arange(3)[None].repeat(2, axis=0),
+      positions=jnp.full(4, 12), length=20, place=jnp.int32(9),
+      count=jnp.int32(10), window=None,
+      ended=jnp.asarray([False, True, False, True]),
+  )
+  np.testing.assert_array_equal(visible.count, [10, 1, 10, 1])
 
 
 @pytest.mark.parametrize('options', [
@@ -229,7 +269,9 @@ def test_for_cuda_the_kernel_is_given_to_triton():
     attention_kernels.platform_of() != 'cuda', reason='there is no such GPU'
 )
 @pytest.mark.parametrize('options', [
-    {}, {'window': 50}, {'cache_dtype': 'int8'}, {'cap': 2.0}
+    {}, {'window': 50}, {'cache_dtype': 'int8'}, {'cap': 2.0},
+    {'cache_dtype': 'float8_e4m3fn'}, {'cache_dtype': 'float32'},
+    {'size': 16}, {'size': 256},
 ], ids=str)
 def test_on_a_gpu_the_kernel_rounds_as_xla_does(options):
   settings = LONG | {

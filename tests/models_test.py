@@ -247,17 +247,24 @@ def test_the_gradient_of_a_head_multiplies_in_its_own_type():
     assert products == 3 * [(short, short, 'f32')]
 
 
+def test_a_head_that_is_not_trained_has_no_product_for_its_gradient():
+  kernel = jnp.ones((5, 7))
+  total = lambda x: jnp.sum(layers.wide_times(x, kernel, jnp.float32))
+  jaxpr = jax.make_jaxpr(jax.grad(total))(jnp.ones((3, 5)))
+  assert str(jaxpr).count('dot_general[') == 2
+
+
 @pytest.mark.parametrize('model', [
     MODEL, tiny_model.WITH_EXPERTS
 ], ids=['dense', 'experts'])
 def test_rows_that_are_aligned_bring_what_they_bring_where_they_stand(model):
-  tokens = jnp.asarray(random_tokens(3, 7))
+  tokens = jnp.asarray(random_tokens(4, 7))
   mask = jnp.asarray([
-      [0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1]
+      [0, 0, 1, 1, 1, 1, 0], [1] * 7, [0, 0, 0, 0, 0, 1, 1], [0] * 7
   ], bool)
   positions, segment_ids = positions_and_segments(mask)
   params = tiny_model.jit(model.init)(jax.random.key(1))
-  replay = (jnp.arange(3 * 7 * 2 * 2).reshape(3, 7, 2, 2) * 7) % 4
+  replay = (jnp.arange(4 * 7 * 2 * 2).reshape(4, 7, 2, 2) * 7) % 4
   routing = experts.Routing()
   if model.config.num_experts:
     routing = routing._replace(replay=replay, counted=mask)
@@ -282,6 +289,13 @@ def test_rows_that_are_aligned_bring_what_they_bring_where_they_stand(model):
   tiny_model.assert_trees_close(
       *jax.tree.map(choose, (ours, theirs)), rtol=1e-4, atol=1e-3
   )
+
+
+def test_aligned_rows_keep_nothing_that_would_have_to_be_moved_back():
+  model = MODEL.replace(aligns_rows=True)
+  tokens = jnp.asarray(random_tokens(2, 4))
+  with pytest.raises(ValueError, match='keep nothing'):
+    model.prefill(tiny_model.params(), tokens, mask=tokens > 0)
 
 
 def test_aligned_rows_begin_with_their_first_token_and_are_even():

@@ -86,6 +86,15 @@ def test_another_algorithm_is_refused(tmp_path):
     workdir.prepare(tmp_path, default.get_config('grpo'))
 
 
+def test_a_run_from_before_a_setting_that_may_change_goes_on(tmp_path):
+  workdir.prepare(tmp_path, default.get_config())
+  path = tmp_path / 'config.json'
+  described = json.loads(path.read_text())
+  del described['sampling']['attention']
+  path.write_text(json.dumps(described))
+  workdir.check(tmp_path, default.get_config())
+
+
 @pytest.mark.parametrize('name, value', [
     ('total_steps', 7),
     ('checkpoint_every', 1),
@@ -96,6 +105,7 @@ def test_another_algorithm_is_refused(tmp_path):
     ('mesh.fsdp', 2),
     ('mode', 'split'),
     ('model.attention', 'xla'),
+    ('sampling.attention', 'xla'),
     ('sampling.num_devices', 2),
     ('sampling.mesh.tensor', 2),
     ('mesh.sequence', 2),

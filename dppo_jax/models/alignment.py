@@ -1,7 +1,7 @@
 """Rows of one sequence each, moved so that it begins with the first slot.
 
-What is sampled stands in the middle: prompts end in one slot, behind padding.
-B rows, T slots.
+As they are sampled, all prompts end at the same slot, padded on the left. B
+rows, T slots.
 """
 
 from typing import NamedTuple

@@ -119,6 +119,7 @@ def visible_in_cache(
     place: jax.Array,
     count: jax.Array,
     window: int | None,
+    ended: jax.Array | None = None,
 ) -> InCache:
   """What one new token of each completion sees of its prompt and of itself.
 
@@ -130,6 +131,7 @@ def visible_in_cache(
     place: [] int32, where in the cache the new tokens go.
     count: [] or [B] int32, tokens of a completion with the new one, at most C.
     window: see `LayerKind`.
+    ended: [B] bool, completions for which a kernel need not read theirs.
   """
   num_prompts = prompt_mask.shape[0]
   age = (place - jnp.arange(length)[None, None]) % length  # Tokens ago.
@@ -145,6 +147,8 @@ def visible_in_cache(
       jnp.sum(prompt_mask, axis=1), group_size
   )
   seen = jnp.broadcast_to(count, positions.shape)
+  if ended is not None:
+    seen = jnp.where(ended, 1, seen)
   if window is not None:
     first = jnp.maximum(first, first + positions - window + 1)
     seen = jnp.minimum(seen, window)

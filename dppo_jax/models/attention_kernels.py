@@ -1,4 +1,4 @@
-"""Attention of whole rows by kernels, which never hold the scores of a row.
+"""By which kernel is attended; and those of whole rows, which hold no scores.
 
 On TPU splash attention, which comes with JAX; on NVIDIA's GPUs cuDNN's, behind
 `jax.nn.dot_product_attention`. Both see what `attention.in_xla` sees, whose
@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 import jax.numpy as jnp
 
 from dppo_jax.models import attention
+from dppo_jax.models import decode_kernel
 from dppo_jax.models import layers
 from dppo_jax.models import products
 
@@ -51,6 +52,11 @@ class Asked(NamedTuple):
   length: int  # T, at most; of a completion that is decoded.
   mesh: Mapping[str, int]  # Sizes of axes.
   splits_rows: bool  # Over its axis `sequence`; the sampler has whole ones.
+  # Where completions are decoded: P, of how many a step can read a prompt once,
+  # and in what keys and values are kept.
+  prompt_length: int = 0
+  sharing: int = 1
+  cache_dtype: Any = 'bfloat16'
 
 
 class Chosen(NamedTuple):
@@ -75,17 +81,18 @@ def choose(name: str, asked: Asked, *, platform: str) -> Chosen:
   if name == 'xla':
     return Chosen('xla', '')
   if name == 'auto':
-    kernels, shortest = {'tpu': 'splash', 'cuda': 'cudnn'}, SHORT_ROW
-    if asked.whose == 'decoding':
-      kernels, shortest = {'cuda': 'triton'}, 0
+    decoding = asked.whose == 'decoding'
+    kernels = (
+        {'cuda': 'triton'} if decoding else {'tpu': 'splash', 'cuda': 'cudnn'}
+    )
     name = kernels.get(platform)
     if name is None:
       known = platform in ('cpu', 'tpu')
       reason = '' if known else f'there is no kernel for {platform}'
       return Chosen('xla', reason)
     reason = _why_not(name, asked, platform)
-    if not reason and asked.length < shortest:
-      reason = f'rows of {asked.length} tokens are short, below {SHORT_ROW}'
+    if not reason:
+      reason = (_why_not_decode if decoding else _why_not_rows)(asked)
     return Chosen('xla', reason) if reason else Chosen(name, '')
   reason = _why_not(name, asked, platform)
   if reason:
@@ -97,6 +104,39 @@ def choose(name: str, asked: Asked, *, platform: str) -> Chosen:
   return Chosen(name, '')
 
 
+def _why_not_rows(asked: Asked) -> str:
+  """Why 'auto' does without a kernel that could do it; '' if it does not."""
+  if asked.length < SHORT_ROW:
+    return f'rows of {asked.length} tokens are short, below {SHORT_ROW}'
+  return ''
+
+
+def _why_not_decode(asked: Asked) -> str:
+  """The same of tokens that are decoded."""
+  capability = _capability()
+  if capability is not None and capability < 9.0:
+    return (
+        f'the kernel has run on Hopper only, and this GPU is {capability:g}; '
+        "config.sampling.attention='triton' takes it"
+    )
+  # Slots that a step reads for a completion, where all grow to the limit.
+  prompt, own = asked.prompt_length, asked.length
+  if prompt + own / 2 > prompt / asked.sharing + own:
+    return (
+        f'a prompt of {prompt} tokens is read once for {asked.sharing} '
+        f'completions of {own} by XLA, and for each by the kernel'
+    )
+  return ''
+
+
+def _capability() -> float | None:
+  """Of this GPU of NVIDIA; None if there is none."""
+  try:
+    return float(jax.devices()[0].compute_capability)
+  except (AttributeError, ValueError):
+    return None
+
+
 def platform_of() -> str:
   """'cpu', 'tpu', 'cuda', or another that programs are traced for.
 
@@ -106,11 +146,8 @@ def platform_of() -> str:
   if name != 'gpu':
     return name
   # AMD's too are 'gpu', and have no compute capability that is a number.
-  try:
-    capability = float(jax.devices()[0].compute_capability)
-  except (AttributeError, ValueError):
-    return name
-  return 'cuda' if capability >= 8.0 else name
+  capability = _capability()
+  return 'cuda' if capability is not None and capability >= 8.0 else name
 
 
 def _why_not(name: str, asked: Asked, platform: str) -> str:
@@ -136,6 +173,12 @@ def _why_not(name: str, asked: Asked, platform: str) -> str:
     return f'a head has {config.head_dim} numbers, not 8, 16, ... 128'
   if name == 'triton' and config.head_dim not in (16, 32, 64, 128, 256):
     return f'a head has {config.head_dim} numbers, not 16, 32, ... 256'
+  # Two blocks of keys and values are on the chip, of 227 KB on Hopper.
+  kept = jnp.dtype(asked.cache_dtype)
+  if name == 'triton' and config.head_dim * kept.itemsize > 512:
+    return f'a head of {config.head_dim} numbers in {kept.name} is too large'
+  if name == 'triton' and decode_kernel.triton is None:
+    return 'this version of JAX does not compile Pallas by Triton'
   return ''
 
 
@@ -267,13 +310,13 @@ def cudnn(
   """Fused attention of cuDNN, for NVIDIA's GPUs.
 
   Who sees whom is a bias of two bytes for each pair of tokens of a row, for all
-  heads together; what is behind a query is skipped. Aligned rows need none, if
-  no layer has a window: then a token sees what stands before it.
+  heads together; what is behind a query is skipped. Aligned rows need none: a
+  token sees all that stands before it.
 
   Args:
     share: see `ShareFn`.
-    aligned: rows hold one sequence each, from their first slot on. Padding
-      behind it sees it, and is not seen.
+    aligned: rows hold one sequence each, from their first slot on, and no
+      window `narrows` them. Padding behind it sees it, and is not seen.
   """
 
   def rows(where, windows: Sequence[int | None], *, scale, cap):
@@ -282,7 +325,7 @@ def cudnn(
     length = where.segment_ids.shape[1]
     # A bias of odd length has no gradients.
     where = attention.fill_up(where, 2)
-    if aligned and set(windows) == {None}:
+    if aligned:
       sights = [None] * len(windows)
     else:
       sights = [
@@ -306,6 +349,11 @@ def cudnn(
     return sights, attend_with
 
   return rows
+
+
+def narrows(window: int | None, length: int) -> bool:
+  """Whether a window hides anything in rows of so many tokens."""
+  return window is not None and window < length
 
 
 def _block(length: int) -> int:

@@ -27,7 +27,7 @@ from dppo_jax.models import rope
 from dppo_jax.types import PyTree
 
 # What the backward pass of a layer finds again: all of it, nothing, products
-# with its kernels and what a kernel of attention made, or what a policy of that
+# with its weights and what cuDNN's attention made, or what the policy of that
 # name in `jax.checkpoint_policies` keeps.
 REMAT = (
     'none',
@@ -182,6 +182,10 @@ class CausalLM:
     experts look at `routing`.
     """
     if self.aligns_rows:
+      if keep_cache or keep_products or prompt_ids is not None:
+        raise ValueError(
+            'Rows are aligned that hold one sequence, and keep nothing.'
+        )
       return self._aligned_trunk(
           params, tokens, positions, segment_ids, products, routing
       )
@@ -349,6 +353,7 @@ class CausalLM:
       cache: list,
       place: jax.Array,
       count: jax.Array,
+      ended: jax.Array | None = None,
       keep_products: bool = False,
       routing: experts.Routing = experts.Routing(),
   ) -> tuple[jax.Array, Kept]:
@@ -365,6 +370,7 @@ class CausalLM:
       place: [] int32, where in the cache the tokens go: a step after the other,
         from 0 again after C - 1.
       count: [] or [B] int32, tokens of each completion with this one, 1 to C.
+      ended: [B] bool, completions of which nothing is used any more.
       keep_products: whether to return what kernels make.
       routing: asks for a record, [B, L, k], at most.
 
@@ -383,6 +389,7 @@ class CausalLM:
                 place=place,
                 count=count,
                 window=kind.window,
+                ended=ended,
             ),
         )
         for kind, rotation in zip(self.config.kinds, rotations, strict=True)
@@ -497,11 +504,11 @@ def _remat_policy(name: str) -> Callable[..., bool]:
     return getattr(policies, name)
 
   def keeps(primitive, *arguments, **params):
-    # cuDNN's; XLA's attention has products with axes of a batch.
-    return primitive.name.startswith('dot_product_attention_fwd') or (
-        policies.dots_with_no_batch_dims_saveable(
-            primitive, *arguments, **params
-        )
+    # Of experts, and cuDNN's. XLA's attention has axes of a batch.
+    return primitive.name.startswith(
+        ('ragged_dot', 'dot_product_attention_fwd')
+    ) or policies.dots_with_no_batch_dims_saveable(
+        primitive, *arguments, **params
     )
 
   return keeps

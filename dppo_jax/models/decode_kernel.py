@@ -1,9 +1,10 @@
 """Attention of tokens that are decoded, by a kernel that reads what they see.
 
 By XLA a step reads the whole cache, room for tokens to come included. This
-kernel, for GPUs, reads the blocks that hold something visible, each of them
-once: a softmax is kept running over them (arXiv:2205.14135). So a step costs
-what there is.
+kernel, for GPUs, reads for each completion the blocks that hold something
+visible, once for all its heads of a key: a softmax is kept running over them
+(arXiv:2205.14135). XLA reads a prompt once for its group, where completions
+advance together; this reads it for each of them.
 
 It is written in Pallas and compiled by Triton, which JAX has deprecated in
 version 0.11 and means to take out.
@@ -18,15 +19,19 @@ from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 import jax.numpy as jnp
 
 from dppo_jax.models import attention
 from dppo_jax.models import products
 from dppo_jax.models import quantization
 
-# Slots that are read at a time, blocks on their way, and warps: the fastest of
-# eight choices on an H200, with 512 completions of 128 to 1,024 tokens.
+try:
+  from jax.experimental.pallas import triton
+except ImportError:  # Later versions of JAX; `choose` says so.
+  triton = None
+
+# Slots that are read at a time, blocks on their way, and warps. Of a few that
+# were tried, the fastest on an H200 for 512 completions of 128 to 1,024 tokens.
 BLOCK, STAGES, WARPS = 64, 3, 4
 # A product of Triton has so many, and a power of two.
 _FEWEST_ROWS = 16
@@ -130,9 +135,8 @@ def _kernel(
   """A key head of a completion: what R queries take from prompt and ring."""
   *cached, out_ref, log_sum_ref = refs
   half = len(cached) // 2
-  (of_prompt, of_ring), (prompt_length, length) = (
-      (cached[:half], cached[half:]), lengths
-  )
+  of_prompt, of_ring = cached[:half], cached[half:]
+  prompt_length, length = lengths
   first, place = first_ref[0], place_ref[0]
   count = jnp.minimum(count_ref[0], length)
   rows, size = q_ref.shape
@@ -161,7 +165,7 @@ def _kernel(
 
 
 def _over_blocks(q, refs, begin, end, is_seen, length, before, *, scale, cap):
-  """Goes on with a softmax over some blocks, from the last one to the first.
+  """Goes on with a softmax over some blocks; after the last comes the first.
 
   Args:
     q: [rows, E].
@@ -227,6 +231,7 @@ def _read(ref, *, block, inside):
   part = ref.at[pl.ds(block * BLOCK, BLOCK), :]
   if inside is None:
     return triton.load(part)
+  zero = 0 if jnp.issubdtype(ref.dtype, jnp.integer) else 0.0
   return triton.load(
-      part, mask=jnp.broadcast_to(inside, part.shape), other=0
+      part, mask=jnp.broadcast_to(inside, part.shape), other=zero
   )

@@ -403,7 +403,14 @@ def _wide_times(x, kernel, dtype):
 
 
 def _wide_times_forward(x, kernel, dtype):
-  return _wide_times(x, kernel, dtype), (x, kernel)
+  # As above. What is left of a factor that is not needed is its type.
+  factors = x.value, kernel.value
+  needed = kernel.perturbed, x.perturbed
+  kept = [
+      factor if keep else jnp.zeros(0, factor.dtype)
+      for factor, keep in zip(factors, needed, strict=True)
+  ]
+  return _wide_times(*factors, dtype), kept
 
 
 def _wide_times_backward(dtype, kept, gradient):
@@ -412,15 +419,21 @@ def _wide_times_backward(dtype, kept, gradient):
   product = functools.partial(
       jax.lax.dot_general, preferred_element_type=jnp.float32
   )
-  every, last = tuple(range(x.ndim - 1)), x.ndim - 1
-  of_x = product(gradient, kernel.astype(dtype), (((last,), (1,)), ((), ())))
-  of_kernel = product(
-      x.astype(dtype), gradient, ((every, every), ((), ()))
-  )
-  return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
+  of_x = of_kernel = None
+  if kernel.size:
+    last = ((gradient.ndim - 1,), (1,))
+    of_x = product(gradient, kernel.astype(dtype), (last, ((), ())))
+    of_x = of_x.astype(x.dtype)
+  if x.size:
+    every = tuple(range(gradient.ndim - 1))
+    both = ((every, every), ((), ()))
+    of_kernel = product(x.astype(dtype), gradient, both).astype(kernel.dtype)
+  return of_x, of_kernel
 
 
-_wide_times.defvjp(_wide_times_forward, _wide_times_backward)
+_wide_times.defvjp(
+    _wide_times_forward, _wide_times_backward, symbolic_zeros=True
+)
 
 
 @jax.custom_vjp

@@ -62,7 +62,7 @@ def convert(x: jax.Array, dtype: Any, *, axis: int) -> jax.Array | Quantized:
 def zeros(
     shape: tuple[int, ...], dtype: Any, *, axis: int
 ) -> jax.Array | Quantized:
-  """What `convert` makes of zeros, which a compiler would compute for long."""
+  """Zeros in the form that `convert` makes, which XLA computes for long."""
   values = jnp.zeros(shape, dtype)
   if jnp.dtype(dtype).name not in SCALED:
     return values
