@@ -149,8 +149,12 @@ def _git(*arguments: str) -> str:
 
 def _cpu_model() -> str:
   cpuinfo = pathlib.Path('/proc/cpuinfo')
-  if cpuinfo.exists():
-    for line in cpuinfo.read_text().splitlines():
-      if line.startswith('model name'):
-        return line.partition(':')[2].strip()
-  return platform.processor() or platform.machine()
+  if not cpuinfo.exists():
+    return platform.processor() or platform.machine()
+  lines = (line.partition(':') for line in cpuinfo.read_text().splitlines())
+  found = {name.strip(): value.strip() for name, _, value in lines}
+  name = found.get('model name') or platform.machine()
+  if 'cpu family' not in found:
+    return name
+  # What a virtual machine calls itself may be several generations.
+  return f'{name}, family {found["cpu family"]} model {found["model"]}'
