@@ -126,13 +126,15 @@ def _logprobs_and_entropy_forward(logits, tokens):
 def _logprobs_and_entropy_backward(kept, gradients):
   logits, tokens, (largest, log_sum, entropy) = kept
   of_chosen, of_entropy = (x[..., None] for x in gradients)
-  every = logits.astype(jnp.float32) - largest - log_sum
-  probs = jnp.exp(every)
+  shifted = logits.astype(jnp.float32) - largest
+  # Divided, as another difference would round once more.
+  probs = jnp.exp(shifted) / jnp.exp(log_sum)
   ids = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
   change = jnp.where(ids == tokens[..., None], of_chosen, 0.0)
   # d entropy / d logit = -p (log p + entropy).
   change -= probs * (
-      of_chosen + of_entropy * (jnp.maximum(every, _LOWEST) + entropy)
+      of_chosen
+      + of_entropy * (jnp.maximum(shifted, _LOWEST) - log_sum + entropy)
   )
   return change.astype(logits.dtype), None
 
