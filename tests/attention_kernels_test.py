@@ -299,19 +299,26 @@ def test_a_run_says_once_where_auto_has_no_kernel(caplog):
   assert not caplog.records
 
 
-def test_a_run_refuses_a_kernel_that_is_not_for_its_device():
-  config = whole_step.make_config(model__attention='splash')
-  with pytest.raises(ValueError, match="attention='splash' cannot serve the"):
+@pytest.mark.parametrize('part, name, misspelt', [
+    ('model', 'splash', 'slash'), ('sampling', 'triton', 'tritium')
+])
+def test_a_run_refuses_a_kernel_that_is_not_for_its_device(
+    part, name, misspelt
+):
+  config = whole_step.make_config(**{f'{part}__attention': name})
+  with pytest.raises(ValueError, match=f"attention='{name}' cannot serve the"):
     whole_step.make_program(config, whole_step.make_mesh(), tiny_model.MODEL)
-  config.model.attention = 'slash'
-  with pytest.raises(ValueError, match="Did you mean 'splash'"):
+  config[part].attention = misspelt
+  with pytest.raises(ValueError, match=f"Did you mean '{name}'"):
     checks.check(config, num_batch_shards=1)
-  config = whole_step.make_config(sampling__attention='triton')
-  with pytest.raises(ValueError, match="attention='triton' cannot serve the"):
-    whole_step.make_program(config, whole_step.make_mesh(), tiny_model.MODEL)
-  config.sampling.attention = 'tritium'
-  with pytest.raises(ValueError, match="Did you mean 'triton'"):
-    checks.check(config, num_batch_shards=1)
+
+
+@pytest.fixture
+def cudnn_version(monkeypatch):
+  """JAX asks the library, which is not here, for its version."""
+  monkeypatch.setattr(
+      fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
+  )
 
 
 def traced_step(**options):
@@ -343,11 +350,7 @@ SHARED = {'learner__share_prompts': True, 'learner__num_minibatches': 1}
 @pytest.mark.parametrize(
     'options', [{}, PACKED, SHARED], ids=['rows', 'packed', 'shared']
 )
-def test_a_step_for_cuda_calls_cudnn(monkeypatch, options):
-  # JAX asks the library, which is not here, for its version.
-  monkeypatch.setattr(
-      fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
-  )
+def test_a_step_for_cuda_calls_cudnn(cudnn_version, options):
   with attention.traced_for('cuda'):
     text = lowered_step(
         'cuda', model__attention='cudnn', model__dtype='bfloat16',
@@ -363,11 +366,8 @@ def test_a_step_for_cuda_calls_cudnn(monkeypatch, options):
 
 @pytest.mark.parametrize('window, bias', [(20, 'ScaleBias'), (21, '')])
 def test_rows_need_a_bias_for_a_window_that_hides_something(
-    monkeypatch, window, bias
+    monkeypatch, cudnn_version, window, bias
 ):
-  monkeypatch.setattr(
-      fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
-  )
   sizes = dataclasses.replace(
       tiny_model.CONFIG, sliding_window=window,
       layer_types=('sliding_attention', 'full_attention'),
@@ -388,11 +388,8 @@ def test_rows_need_a_bias_for_a_window_that_hides_something(
     ('none', 1), ('products', 1), ('full', 2)
 ])
 def test_what_attention_made_is_among_the_products_that_are_kept(
-    monkeypatch, remat, calls
+    cudnn_version, remat, calls
 ):
-  monkeypatch.setattr(
-      fused_attention_stablehlo, 'check_cudnn_version', lambda: 91000
-  )
   with attention.traced_for('cuda'):
     jaxpr = traced_step(
         model__attention='cudnn', model__dtype='bfloat16',
