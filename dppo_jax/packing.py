@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dppo_jax import halvings
+from dppo_jax import loops
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import Rows
@@ -338,33 +339,19 @@ def over_parts(
     the sums; and the arrays of all parts, [K, m, R, ...], 0 in other slots.
   """
   num_parts, _, row_length = layout.source.shape
-  add = lambda sums, terms: jax.tree.map(jnp.add, sums, terms)
   if isinstance(layout.num_parts, int):
 
     def step(sums, part):
       terms, out = fn(part, row_length)
-      return add(sums, terms), out
+      return jax.tree.map(jnp.add, sums, terms), out
 
     return jax.lax.scan(step, zeros, jnp.arange(num_parts))
-  # Traced once, here and in the loop.
-  fn = jax.jit(fn, inline=True, static_argnums=1)
-  _, shapes = jax.eval_shape(fn, jnp.int32(0), row_length)
-  outputs = jax.tree.map(
-      lambda x: jnp.zeros((num_parts, *x.shape), x.dtype), shapes
-  )
   branches = [_filled_up(fn, x, row_length) for x in _lengths(layout)]
   which = _which(layout)
-
-  def body(part, state):
-    sums, outputs = state
-    # Added up here, as a conditional would copy the sums.
-    terms, out = jax.lax.switch(which[part], branches, part)
-    write = lambda old, new: jax.lax.dynamic_update_index_in_dim(
-        old, new, part, axis=0
-    )
-    return add(sums, terms), jax.tree.map(write, outputs, out)
-
-  return jax.lax.fori_loop(0, layout.num_parts, body, (zeros, outputs))
+  return loops.over_first(
+      lambda part: jax.lax.switch(which[part], branches, part),
+      layout.num_parts, num_parts, zeros,
+  )
 
 
 def num_slots(layout: Layout) -> jax.Array:
