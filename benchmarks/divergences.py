@@ -43,6 +43,7 @@ from dppo_jax import packing
 from dppo_jax import sampling
 from dppo_jax import target as target_lib
 from dppo_jax.types import Divergence
+from dppo_jax.types import is_by_token
 from dppo_jax.types import LossFn
 from dppo_jax.types import LossInputs
 from dppo_jax.types import Rollout
@@ -104,33 +105,40 @@ def cases() -> list[tuple[str, str]]:
 
 def make_learn(divergence: Divergence, loss_fn: LossFn, *, chunk: int):
   """Loss and its gradient from hidden states, as in the learner."""
-  target_fn = target_lib.make_target_fn(
-      Head(), divergence, temperature=1.0, chunk_size=chunk
+  judge_fn = target_lib.make_judge_fn(
+      Head(), divergence, by_token=is_by_token(loss_fn), temperature=1.0,
+      chunk_size=chunk,
   )
 
-  def loss(params, rollout, advantages):
-    anchor = target_lib.Anchor(rollout.behaviour_logprobs, rollout.record)
-    target = target_fn(params, packing.rows_of(rollout), anchor)
+  def judge(target, behaviour_logprobs, advantages, mask):
     region = divergences.trust_region(
         divergence=target.divergence,
-        log_ratio=target.logprobs - rollout.behaviour_logprobs,
+        log_ratio=target.logprobs - behaviour_logprobs,
         advantages=advantages,
         threshold=divergence.threshold,
     )
     per_token, _ = loss_fn(
         LossInputs(
             logprobs=target.logprobs,
-            behaviour_logprobs=rollout.behaviour_logprobs,
+            behaviour_logprobs=behaviour_logprobs,
             divergence=target.divergence,
             trust_region=region,
             advantages=advantages,
-            token_mask=rollout.token_mask,
+            token_mask=mask,
             # A constrained loss asks for them.
             multiplier=jnp.float32(0.04),
             limit=0.02,
         )
     )
-    return jnp.sum(per_token), jnp.mean(target.entropy)
+    return jnp.sum(jnp.where(mask, per_token, 0.0)), ()
+
+  def loss(params, rollout, advantages):
+    anchor = target_lib.Anchor(rollout.behaviour_logprobs, rollout.record)
+    total, target, _ = judge_fn(
+        judge, params, packing.rows_of(rollout), anchor,
+        rollout.behaviour_logprobs, advantages, rollout.token_mask,
+    )
+    return total, jnp.mean(target.entropy)
 
   return jax.value_and_grad(loss, has_aux=True)
 

@@ -309,7 +309,7 @@ def microbatch_choices(config: Any, *, num_batch_shards: int) -> list[int]:
     num_batch_shards: devices over which a batch is split.
   """
   sizes = config.learner
-  rows = _num_completions(config) // sizes.num_minibatches
+  rows = num_completions(config) // sizes.num_minibatches
   if sizes.row_length:
     length = config.max_prompt_length + config.max_completion_length - 1
     # At most so many on a device, see `packing.make_packed`.
@@ -409,7 +409,7 @@ def _check_sizes(config):
     )
   groups = 'num_groups' if config.num_groups else 'num_prompts'
   count = config.num_groups or available
-  batch = _num_completions(config)
+  batch = num_completions(config)
   updates = config.learner.num_minibatches
   parts = updates * _equal_parts(config)
   beside = f' and {replayed} replayed' if count > config[groups] else ''
@@ -444,7 +444,7 @@ def _check_shards(config, num_batch_shards, num_row_shards, num_sampler_shards):
   """What stands on devices must be the same number on each."""
   sizes = config.learner
   parts = sizes.num_minibatches * _equal_parts(config)
-  micro_batch = 0 if sizes.row_length else _num_completions(config) // parts
+  micro_batch = 0 if sizes.row_length else num_completions(config) // parts
   sampling = num_sampler_shards, 'data, fsdp and sequence while sampling'
   for name, rows, (shards, axes) in (
       ('num_prompts', config.num_prompts,
@@ -463,8 +463,8 @@ def _check_shards(config, num_batch_shards, num_row_shards, num_sampler_shards):
   _check_halvings(config, num_sampler_shards)
 
 
-def _num_completions(config) -> int:
-  """Of all mini-batches together."""
+def num_completions(config: Any) -> int:
+  """That a step learns from, in all mini-batches together."""
   available = config.num_prompts + num_replayed_groups(config)
   return (config.num_groups or available) * config.group_size
 
@@ -571,7 +571,7 @@ def _check_sharing(config, num_batch_shards, num_row_shards):
         f'{num_row_shards // num_batch_shards} splits them; use sequence=1 or '
         'share_prompts=False.'
     )
-  groups = _num_completions(config) // config.group_size
+  groups = num_completions(config) // config.group_size
   parts = sizes.num_minibatches * _equal_parts(config)
   if groups % (parts * num_batch_shards):
     on = f', each on {num_batch_shards} devices' if num_batch_shards > 1 else ''

@@ -17,7 +17,6 @@ through a divergence: it selects tokens.
 from typing import Any, NamedTuple
 
 import jax
-from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from dppo_jax import registry
@@ -34,10 +33,6 @@ config = register.config
 _LOG_ALMOST_ONE = -(2.0**-24)
 _LOG_ALMOST_ZERO = -87.0
 _LOWEST = -1e4  # Its exponential is 0.
-
-# Name of what `logprobs_and_entropy` keeps for its gradient, in policies of
-# `jax.checkpoint`.
-OF_ROWS = 'of_rows'
 
 
 def trust_region(
@@ -93,8 +88,7 @@ def logprobs_and_entropy(
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probs of `tokens`, and the entropy in nats.
 
-  Its gradient reads the logits once, and needs of the forward pass only what is
-  named `OF_ROWS`: arrays without the axis V.
+  Its gradient reads the logits once.
 
   Args:
     logits: [..., V]; -inf is a token without mass.
@@ -114,7 +108,7 @@ def _logprobs_and_entropy(logits, tokens):
   terms = jnp.exp(shifted) * jnp.maximum(shifted, _LOWEST)
   mean = jnp.sum(terms, axis=-1, keepdims=True) / jnp.exp(log_sum)
   entropy = log_sum - mean
-  of_rows = ad_checkpoint.checkpoint_name((largest, log_sum, entropy), OF_ROWS)
+  of_rows = largest, log_sum, entropy
   return ((chosen - log_sum)[..., 0], entropy[..., 0]), of_rows
 
 

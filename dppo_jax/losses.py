@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dppo_jax import duals
 from dppo_jax import registry
 from dppo_jax import segments
+from dppo_jax.types import by_token
 from dppo_jax.types import LossFn
 from dppo_jax.types import LossInputs
 
@@ -136,7 +137,7 @@ def policy_gradient(
         ratio_cap=ratio_cap,
     )
 
-  return loss_fn
+  return by_token(loss_fn) if ratio == 'token' else loss_fn
 
 
 @register
@@ -150,6 +151,7 @@ def spo(*, epsilon: float = 12.5) -> LossFn:
   if not epsilon > 0:
     raise ValueError(f'epsilon={epsilon} is not positive.')
 
+  @by_token
   def loss_fn(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     return _score_function(
         inputs,
@@ -171,6 +173,7 @@ def drpo(*, delta: float = 12.5) -> LossFn:
   if not delta > 0:
     raise ValueError(f'delta={delta} is not positive.')
 
+  @by_token
   def loss_fn(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     mu = jnp.exp(jnp.where(inputs.token_mask, inputs.behaviour_logprobs, 0.0))
     return _score_function(
@@ -269,6 +272,8 @@ def r2vpo(
         'constraint': duals.Constraint(values, weights, beyond)
     }
 
+  if (center, ratio, per) == ('one', 'token', 'batch'):
+    return by_token(loss_fn)
   return loss_fn
 
 

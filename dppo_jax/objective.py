@@ -28,6 +28,7 @@ from dppo_jax import trust_regions
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.target import Anchor
 from dppo_jax.types import Divergence
+from dppo_jax.types import is_by_token
 from dppo_jax.types import LossFn
 from dppo_jax.types import LossInputs
 from dppo_jax.types import PyTree
@@ -305,19 +306,18 @@ def make_loss_fn(
       'chunk_size': chunk_size,
       'prompt_length': prompt_length,
   }
-  target_fn = target_lib.make_target_fn(
+  judge_fn = target_lib.make_judge_fn(
       model,
       divergence,
+      by_token=is_by_token(region_fn) and is_by_token(loss_fn),
       measure_balance=bool(extras.router_balance),
       **options,
   )
-  penalty = _make_penalty_fn(model, extras, **options)
+  full_kl = _make_full_kl_fn(model, **options)
 
-  def weighted_loss(
-      params, batch, reference, version, dual_state=(), share=1.0, products=()
-  ):
-    rows, mask = batch.rows, batch.rows.token_mask
-    target = target_fn(params, rows, batch.anchor, products)
+  def judge(target, batch, multiplier):
+    """What sampled tokens, [b, T] or [n], add to the loss; region, metrics."""
+    mask = batch.rows.token_mask
     region = region_fn(trust_regions.RegionInputs(
         divergence=target.divergence,
         log_ratio=jax.lax.stop_gradient(target.logprobs)
@@ -326,85 +326,96 @@ def make_loss_fn(
         anchor_logprobs=batch.anchor.logprobs,
         advantages=batch.advantages,
         token_mask=mask,
-        segment_ids=rows.target_segments,
+        segment_ids=batch.rows.target_segments,
         threshold=divergence.threshold,
     ))
-    age = version - batch.policy_version
-    inputs = LossInputs(
+    loss, metrics = loss_fn(LossInputs(
         logprobs=target.logprobs,
         behaviour_logprobs=batch.behaviour_logprobs,
         divergence=target.divergence,
         trust_region=region,
         advantages=batch.advantages,
         token_mask=mask,
-        segment_ids=rows.target_segments,
-        multiplier=dual and duals.multiplier_at(dual_state, age),
+        segment_ids=batch.rows.target_segments,
+        multiplier=multiplier,
         limit=dual and dual.limit,
+    ))
+    loss += _penalty(extras, target, batch)
+    worth = jnp.sum(jnp.where(mask, loss, 0.0) * batch.weights)
+    return worth, (region.astype(jnp.float32), metrics)
+
+  def weighted_loss(
+      params, batch, reference, version, dual_state=(), share=1.0, products=()
+  ):
+    rows, age = batch.rows, version - batch.policy_version
+    total, target, (region, loss_metrics) = judge_fn(
+        judge, params, rows, batch.anchor, batch,
+        dual and duals.multiplier_at(dual_state, age),
+        products=products,
     )
-    loss, loss_metrics = loss_fn(inputs)
-    if extras.entropy_bonus or extras.needs_reference:
-      loss += penalty(params, batch, reference, target)
+    if extras.needs_reference and extras.kl_estimator == 'full':
+      estimate = full_kl(params, rows, reference, target.hidden)
+      estimate = jnp.where(rows.token_mask, estimate, 0.0)
+      total += extras.kl_coefficient * jnp.sum(estimate * batch.weights)
+    if extras.router_balance:
+      balance = jnp.mean(target.routed.balance)
+      total += extras.router_balance * balance * share
     stats = diagnostics.TokenStats(
         targets=rows.targets,
-        token_mask=mask,
+        token_mask=rows.token_mask,
         logprobs=target.logprobs,
         behaviour_logprobs=batch.behaviour_logprobs,
         divergence=target.divergence,
         direction=target.direction,
-        trust_region=region.astype(jnp.float32),
+        trust_region=region,
         advantages=batch.advantages,
         entropy=target.entropy,
         age=age,
         weights=batch.weights,
         replayed=batch.replayed,
-        router=_router_stats(target.routed, mask),
+        router=_router_stats(target.routed, rows.token_mask),
         **loss_metrics,
     )
-    total = jnp.sum(jnp.where(mask, loss, 0.0) * batch.weights)
-    if extras.router_balance:
-      balance = jnp.mean(target.routed.balance)
-      total += extras.router_balance * balance * share
     return total, jax.lax.stop_gradient(stats)
 
   return weighted_loss
 
 
-def _make_penalty_fn(model, extras, *, temperature, **options):
-  """What the extra terms add to the loss of a token. [b, T]."""
+def _penalty(extras, target, batch):
+  """What the extra terms add to the loss of a token, but for the full KL."""
+  added = 0.0
+  if extras.entropy_bonus:
+    added -= extras.entropy_bonus * target.entropy
+  sampled = extras.kl_where == 'loss' and extras.kl_estimator != 'full'
+  if extras.needs_reference and sampled:
+    estimate = _sampled_kl(
+        extras, batch.rows.token_mask, target.logprobs,
+        batch.reference_logprobs,
+    )
+    added += extras.kl_coefficient * estimate
+  return added
+
+
+def _make_full_kl_fn(model, *, temperature, **options):
+  """Over the whole vocabulary, [b, T]; runs the reference policy."""
   head_map = target_lib.make_head_map(
       model, temperature=temperature, **options
   )
 
-  def full_kl(params, batch, reference, hidden):
-    """Over the whole vocabulary; runs the reference policy."""
+  def of_tokens(reference, logits, _, reference_hidden):
+    reference_logits = sampling.process_logits(
+        model.head(reference, reference_hidden), temperature=temperature
+    )
+    return penalties.full_reference_kl(
+        logits=logits, reference_logits=reference_logits
+    )
+
+  def full_kl(params, rows, reference, hidden):
     reference_hidden, _ = target_lib.hidden_states(
-        model, reference, _own_routing(batch.rows)
+        model, reference, _own_routing(rows)
     )
-
-    def of_tokens(reference, logits, _, reference_hidden):
-      reference_logits = sampling.process_logits(
-          model.head(reference, reference_hidden), temperature=temperature
-      )
-      return penalties.full_reference_kl(
-          logits=logits, reference_logits=reference_logits
-      )
-
     return head_map(
-        of_tokens, params, hidden, batch.rows, reference_hidden,
-        beside=reference,
+        of_tokens, params, hidden, rows, reference_hidden, beside=reference
     )
 
-  def penalty(params, batch, reference, target):
-    added = -extras.entropy_bonus * target.entropy
-    if not extras.needs_reference or extras.kl_where == 'reward':
-      return added
-    if extras.kl_estimator == 'full':
-      estimate = full_kl(params, batch, reference, target.hidden)
-    else:
-      estimate = _sampled_kl(
-          extras, batch.rows.token_mask, target.logprobs,
-          batch.reference_logprobs,
-      )
-    return added + extras.kl_coefficient * estimate
-
-  return penalty
+  return full_kl

@@ -15,7 +15,9 @@ import functools
 from importlib import metadata
 import importlib.util
 import itertools
+import math
 import os
+import re
 import resource
 import sys
 import time
@@ -37,6 +39,7 @@ from dppo_jax import roofline
 from dppo_jax import sharding
 from dppo_jax.chips import Chip
 from dppo_jax.chips import CHIPS
+from dppo_jax.chunks import CHUNKS
 from dppo_jax.decoding import FEWER
 from dppo_jax.decoding import FILL
 from dppo_jax.models import attention
@@ -87,11 +90,14 @@ class Expected:
     mean_length: tokens of a completion.
     decode_steps: of the decode loop.
     microbatches: of a mini-batch, that packed rows fill.
+    chunks: of the head, that the sampled tokens of a micro-batch fill on a
+      device.
   """
 
   mean_length: float
   decode_steps: float
   microbatches: float
+  chunks: int
 
 
 class Plan(NamedTuple):
@@ -234,7 +240,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   # Whole rows, as the sampler has them.
   sampling_mesh = sharding.sampling_mesh(mesh, **config.sampling.mesh)
   shards = sharding.num_row_shards(sampling_mesh)
-  expected = expect(config, mean_length)
+  expected = expect(config, mean_length, sharding.num_row_shards(mesh))
   program = hlo.parse(compiled.as_text())
   unknown, decoding = [], []
   slots = config.sampling.num_slots // shards
@@ -248,6 +254,8 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
     if FILL in loop.op_name.split('/'):
       of_phase = {'sample': slots, 'decode': filled / expected.decode_steps}
       return phase, of_phase[phase]
+    if _in_chunks(loop.op_name):
+      return phase, expected.chunks
     if phase == 'sample':
       decoding.append(loop)
       return 'decode', expected.decode_steps
@@ -257,11 +265,13 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
     return phase, 1
 
   def traced_trips(phase, equation):
-    scopes = str(equation.source_info.name_stack).split('/')
-    if FEWER in scopes:
+    stack = str(equation.source_info.name_stack)
+    if FEWER in stack.split('/'):
       return 'decode', 0
-    if WALK in scopes:
+    if WALK in stack.split('/'):
       return phase, 0
+    if _in_chunks(stack):
+      return phase, expected.chunks
     if phase == 'sample':
       return 'decode', expected.decode_steps
     return phase, expected.microbatches if phase == 'learn' else 1
@@ -298,11 +308,21 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   )
 
 
-def expect(config: Any, mean_length: int) -> Expected:
+def _in_chunks(name: str) -> bool:
+  """Whether a loop is over chunks of the head; in a gradient jvp(chunks)."""
+  return re.search(rf'\b{CHUNKS}\b', name) is not None
+
+
+def expect(config: Any, mean_length: int, num_row_shards: int = 1) -> Expected:
   """What lengths make of the loops whose ends the program does not know.
 
   All completions at once are decoded until the longest ends, which is taken to
   be as long as allowed. Slots are taken to be always full, until then.
+
+  Args:
+    config: of the run.
+    mean_length: of completions; 0 for as long as allowed.
+    num_row_shards: devices over which the learner's tokens are split.
 
   Raises:
     ValueError: no completion can be that long.
@@ -320,7 +340,13 @@ def expect(config: Any, mean_length: int) -> Expected:
     steps = max(steps, rows * (mean - 1) / slots)
   prompt = config.max_prompt_length
   filled = (prompt + mean) / (prompt + longest)
-  return Expected(mean, steps, filled * config.learner.num_microbatches)
+  learner = config.learner
+  parts = learner.num_microbatches * (filled if learner.row_length else 1)
+  tokens = checks.num_completions(config) * mean / learner.num_minibatches
+  chunks = tokens / (parts * num_row_shards * (learner.chunk_size or tokens))
+  return Expected(
+      mean, steps, filled * learner.num_microbatches, math.ceil(chunks)
+  )
 
 
 def _rows(config, shards):

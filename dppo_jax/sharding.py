@@ -312,7 +312,8 @@ def by_tokens(mesh) -> Callable[..., Any] | None:
 
   Returns:
     `spread(fn)`, for a `fn(params, *trees)` of trees of [B, T, ...], whose
-    result is one; padding is zeros. None where all have all tokens.
+    result is one, with [1, 1] for what is of a device; padding is zeros. None
+    where all have all tokens.
   """
   if num_row_shards(mesh) == 1:
     return None
@@ -403,7 +404,9 @@ def _over_tokens(fn, mesh, params, specs, trees, *, axis_names, out_specs):
       check_vma=False,
   )(params, *jax.tree.map(pad, tuple(trees)))
   axis = list(out_specs).index('sequence')
-  cut = lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis)
+  cut = lambda x: jax.lax.slice_in_dim(
+      x, 0, min(length, x.shape[axis]), axis=axis
+  )
   return jax.tree.map(cut, out)
 
 

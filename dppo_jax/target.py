@@ -1,16 +1,17 @@
 """What a policy says of the tokens of a rollout's rows.
 
-The head is evaluated in chunks of tokens under rematerialisation, and whatever
-needs logits is computed within a chunk, so no [B, T, V] array exists. B
-sequences, T tokens, D width, V vocabulary.
+The head is evaluated in chunks of tokens, and whatever needs logits is computed
+within a chunk (chunks.py), so no [B, T, V] array exists. B sequences, T tokens,
+D width, V vocabulary.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dppo_jax import chunks
 from dppo_jax import divergences
 from dppo_jax import sampling
 from dppo_jax.models import experts
@@ -51,9 +52,9 @@ def make_token_map(
   Args:
     model: the architecture.
     temperature: that of the sampler.
-    chunk_size: tokens of a device whose logits exist at a time, recomputed in
-      the backward pass, but at least one of each row; 0 for all at once. Chunks
-      without a sampled token are left out.
+    chunk_size: tokens of a device whose logits exist at a time, and only of
+      those that were sampled, made again in the backward pass; 0 for all tokens
+      at once.
     prompt_length: P, if every row begins with so many tokens that were not
       sampled: no logits are made of what predicts them.
 
@@ -77,22 +78,54 @@ def make_token_map(
   return token_map
 
 
-def make_head_map(
-    model: CausalLM,
-    *,
-    temperature: float,
-    chunk_size: int = 0,
-    prompt_length: int = 0,
-) -> Callable[..., PyTree]:
-  """`make_token_map` from hidden states on.
+def make_head_map(model: CausalLM, **options) -> Callable[..., PyTree]:
+  """`make_token_map` from hidden states on, with its options.
 
   Returns:
     `head_map(fn, params, hidden [b, T, D], rows, *extra, beside)`. With
     `beside`, parameters whose head `fn` needs too, they are its first argument.
   """
-  first = max(prompt_length - 1, 0)  # Index of the first sampled token.
+  run = _make_over_rows(model, chunks.mapped, **options)
+  unworthy = lambda out: ((), out)
 
   def head_map(fn, params, hidden, rows, *extra, beside=None):
+    return run(unworthy, fn, params, hidden, rows, extra, beside)[1]
+
+  return head_map
+
+
+def make_head_sum(model: CausalLM, **options) -> Callable[..., Any]:
+  """A sum over sampled tokens, whose gradient needs their logits no more.
+
+  Takes the options of `make_token_map`.
+
+  Returns:
+    `head_sum(fn, params, hidden [b, T, D], rows, *extra)` of a `fn(logits
+    [n, V], targets [n], *extra)` that returns the sum [] of what n tokens are
+    worth, each by itself, and beside it, without a gradient, a pytree of
+    [n, ...]: the sum over all, and a pytree of [b, T, ...].
+  """
+  run = _make_over_rows(model, chunks.summed, **options)
+  on_a_device = lambda out: (out[0][None, None], out[1])
+
+  def head_sum(fn, params, hidden, rows, *extra):
+    worth, out = run(on_a_device, fn, params, hidden, rows, extra)
+    return jnp.sum(worth), out
+
+  return head_sum
+
+
+def _make_over_rows(
+    model, in_chunks, *, temperature, chunk_size=0, prompt_length=0
+):
+  """Runs a function of logits over the tokens of rows.
+
+  What `in_chunks` makes of the tokens of a device `split` divides into what is
+  of the device, [1, 1], and what is of its tokens, [n, ...].
+  """
+  first = max(prompt_length - 1, 0)  # Index of the first sampled token.
+
+  def run(split, fn, params, hidden, rows, extra, beside=None):
     def of_tokens(heads, hidden, targets, *extra):
       head, *others = heads
       logits = sampling.process_logits(
@@ -105,23 +138,34 @@ def make_head_map(
         (rows.token_mask, hidden, rows.targets, *extra),
     )
 
-    def of_rows(heads, mask, *trees):  # Those of a device.
+    def of_rows(heads, *trees):  # Those of a device.
+      shape = trees[0].shape
+      mask, hidden, *trees = jax.tree.map(
+          lambda x: x.reshape(-1, *x.shape[2:]), trees
+      )
       if 0 < chunk_size < mask.size:
-        return _in_chunks(of_tokens, heads, mask, trees, chunk_size)
-      return _over_tokens(of_tokens, heads, trees)
+        # A sum of gradients would be rounded in bfloat16.
+        heads = _exact(heads)
+        out = in_chunks(of_tokens, chunk_size)(heads, mask, hidden, trees)
+      else:
+        out = of_tokens(heads, hidden, *trees)
+      of_device, out = split(out)
+      return of_device, jax.tree.map(
+          lambda x: x.reshape(*shape, *x.shape[1:]), out
+      )
 
     if model.by_tokens is not None:
       of_rows = model.by_tokens(of_rows)
     heads = [_head(x) for x in (params, beside) if x is not None]
     if model.by_tokens is not None:
       heads = _exact(heads)  # Gradients are summed over devices, too.
-    out = of_rows(heads, *sampled)
-    return jax.tree.map(
+    of_device, out = of_rows(heads, *sampled)
+    return of_device, jax.tree.map(
         lambda x: jnp.pad(x, [(0, 0), (first, 0)] + [(0, 0)] * (x.ndim - 2)),
         out,
     )
 
-  return head_map
+  return run
 
 
 def _head(params):
@@ -133,7 +177,7 @@ def _head(params):
 
 
 def _exact(heads):
-  """In float32: a sum of gradients would be rounded in bfloat16."""
+  """In float32, and so are their gradients."""
   return jax.tree.map(lambda x: x.astype(jnp.float32), heads)
 
 
@@ -178,35 +222,35 @@ def hidden_states(
   return hidden, kept.routed if 'routing' in asked else experts.Routed()
 
 
-def make_target_fn(
+def make_judge_fn(
     model: CausalLM,
     divergence: Divergence,
     *,
-    temperature: float,
-    chunk_size: int = 0,
-    prompt_length: int = 0,
+    by_token: bool,
     measure_balance: bool = False,
-) -> Callable[[PyTree, Rows, Anchor], TargetStats]:
-  """What the target policy says of the tokens of rows.
+    **options,
+) -> Callable[..., tuple[jax.Array, TargetStats, PyTree]]:
+  """What the tokens of rows are worth, by what the target policy says of them.
 
   Args:
     model: the architecture.
     divergence: measures against the anchor's record.
-    temperature: that of the sampler.
-    chunk_size: see `make_token_map`.
-    prompt_length: see `make_token_map`.
+    by_token: whether each token is judged by itself. Then any tokens of the
+      rows are judged at a time, chunk by chunk, and logits are made once;
+      otherwise all are judged together, and logits of chunks are made again for
+      the gradient.
     measure_balance: whether to measure how evenly sampled tokens use experts.
+    **options: see `make_token_map`.
 
   Returns:
-    `target_fn(params, rows, anchor) -> TargetStats`. Only `logprobs`,
-    `entropy` and the balance of experts carry a gradient.
+    `judge_fn(judge, params, rows, anchor, *seen, products) -> (sum, target,
+    judged)` of a `judge(target, *seen)` that returns a sum [] over sampled
+    tokens and a pytree of arrays, all of any shape; `seen` are pytrees of
+    [b, T, ...]. The sum and the balance of experts carry a gradient; if not
+    `by_token`, so do `logprobs` and `entropy`.
   """
-  head_map = make_head_map(
-      model,
-      temperature=temperature,
-      chunk_size=chunk_size,
-      prompt_length=prompt_length,
-  )
+  head_map = make_head_map(model, **options)
+  head_sum = make_head_sum(model, **options)
 
   def of_tokens(logits, targets, anchor):
     logprobs, entropy = divergences.logprobs_and_entropy(logits, targets)
@@ -223,7 +267,7 @@ def make_target_fn(
         jax.lax.stop_gradient(direction),
     )
 
-  def target_fn(params, rows, anchor, products=()):
+  def judge_fn(judge, params, rows, anchor, *seen, products=()):
     hidden, routed = hidden_states(
         model,
         params,
@@ -231,55 +275,19 @@ def make_target_fn(
         counted=rows.token_mask if measure_balance else None,
         products=products,
     )
-    stats = head_map(of_tokens, params, hidden, rows, anchor)
-    return stats._replace(routed=routed, hidden=hidden)
 
-  return target_fn
+    def of_judged(logits, targets, anchor, *seen):
+      target = of_tokens(logits, targets, anchor)
+      worth, judged = judge(target, *seen)
+      return worth, (target, judged)
 
+    if by_token:
+      worth, (target, judged) = head_sum(
+          of_judged, params, hidden, rows, anchor, *seen
+      )
+    else:
+      target = head_map(of_tokens, params, hidden, rows, anchor)
+      worth, judged = judge(target, *seen)
+    return worth, target._replace(routed=routed, hidden=hidden), judged
 
-def _in_chunks(body, heads, mask, trees, chunk_size):
-  """Maps over some columns of all rows at a time, so no [b, T, V] exists.
-
-  A chunk without a sampled token costs nothing and gives zeros.
-  """
-  num_rows, length = mask.shape
-  width = max(chunk_size // num_rows, 1)
-  num_chunks = -(-length // width)
-  # Zeros, cut off again at the end.
-  extra = num_chunks * width - length
-
-  def split(x):  # [b, T, ...] -> [number of chunks, b, width, ...]
-    x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(num_rows, num_chunks, width, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
-
-  def of_chunk(heads, mask, trees):
-    run = lambda: _over_tokens(body, heads, trees)
-    skip = lambda: jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run)
-    )
-    return jax.lax.cond(jnp.any(mask), run, skip)
-
-  keeps = jax.checkpoint_policies.save_only_these_names(divergences.OF_ROWS)
-  of_chunk = jax.checkpoint(of_chunk, prevent_cse=False, policy=keeps)
-  heads = _exact(heads)
-  _, out = jax.lax.scan(
-      lambda _, chunk: (None, of_chunk(heads, *chunk)),
-      None,
-      jax.tree.map(split, (mask, trees)),
-  )
-
-  def join(x):  # [number of chunks, b, width, ...] -> [b, T, ...]
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(num_rows, -1, *x.shape[3:])[:, :length]
-
-  return jax.tree.map(join, out)
-
-
-def _over_tokens(body, heads, trees):
-  """`body` of [b * T, ...], for trees of [b, T, ...]."""
-  shape = jax.tree.leaves(trees)[0].shape[:2]
-  flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), trees)
-  return jax.tree.map(
-      lambda x: x.reshape(*shape, *x.shape[1:]), body(heads, *flat)
-  )
+  return judge_fn

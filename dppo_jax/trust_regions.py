@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dppo_jax import divergences
 from dppo_jax import registry
 from dppo_jax import segments
+from dppo_jax.types import by_token
 from dppo_jax.types import Threshold
 
 register = registry.Registry('trust region')
@@ -24,7 +25,10 @@ config = register.config
 
 
 class RegionInputs(NamedTuple):
-  """What a rule may look at. All [B, T] but the threshold."""
+  """What a rule may look at. All [B, T] but the threshold.
+
+  Rules marked `by_token` may see [n] instead.
+  """
 
   divergence: jax.Array  # float32, D(anchor || target).
   log_ratio: jax.Array  # float32, logprobs - anchor_logprobs.
@@ -59,6 +63,7 @@ def outward() -> RegionFn:
   Eq. 12 of arXiv:2602.04879; with `ratio_gap` PPO's clip.
   """
 
+  @by_token
   def region_fn(inputs: RegionInputs) -> jax.Array:
     return divergences.trust_region(
         divergence=inputs.divergence,
@@ -79,6 +84,7 @@ def minimal() -> RegionFn:
   what makes training unstable.
   """
 
+  @by_token
   def region_fn(inputs: RegionInputs) -> jax.Array:
     low, _ = divergences.low_high(inputs.threshold)
     falling = (inputs.advantages < 0) & (inputs.log_ratio < 0)
@@ -101,6 +107,7 @@ def relaxed(*, alpha: float = 0.1, side: str = 'both') -> RegionFn:
     raise ValueError(registry.unknown('side', side, ('high', 'low', 'both')))
   inner = outward()
 
+  @by_token
   def region_fn(inputs: RegionInputs) -> jax.Array:
     lifted = jnp.exp(inputs.anchor_logprobs) < alpha
     if side == 'high':
@@ -123,6 +130,7 @@ def dual_clip(*, ratio_limit: float = 3.0) -> RegionFn:
     raise ValueError(f'ratio_limit={ratio_limit} must be above 1; try 3.')
   inner = outward()
 
+  @by_token
   def region_fn(inputs: RegionInputs) -> jax.Array:
     too_far = (inputs.advantages < 0) & (
         inputs.log_ratio > jnp.log(ratio_limit)
@@ -144,6 +152,7 @@ def band(*, lowest: float = 0.5, highest: float = 5.0) -> RegionFn:
         f'lowest={lowest} and highest={highest} must be on both sides of 1.'
     )
 
+  @by_token
   def region_fn(inputs: RegionInputs) -> jax.Array:
     log_ratio = inputs.log_ratio
     return (log_ratio >= jnp.log(lowest)) & (log_ratio <= jnp.log(highest))

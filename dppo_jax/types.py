@@ -109,6 +109,21 @@ class LossInputs(NamedTuple):
 LossFn = Callable[[LossInputs], tuple[jax.Array, dict[str, jax.Array]]]
 
 
+def by_token(fn: Callable) -> Callable:
+  """Marks a loss or a rule that sees each token by itself.
+
+  What it says of a token depends on nothing of other tokens, so it may be
+  called with any tokens, [n] in place of [B, T]: chunk by chunk, where the
+  logits are, which are then made once and not again for the gradient.
+  """
+  fn.by_token = True
+  return fn
+
+
+def is_by_token(fn: Callable) -> bool:
+  return getattr(fn, 'by_token', False)
+
+
 class TrainState(NamedTuple):
   """Everything the compiled step carries from one call to the next."""
 

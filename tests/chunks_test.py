@@ -1,16 +1,19 @@
 """No array of the size of all logits exists in the compiled step."""
 
 import dataclasses
+import functools
 import math
 import re
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_model
 import whole_step
 
+from dppo_jax import chunks
 from dppo_jax import divergences
 from dppo_jax import target
 from dppo_jax.types import Rows
@@ -80,11 +83,9 @@ def by_halves(fn):
 
 
 @pytest.mark.parametrize('chunk_size, expected', [
-    (0, 2 * 6), (48, 2 * 6), (12, 2 * 6), (6, 2 * 3), (4, 2 * 2), (1, 2)
+    (0, 2 * 6), (48, 2 * 6), (12, 2 * 6), (7, 7), (4, 4), (1, 1)
 ])
-def test_a_chunk_has_so_many_tokens_of_a_device_and_one_of_each_row_at_least(
-    chunk_size, expected
-):
+def test_a_chunk_has_so_many_tokens_of_a_device(chunk_size, expected):
   rows = Rows(
       inputs=jnp.ones((4, 6), jnp.int32),
       targets=jnp.ones((4, 6), jnp.int32),
@@ -110,20 +111,138 @@ def test_a_chunk_has_so_many_tokens_of_a_device_and_one_of_each_row_at_least(
   assert set(seen) == {expected}
 
 
-def test_logits_of_a_chunk_are_not_reduced_again_for_their_gradient():
-  head_map = target.make_head_map(
+TOKENS = 11  # Of which 7 were sampled, in chunks of 3.
+MASK = jnp.asarray([0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1]) > 0
+
+
+def arguments():
+  """heads, hidden [n, D], and trees: a target and a weight of each token."""
+  rng = np.random.RandomState(0)
+  normal = lambda *shape: np.float32(rng.standard_normal(shape))
+  heads = {'kernel': normal(4, 5), 'bias': normal(5)}
+  trees = rng.randint(0, 5, TOKENS, np.int32), normal(TOKENS)
+  return heads, normal(TOKENS, 4), trees
+
+
+def of_tokens(heads, hidden, targets, weights):
+  """What is worth something, and two arrays beside it."""
+  logits = hidden @ heads['kernel'] + heads['bias'][None]
+  logprobs = jnp.take_along_axis(
+      jax.nn.log_softmax(logits), targets[:, None], axis=-1
+  )[:, 0]
+  return weights * logprobs**2, {'logprobs': logprobs, 'targets': targets}
+
+
+def worth_of_tokens(*arguments):
+  worth, out = of_tokens(*arguments)
+  # What is in no slot of a chunk counts 0, as its weight does.
+  return jnp.sum(worth), out
+
+
+def at_once(heads, hidden, trees):
+  worth, out = of_tokens(heads, hidden, *trees)
+  keep = lambda x: jnp.where(MASK, x, 0)
+  return jnp.sum(keep(worth)), jax.tree.map(keep, out)
+
+
+def in_chunks_summed(heads, hidden, trees):
+  return chunks.summed(worth_of_tokens, 3)(heads, MASK, hidden, trees)
+
+
+def in_chunks_mapped(heads, hidden, trees):
+  run = chunks.mapped(lambda *x: of_tokens(*x)[0], 3)
+  _, out = at_once(heads, hidden, trees)
+  return jnp.sum(run(heads, MASK, hidden, trees)), out
+
+
+@pytest.mark.parametrize('run', [in_chunks_summed, in_chunks_mapped])
+def test_chunks_give_the_sum_the_arrays_and_the_gradients_of_all_at_once(run):
+  both = lambda fn: jax.jit(
+      jax.value_and_grad(lambda *x: jax.tree.map(lambda y: 2 * y, fn(*x)),
+                         argnums=(0, 1), has_aux=True)
+  )(*arguments())
+  (worth, out), gradients = both(run)
+  (expected, others), expected_gradients = both(at_once)
+  np.testing.assert_allclose(worth, expected, rtol=1e-5)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+  jax.tree.map(close, out, others)
+  jax.tree.map(close, gradients, expected_gradients)
+  assert not gradients[1][~MASK].any() and (gradients[1][MASK] != 0).all()
+  # Without a gradient it is the same.
+  jax.tree.map(close, jax.jit(run)(*arguments()), at_once(*arguments()))
+
+
+@pytest.mark.parametrize('run', [in_chunks_summed, in_chunks_mapped])
+def test_without_a_sampled_token_all_of_it_is_zero(run, monkeypatch):
+  monkeypatch.setitem(globals(), 'MASK', jnp.zeros(TOKENS, bool))
+  (worth, _), gradients = jax.jit(
+      jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
+  )(*arguments())
+  assert worth == 0
+  assert not any(x.any() for x in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize('run', [in_chunks_summed, in_chunks_mapped])
+@pytest.mark.parametrize('which', ['heads', 'bias', 'hidden'])
+def test_a_gradient_is_made_of_what_has_one(run, which):
+  heads, hidden, trees = arguments()
+  every, of_hidden = jax.grad(
+      lambda *x: run(*x, trees)[0], argnums=(0, 1)
+  )(heads, hidden)
+
+  def of_one(x):
+    changed = {
+        'heads': (x, hidden),
+        'bias': (heads | {'bias': x}, hidden),
+        'hidden': (heads, x),
+    }
+    return run(*changed[which], trees)[0]
+
+  one = {'heads': heads, 'bias': heads['bias'], 'hidden': hidden}[which]
+  expected = {'heads': every, 'bias': every['bias'], 'hidden': of_hidden}
+  gradient = jax.jit(jax.grad(of_one))
+  jax.tree.map(np.testing.assert_allclose, gradient(one), expected[which])
+  # No product of two [3, ...], summed over the tokens, unless the kernel moves.
+  text = gradient.lower(one).as_text()
+  of_kernel = re.findall(r'dot_general.*-> tensor<4x5xf32>', text)
+  of_kernel += re.findall(r'dot_general.*-> tensor<5x4xf32>', text)
+  assert bool(of_kernel) == (which == 'heads')
+
+
+def test_what_stands_beside_a_sum_has_no_gradient():
+  def beside(hidden):
+    heads, _, trees = arguments()
+    return jnp.sum(in_chunks_summed(heads, hidden, trees)[1]['logprobs'])
+
+  assert not jax.grad(beside)(arguments()[1]).any()
+
+
+def judged_by_token(params, hidden, targets):
+  """A sum of log-probs and entropies of 16 tokens, in chunks of 4."""
+  head_sum = target.make_head_sum(
       tiny_model.MODEL, temperature=1.0, chunk_size=4
   )
   rows = types.SimpleNamespace(
-      token_mask=jnp.ones((2, 8), bool), targets=jnp.zeros((2, 8), jnp.int32)
+      token_mask=jnp.ones((2, 8), bool), targets=targets
   )
-  hidden = jnp.ones((2, 8, tiny_model.CONFIG.hidden_size))
 
-  def total(params):
-    of_tokens = lambda *x: divergences.logprobs_and_entropy(*x)[0]
-    return jnp.sum(head_map(of_tokens, params, hidden, rows))
+  def of_tokens(logits, targets):
+    both = divergences.logprobs_and_entropy(logits, targets)
+    return jnp.sum(both[0] + both[1]), both
 
-  both = jax.jit(jax.value_and_grad(total))
-  text = both.lower(tiny_model.params()).as_text()
+  return head_sum(of_tokens, params, hidden, rows)[0]
+
+
+def test_logits_of_a_chunk_are_made_and_reduced_once_with_their_gradient():
+  arguments = (
+      tiny_model.params(),
+      jnp.ones((2, 8, tiny_model.CONFIG.hidden_size)),
+      jnp.zeros((2, 8), jnp.int32),
+  )
+  both = jax.jit(jax.value_and_grad(judged_by_token, argnums=(0, 1)))
+  text = both.lower(*arguments).as_text()
   # Of 4 tokens and 64 words: a maximum, a sum of exponentials, an entropy.
   assert len(re.findall(r'stablehlo\.reduce.*tensor<4x64xf32>', text)) == 3
+  # Logits, and what they bring to hidden states and to the head.
+  assert len(re.findall(r'dot_general.*-> tensor<4x64xf32>', text)) == 1
+  assert len(re.findall(r'dot_general.*tensor<32x64xf32>', text)) == 3

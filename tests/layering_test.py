@@ -12,7 +12,8 @@ import dppo_jax
 # Lowest first; `models.*` is the package and everything in it. A new file in
 # `dppo_jax/` must be given its place here.
 LAYERS = (
-    ('types', 'masking', 'segments', 'registry', 'ages', 'halvings'),
+    ('types', 'masking', 'segments', 'registry', 'ages', 'halvings',
+     'loops', 'chunks'),
     ('divergences', 'trust_regions', 'losses', 'penalties', 'advantages',
      'shaping', 'normalizers', 'algorithms', 'diagnostics', 'duals'),
     ('models.*', 'tasks.*', 'lora', 'optim', 'processes', 'sharding',

@@ -1,9 +1,10 @@
 """Every algorithm learns the same from every layout of a rollout's rows.
 
 The learner of a run takes two updates from rows as they were sampled, and again
-from packed rows in parts, some of them halved, and from groups that share a
-prompt; and one that takes the forward pass from the sampler. B sequences in
-groups of G, P prompt and C completion tokens.
+from packed rows in parts, some of them halved, from groups that share a prompt,
+and with a head that is run over a few tokens at a time; and one that takes the
+forward pass from the sampler. B sequences in groups of G, P prompt and C
+completion tokens.
 """
 
 import functools
@@ -28,9 +29,10 @@ G, P = tiny_model.GROUP_SIZE, tiny_model.PROMPT_LENGTH
 C = tiny_model.COMPLETION_LENGTH
 NUM_ROWS = tiny_model.NUM_PROMPTS * G
 NUM_SLOTS, ROW_LENGTH = 8, 30
-PACKED, SHARED, REUSED = WAYS = (
+PACKED, SHARED, CHUNKS, REUSED = WAYS = (
     'packed, in parts and halved',
     'shared prompts, in parts',
+    'in chunks of the head, in parts',
     'forward pass reused, in parts',
 )
 QUICK = 'gspo'  # Of a whole sequence, which is not where it was.
@@ -95,6 +97,8 @@ def options_of(way):
         'num_microbatches': 2,
         'model': tiny_model.MODEL.replace(row_attention=attend),
     }
+  if way == CHUNKS:  # No multiple of a sequence's tokens.
+    return {'chunk_size': 5, 'num_microbatches': 2}
   return {'num_microbatches': 2} if way == REUSED else {}
 
 

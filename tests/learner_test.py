@@ -263,8 +263,7 @@ def test_chunks_of_the_vocabulary_head_equal_the_whole(scored):
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
 
 
-def test_chunks_without_a_sampled_token_are_left_out(scored):
-  # Two columns a chunk; the prompts before column 4 teach nothing.
+def test_only_sampled_tokens_are_in_chunks(scored):
   calls = []
   token_map = target.make_token_map(
       tiny_model.MODEL, temperature=1.0, chunk_size=32
@@ -274,22 +273,26 @@ def test_chunks_without_a_sampled_token_are_left_out(scored):
     jax.debug.callback(lambda: calls.append(1))
     return divergences.token_logprobs(logits, targets)
 
-  def run(longest):
+  def run(chosen):
     calls.clear()
-    mask = scored.rollout.token_mask
-    mask &= jnp.arange(mask.shape[1])[None] < longest
+    mask = scored.rollout.token_mask & chosen
     rows = packing.rows_of(scored.rollout._replace(token_mask=mask))
     out = tiny_model.jit(lambda *x: token_map(count, *x))(
         tiny_model.params(), rows
     )
     jax.block_until_ready(out)
     jax.effects_barrier()
-    return len(calls), np.asarray(out)
+    # Chunks that are full, and one for the rest.
+    assert len(calls) == -(-int(mask.sum()) // 32)
+    np.testing.assert_array_equal(np.asarray(out)[~mask], 0)
+    return len(calls), mask, np.asarray(out)
 
-  (all_calls, whole), (few_calls, part) = run(10), run(7)
-  assert all_calls == 3 and few_calls == 2
-  np.testing.assert_array_equal(part[:, 4:8], whole[:, 4:8])
-  assert not part[:, 8:].any() and whole[:, 8:].any()
+  odd_rows = (np.arange(16) % 2 == 1)[:, None]
+  (most, whole, logprobs), (few, half, others) = run(True), run(odd_rows)
+  assert 1 < few < most < scored.rollout.token_mask.size / 32
+  assert whole.sum() > half.sum() and (logprobs[whole] < 0).all()
+  np.testing.assert_allclose(others[half], logprobs[half], rtol=1e-5)
+  assert run(False)[0] == 0
 
 
 def test_no_array_of_tokens_times_vocabulary_exists_with_chunks(scored):

@@ -355,6 +355,12 @@ def test_expected_lengths_make_the_loops():
   found = plan_lib.expect(config, 41)
   assert found.decode_steps == 8 * 40
   assert found.microbatches == 8 * (20 + 41) / 100
+  assert found.chunks == 1  # All logits at once.
+  config.learner.chunk_size = 100
+  # 256 / (4 * 8) completions of 41 tokens in a micro-batch.
+  parts = config.learner.num_minibatches * 8
+  assert plan_lib.expect(config, 41).chunks == -(-256 * 41 // (parts * 100))
+  assert plan_lib.expect(config, 41, 2).chunks == -(-256 * 41 // (parts * 200))
   with pytest.raises(ValueError, match='--mean_length=81'):
     plan_lib.expect(config, 81)
 
@@ -407,6 +413,18 @@ def test_no_weight_moves_while_decoding(plan):
   assert weights > 0
   assert decode.sent / steps < weights
   assert not plan.unknown_loops
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_head_in_chunks_multiplies_no_more_than_one_at_once(topology, plan):
+  # A device has 4 completions of 13 tokens in an update.
+  chunks = plan_lib.make_plan(
+      tiny_config(**{'learner.chunk_size': 13}), topology, tiny_model.MODEL
+  )
+  assert chunks.expected.chunks == 4 and not chunks.unknown_loops
+  learn, others = plan.phases[0], chunks.phases[0]
+  assert learn.flops == others.flops
 
 
 @needs_libtpu

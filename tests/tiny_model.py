@@ -236,14 +236,15 @@ def make_state(params, **options):
 
 
 def make_target_fn(divergence, *, model=MODEL, temperature=1.0, **options):
-  """`target.make_target_fn` measured from the policy that sampled."""
-  target_fn = target.make_target_fn(
-      model, divergence, temperature=temperature, **options
+  """What a policy says of tokens, measured from the one that sampled them."""
+  judge_fn = target.make_judge_fn(
+      model, divergence, by_token=False, temperature=temperature, **options
   )
+  judge = lambda stats: (jnp.float32(0), ())
 
   def fn(params, rollout):
     anchor = target.Anchor(rollout.behaviour_logprobs, rollout.record)
-    return target_fn(params, packing.rows_of(rollout), anchor)
+    return judge_fn(judge, params, packing.rows_of(rollout), anchor)[1]
 
   return fn
 
