@@ -52,6 +52,9 @@ _LENGTH = flags.DEFINE_integer('length', 1024, 'Of each completion.')
 _MICROBATCHES = flags.DEFINE_integer('microbatches', 16, 'Parts of an update.')
 _CHUNK = flags.DEFINE_integer('chunk', 8192, 'Tokens of the head at a time.')
 _REMAT = flags.DEFINE_enum('remat', 'products', causal_lm.REMAT, 'Of a layer.')
+_UNROLL = flags.DEFINE_bool(
+    'unroll', True, 'config.model.unroll_layers, layers one by one.'
+)
 _DECODE = flags.DEFINE_enum(
     'decode', 'auto', attention_kernels.DECODE_NAMES,
     'config.sampling.attention, by which tokens are decoded.',
@@ -77,7 +80,8 @@ def make_model() -> causal_lm.CausalLM:
       tie_word_embeddings=True, max_position_embeddings=40960,
   )
   return causal_lm.CausalLM(
-      config, qwen3, dtype=jnp.dtype(_DTYPE.value), remat=_REMAT.value
+      config, qwen3, dtype=jnp.dtype(_DTYPE.value), remat=_REMAT.value,
+      unrolls_layers=_UNROLL.value,
   )
 
 
@@ -93,6 +97,7 @@ def make_config():
       'sampling.dtype': _DTYPE.value,
       'sampling.attention': _DECODE.value,
       'model.remat': _REMAT.value,
+      'model.unroll_layers': _UNROLL.value,
       'learner.num_minibatches': 1,
       'learner.num_microbatches': _MICROBATCHES.value,
       'learner.chunk_size': _CHUNK.value,
@@ -223,7 +228,8 @@ def main(_):
           'group': _GROUP.value, 'prompt_length': _PROMPT_LENGTH.value,
           'length': _LENGTH.value, 'dtype': _DTYPE.value,
           'microbatches': _MICROBATCHES.value, 'remat': _REMAT.value,
-          'chunk': _CHUNK.value, 'decode': _DECODE.value,
+          'unroll': _UNROLL.value, 'chunk': _CHUNK.value,
+          'decode': _DECODE.value,
       },
       **measure(),
       'machine': machine.describe(),

@@ -253,6 +253,8 @@ def _for_temporary(config: Any, num_batch_shards: int) -> list[str]:
     ways.append('set learner.chunk_size (now 0, all logits at once)')
   if config.model.remat != 'full':
     ways.append(f"model.remat='full' (now {config.model.remat!r})")
+  if config.model.unroll_layers:
+    ways.append('model.unroll_layers=False (now True)')
   if not sampling.num_slots:
     ways.append('sampling.num_slots (now 0, all completions at once)')
   if sizes.reuse_forward:  # One dtype for both, without adapters at least.

@@ -517,6 +517,7 @@ def architecture(config: Any, family: Any, sizes: Any) -> CausalLM:
       family=family,
       dtype=jax.numpy.dtype(config.model.dtype),
       remat=config.model.remat,
+      unrolls_layers=config.model.unroll_layers,
   )
 
 

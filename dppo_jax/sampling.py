@@ -178,7 +178,8 @@ def make_sampler(
   dtype = jnp.dtype(dtype or model.dtype)
   weights_dtype = jnp.dtype(weights_dtype or dtype)
   cache_dtype = jnp.dtype(cache_dtype or dtype)
-  model = model.replace(dtype=dtype, remat='none')
+  # Nothing is kept for a backward pass.
+  model = model.replace(dtype=dtype, remat='none', unrolls_layers=False)
   limits = {'length': max_completion_length, 'pad_id': pad_id}
   routing = experts.Routing(record=record_routing)
   draw = _make_draw(temperature, top_p, top_k, record, eos_ids)

@@ -184,6 +184,25 @@ def test_recomputing_activations_gives_the_same_gradient(remat):
   )
 
 
+@pytest.mark.parametrize('remat', ['none', 'products'])
+def test_layers_one_by_one_have_the_same_gradient_and_no_arrays_of_all(remat):
+  params, tokens = tiny_model.params(), jnp.asarray(random_tokens(3, 7))
+  model = MODEL.replace(remat=remat)
+
+  def gradient(model):
+    loss = lambda p: jnp.sum(jax.nn.log_softmax(model.apply(p, tokens)) ** 2)
+    compiled = tiny_model.jit(jax.grad(loss)).lower(params).compile()
+    # Of all layers, a number for each of 3 x 7 tokens.
+    of_all = rf'f32\[{tiny_model.CONFIG.num_hidden_layers},3,7,\d+'
+    return compiled(params), len(re.findall(of_all, compiled.as_text()))
+
+  (expected, in_loop), (found, one_by_one) = map(
+      gradient, (model, model.replace(unrolls_layers=True))
+  )
+  tiny_model.assert_trees_close(found, expected, rtol=1e-4, atol=1e-3)
+  assert in_loop and not one_by_one
+
+
 @pytest.mark.parametrize('norm', [layers.RMSNorm, layers.OffsetRMSNorm])
 @pytest.mark.parametrize(
     'dtype, tolerance', [('float32', 1e-5), ('bfloat16', 0.03)]

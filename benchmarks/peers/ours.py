@@ -89,6 +89,8 @@ def make_config(
     part_halvings: int,
     halving_steps: int,
     reuse: int,
+    chunk_size: int,
+    unroll: int,
 ):
   """The algorithm, GRPO for the agreed work, with the sizes of `work`."""
   config = default.get_config(args.algorithm)
@@ -112,6 +114,8 @@ def make_config(
       },
       'learner.share_prompts': not row_length,
       'learner.reuse_forward': bool(reuse),
+      'learner.chunk_size': chunk_size,
+      'model.unroll_layers': bool(unroll),
       'optimizer.learning_rate': work.LEARNING_RATE,
       'optimizer.schedule': 'constant',
       'optimizer.weight_decay': work.WEIGHT_DECAY,
@@ -127,7 +131,9 @@ class Run:
   def __init__(self, args: argparse.Namespace, **setting):
     config = make_config(args, **setting)
     size = work.SIZES[args.size]
-    model = make_model(size, work.STOP[args.lengths])
+    model = make_model(size, work.STOP[args.lengths]).replace(
+        unrolls_layers=config.model.unroll_layers
+    )
     mesh = sharding.make_mesh(**config.mesh)
     self._rows = sharding.batch(mesh)
     program = main_lib.make_program(
@@ -218,6 +224,14 @@ def parser() -> argparse.ArgumentParser:
       '--reuses', type=work.integers, default=[0],
       help='config.learner.reuse_forward, to try one by one: 0 or 1.',
   )
+  flags.add_argument(
+      '--chunk_sizes', type=work.integers, default=[0],
+      help='config.learner.chunk_size, to try one by one.',
+  )
+  flags.add_argument(
+      '--unrolls', type=work.integers, default=[0],
+      help='config.model.unroll_layers, to try one by one: 0 or 1.',
+  )
   return flags
 
 
@@ -231,6 +245,8 @@ def settings(args: argparse.Namespace) -> list[dict[str, int]]:
       'part_halvings': args.part_halvings,
       'halving_steps': args.halving_steps,
       'reuse': args.reuses,
+      'chunk_size': args.chunk_sizes,
+      'unroll': args.unrolls,
   }
   return [
       dict(zip(tried, values)) for values in itertools.product(*tried.values())

@@ -48,12 +48,12 @@ OURS = {
     'fixed': {
         'microbatches': [8, 16, 32], 'row_lengths': [0], 'slots': [0],
         'halvings': [0], 'part_halvings': [0], 'halving_steps': [1],
-        'reuses': [1],
+        'reuses': [1], 'chunk_sizes': [0], 'unrolls': [0],
     },
     'geometric': {
         'microbatches': [4, 8], 'row_lengths': [128, 256], 'slots': [32, 96],
         'halvings': [4], 'part_halvings': [1], 'halving_steps': [1],
-        'reuses': [1],
+        'reuses': [1], 'chunk_sizes': [0], 'unrolls': [0],
     },
 }
 PEERS = [8, 16, 32, 64]  # Micro-batches.
@@ -62,7 +62,7 @@ SETTING = {
     'microbatches': 'microbatch', 'row_lengths': 'row_length',
     'slots': 'slots', 'halvings': 'halvings',
     'part_halvings': 'part_halvings', 'halving_steps': 'halving_steps',
-    'reuses': 'reuse',
+    'reuses': 'reuse', 'chunk_sizes': 'chunk_size', 'unrolls': 'unroll',
 }
 
 

@@ -62,6 +62,10 @@ class CausalLM:
     dtype: of the computation. Parameters keep their own.
     remat: one of `REMAT`: which activations of a layer are recomputed in the
       backward pass. 'full' needs the least memory and about a third more time.
+    unrolls_layers: whether each layer is compiled by itself, and not one for
+      all of them in a loop. A loop writes what the backward pass needs into
+      arrays of all layers and reads it there; without one it stays where it was
+      made, at the price of a compilation of all layers.
     place: puts the hidden states [B, T, D] between layers where they belong on
       a mesh, so that a compiler moves weights to tokens and not the other way.
     by_tokens: has each device map its own tokens, see `sharding.by_tokens`;
@@ -82,6 +86,7 @@ class CausalLM:
   params: PyTree = None
   dtype: Any = jnp.float32
   remat: str = 'none'
+  unrolls_layers: bool = False
   place: Callable[[jax.Array], jax.Array] = lambda hidden: hidden
   by_tokens: Callable[..., Any] | None = None
   by_experts: experts.SpreadFn | None = None
@@ -230,7 +235,8 @@ class CausalLM:
     if replay is not None:
       replay = jnp.moveaxis(replay, -2, 0)  # [L, B, T, k]
     x, kept = jax.lax.scan(
-        layer, x, (params['layers'], which, replay, jnp.arange(len(which)))
+        layer, x, (params['layers'], which, replay, jnp.arange(len(which))),
+        unroll=self.unrolls_layers,
     )
     routed = kept.routed._replace(
         choices=_layers_last(kept.routed.choices, -2),
