@@ -51,7 +51,7 @@ _PROMPT_LENGTH = flags.DEFINE_integer('prompt_length', 128, 'Of each prompt.')
 _LENGTH = flags.DEFINE_integer('length', 1024, 'Of each completion.')
 _MICROBATCHES = flags.DEFINE_integer('microbatches', 16, 'Parts of an update.')
 _CHUNK = flags.DEFINE_integer('chunk', 8192, 'Tokens of the head at a time.')
-_REMAT = flags.DEFINE_enum('remat', 'products', causal_lm.REMAT, 'Of a layer.')
+_REMAT = flags.DEFINE_enum('remat', 'none', causal_lm.REMAT, 'Of a layer.')
 _UNROLL = flags.DEFINE_bool(
     'unroll', True, 'config.model.unroll_layers, layers one by one.'
 )

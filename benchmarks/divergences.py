@@ -130,7 +130,7 @@ def make_learn(divergence: Divergence, loss_fn: LossFn, *, chunk: int):
             limit=0.02,
         )
     )
-    return jnp.sum(jnp.where(mask, per_token, 0.0)), ()
+    return per_token, ()
 
   def loss(params, rollout, advantages):
     anchor = target_lib.Anchor(rollout.behaviour_logprobs, rollout.record)

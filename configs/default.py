@@ -36,8 +36,8 @@ def _what(config):
       # What the backward pass computes again: none, full, or but for what
       # products, dots_saveable or dots_with_no_batch_dims_saveable keep.
       'remat': 'none',
-      # Compile each layer of the learner, which keeps less between them in
-      # arrays of all: faster, more memory, longer to compile, docs/scale.md.
+      # Compile the learner's layers one by one: no copies into arrays of all of
+      # them, but longer to compile. For accelerators, docs/scale.md.
       'unroll_layers': False,
       # Among the tokens of rows: by XLA, by a kernel (splash for TPU, cudnn for
       # NVIDIA), or auto, docs/models.md.

@@ -183,6 +183,13 @@ def check_model(
         f'{config.model.name!r} is a mixture of experts; use '
         'model.router_replay=True, or reuse_forward=False.'
     )
+  keeps_all = config.model.unroll_layers and config.model.remat == 'none'
+  if keeps_all and num_experts:
+    raise ValueError(
+        'config.model.unroll_layers=True would keep what is gathered of the '
+        'experts of all layers; use model.remat=\'full\', or '
+        'unroll_layers=False.'
+    )
   k = config.divergence.get('k', 0)
   if k > vocab_size:
     raise ValueError(

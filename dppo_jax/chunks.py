@@ -59,19 +59,23 @@ class _Chunks(NamedTuple):
     return sums, self.put_back(out)
 
 
-def mapped(fn: Callable[..., PyTree], chunk_size: int) -> Callable[..., PyTree]:
-  """`fn` of each sampled token, 0 for others.
+def mapped(
+    fn: Callable[..., PyTree], chunk_size: int = 0
+) -> Callable[..., PyTree]:
+  """`fn` of each token; 0 for those that were not sampled, if in chunks.
 
   Args:
     fn: `fn(heads, hidden [c, D], *trees of [c, ...])` of some tokens, a pytree
       of float32 [c, ...] that says of each what depends on it alone.
-    chunk_size: c.
+    chunk_size: c; 0 for all n at once.
 
   Returns:
     `run(heads, mask [n] bool, hidden [n, D], trees of [n, ...])`, a pytree of
-    [n, ...]. Its gradient is by heads and hidden, of those that have one, and
-    runs `fn` once more.
+    [n, ...]. Its gradient is by heads and hidden, of those that have one; in
+    chunks it runs `fn` once more.
   """
+  if not chunk_size:
+    return lambda heads, mask, hidden, trees: fn(heads, hidden, *_fixed(trees))
 
   def of_all(heads, mask, hidden, trees):
     chunks = _Chunks.of(mask, chunk_size)
@@ -108,33 +112,42 @@ def mapped(fn: Callable[..., PyTree], chunk_size: int) -> Callable[..., PyTree]:
 
   run = jax.custom_vjp(of_all)
   run.defvjp(forward, backward, symbolic_zeros=True)
-  return run
+  return lambda heads, mask, hidden, trees: run(
+      heads, mask, hidden, _fixed(trees)
+  )
 
 
 def summed(
-    fn: Callable[..., tuple[jax.Array, PyTree]], chunk_size: int
+    fn: Callable[..., tuple[jax.Array, PyTree]], chunk_size: int = 0
 ) -> Callable[..., tuple[jax.Array, PyTree]]:
   """The sum of what sampled tokens are worth, whose gradient comes with it.
 
   Args:
-    fn: `fn(heads, hidden [c, D], *trees of [c, ...])` of some tokens, the sum
-      [] of their worth; and beside it, without a gradient, a pytree of [c, ...]
-      that says of each what depends on it alone.
-    chunk_size: c.
+    fn: `fn(heads, hidden [c, D], *trees of [c, ...])` of some tokens, the worth
+      [c] of each; and beside it a pytree of [c, ...]. Both say of a token what
+      depends on it alone, and may be anything where none was sampled.
+    chunk_size: c; 0 for all n at once.
 
   Returns:
     `run(heads, mask [n] bool, hidden [n, D], trees of [n, ...])`, the sum over
-    sampled tokens and a pytree of [n, ...]. The sum has a gradient by heads and
-    hidden, of those that have one: as large as they are, it is kept from then
-    on.
+    sampled tokens; and a pytree of [n, ...] without a gradient, in chunks 0 for
+    those that were not. The sum has a gradient by heads and hidden, of those
+    that have one: in chunks it is kept from then on, as large as they are.
   """
+
+  def worth_of(mask, heads, hidden, trees):
+    worth, out = fn(heads, hidden, *trees)
+    return jnp.sum(jnp.where(mask, worth, 0)), out
+
+  def at_once(heads, mask, hidden, trees):
+    return worth_of(mask, heads, hidden, trees)
 
   def of_all(heads, mask, hidden, trees):
     chunks = _Chunks.of(mask, chunk_size)
 
     def of_chunk(index):
-      hidden_part, trees_part = chunks.take(index, (hidden, trees))
-      return fn(heads, hidden_part, *trees_part)
+      mask_part, *rest = chunks.take(index, (mask, hidden, trees))
+      return worth_of(mask_part, heads, *rest)
 
     return chunks.over(of_chunk, jnp.float32(0))
 
@@ -146,9 +159,11 @@ def summed(
     def of_chunk(index):
       moving = heads, chunks.take(index, hidden)
       fixed_part = fixed[0], chunks.take(index, fixed[1])
-      trees_part = chunks.take(index, trees)
+      mask_part, trees_part = chunks.take(index, (mask, trees))
       (worth, out), (of_heads, of_hidden) = jax.value_and_grad(
-          lambda moving: fn(*_merge(moving, fixed_part), *trees_part),
+          lambda moving: worth_of(
+              mask_part, *_merge(moving, fixed_part), trees_part
+          ),
           has_aux=True,
       )(moving)
       return (worth, of_heads), (out, of_hidden)
@@ -159,21 +174,26 @@ def summed(
     return (worth, out), (of_heads, of_hidden)
 
   def backward(gradients, of_both):
-    of_worth, _ = of_both
-    of_worth = _instantiate(of_worth)
+    of_worth = _instantiate(of_both[0])
     of_heads, of_hidden = jax.tree.map(
         lambda x: (x * of_worth).astype(x.dtype), gradients
     )
     return of_heads, None, of_hidden, None
 
-  run = jax.custom_vjp(of_all)
-  run.defvjp(forward, backward, symbolic_zeros=True)
+  in_chunks = jax.custom_vjp(of_all)
+  in_chunks.defvjp(forward, backward, symbolic_zeros=True)
 
-  def without_gradient_of_the_rest(heads, mask, hidden, trees):
-    worth, out = run(heads, mask, hidden, trees)
-    return worth, jax.lax.stop_gradient(out)
+  def run(heads, mask, hidden, trees):
+    of_tokens = in_chunks if chunk_size else at_once
+    worth, out = of_tokens(heads, mask, hidden, _fixed(trees))
+    return worth, _fixed(out)
 
-  return without_gradient_of_the_rest
+  return run
+
+
+def _fixed(tree: PyTree) -> PyTree:
+  """Without a gradient."""
+  return jax.lax.stop_gradient(tree)
 
 
 def _pick(tree: PyTree, indices: jax.Array) -> PyTree:

@@ -316,7 +316,7 @@ def make_loss_fn(
   full_kl = _make_full_kl_fn(model, **options)
 
   def judge(target, batch, multiplier):
-    """What sampled tokens, [b, T] or [n], add to the loss; region, metrics."""
+    """What tokens, [b, T] or [n], add to the loss; region and metrics."""
     mask = batch.rows.token_mask
     region = region_fn(trust_regions.RegionInputs(
         divergence=target.divergence,
@@ -341,8 +341,7 @@ def make_loss_fn(
         limit=dual and dual.limit,
     ))
     loss += _penalty(extras, target, batch)
-    worth = jnp.sum(jnp.where(mask, loss, 0.0) * batch.weights)
-    return worth, (region.astype(jnp.float32), metrics)
+    return loss * batch.weights, (region.astype(jnp.float32), metrics)
 
   def weighted_loss(
       params, batch, reference, version, dual_state=(), share=1.0, products=()

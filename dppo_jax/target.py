@@ -30,7 +30,7 @@ class Anchor(NamedTuple):
 
 
 class TargetStats(NamedTuple):
-  """The target policy at the sampled tokens. All [b, T] float32."""
+  """The target policy at the sampled tokens. All [b, T] or [n] float32."""
 
   logprobs: jax.Array
   entropy: jax.Array
@@ -60,9 +60,10 @@ def make_token_map(
 
   Returns:
     `token_map(fn, params, rows, *extra, products)`, with `extra` pytrees of
-    [b, T, ...]: the pytree of [b, T, ...] that `fn(logits [n, V], targets [n],
-    *extra)` makes of n tokens at a time, zeros for a prompt. For `products`,
-    see `hidden_states`.
+    [b, T, ...], by which there is no gradient: the pytree of [b, T, ...] that
+    `fn(logits [n, V], targets [n], *extra)` makes of n tokens at a time, each
+    by itself; zeros for a prompt and, in chunks, for what was not sampled. For
+    `products`, see `hidden_states`.
   """
   head_map = make_head_map(
       model,
@@ -86,10 +87,10 @@ def make_head_map(model: CausalLM, **options) -> Callable[..., PyTree]:
     `beside`, parameters whose head `fn` needs too, they are its first argument.
   """
   run = _make_over_rows(model, chunks.mapped, **options)
-  unworthy = lambda out: ((), out)
+  of_no_device = lambda out: ((), out)
 
   def head_map(fn, params, hidden, rows, *extra, beside=None):
-    return run(unworthy, fn, params, hidden, rows, extra, beside)[1]
+    return run(of_no_device, fn, params, hidden, rows, extra, beside)[1]
 
   return head_map
 
@@ -101,15 +102,15 @@ def make_head_sum(model: CausalLM, **options) -> Callable[..., Any]:
 
   Returns:
     `head_sum(fn, params, hidden [b, T, D], rows, *extra)` of a `fn(logits
-    [n, V], targets [n], *extra)` that returns the sum [] of what n tokens are
-    worth, each by itself, and beside it, without a gradient, a pytree of
-    [n, ...]: the sum over all, and a pytree of [b, T, ...].
+    [n, V], targets [n], *extra)` that returns the worth [n] of each of n tokens
+    and beside it, without a gradient, a pytree of [n, ...]: the sum of the
+    worth of sampled tokens, and a pytree of [b, T, ...].
   """
   run = _make_over_rows(model, chunks.summed, **options)
-  on_a_device = lambda out: (out[0][None, None], out[1])
+  of_device = lambda out: (out[0][None, None], out[1])
 
   def head_sum(fn, params, hidden, rows, *extra):
-    worth, out = run(on_a_device, fn, params, hidden, rows, extra)
+    worth, out = run(of_device, fn, params, hidden, rows, extra)
     return jnp.sum(worth), out
 
   return head_sum
@@ -143,13 +144,13 @@ def _make_over_rows(
       mask, hidden, *trees = jax.tree.map(
           lambda x: x.reshape(-1, *x.shape[2:]), trees
       )
-      if 0 < chunk_size < mask.size:
+      at_a_time = chunk_size if chunk_size < mask.size else 0
+      if at_a_time:
         # A sum of gradients would be rounded in bfloat16.
         heads = _exact(heads)
-        out = in_chunks(of_tokens, chunk_size)(heads, mask, hidden, trees)
-      else:
-        out = of_tokens(heads, hidden, *trees)
-      of_device, out = split(out)
+      of_device, out = split(
+          in_chunks(of_tokens, at_a_time)(heads, mask, hidden, trees)
+      )
       return of_device, jax.tree.map(
           lambda x: x.reshape(*shape, *x.shape[1:]), out
       )
@@ -244,10 +245,11 @@ def make_judge_fn(
 
   Returns:
     `judge_fn(judge, params, rows, anchor, *seen, products) -> (sum, target,
-    judged)` of a `judge(target, *seen)` that returns a sum [] over sampled
-    tokens and a pytree of arrays, all of any shape; `seen` are pytrees of
-    [b, T, ...]. The sum and the balance of experts carry a gradient; if not
-    `by_token`, so do `logprobs` and `entropy`.
+    judged)` of a `judge(target, *seen)` that returns what each token is worth
+    and a pytree beside it, [n] if `by_token` and else [b, T], as is all that it
+    sees; `seen` are pytrees of [b, T, ...]. The sum is over sampled tokens. It
+    carries a gradient, and so does the balance of experts; if not `by_token`,
+    `logprobs` and `entropy` do, too.
   """
   head_map = make_head_map(model, **options)
   head_sum = make_head_sum(model, **options)
@@ -288,6 +290,7 @@ def make_judge_fn(
     else:
       target = head_map(of_tokens, params, hidden, rows, anchor)
       worth, judged = judge(target, *seen)
+      worth = jnp.sum(jnp.where(rows.token_mask, worth, 0.0))
     return worth, target._replace(routed=routed, hidden=hidden), judged
 
   return judge_fn

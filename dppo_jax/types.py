@@ -92,7 +92,7 @@ class Divergence(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-  """What a loss may look at. All [B, T]."""
+  """What a loss may look at. All [B, T]; or [n], if it is `by_token`."""
 
   logprobs: jax.Array  # float32, target policy; carries the gradient.
   behaviour_logprobs: jax.Array  # float32, the anchor.

@@ -602,3 +602,14 @@ def test_every_algorithm_is_a_config_that_passes(name):
   config = default.get_config(name)
   assert config.algorithm == name
   checks.check(config, num_batch_shards=1)
+
+
+def test_layers_one_by_one_with_experts_compute_them_again():
+  config = default.get_config()
+  config.model.unroll_layers = True
+  sizes = {'vocab_size': 454, 'max_positions': 512}
+  checks.check_model(config, **sizes)
+  with pytest.raises(ValueError, match="unroll_layers=True would .*'full'"):
+    checks.check_model(config, num_experts=4, **sizes)
+  config.model.remat = 'full'
+  checks.check_model(config, num_experts=4, **sizes)

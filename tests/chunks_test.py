@@ -1,4 +1,4 @@
-"""No array of the size of all logits exists in the compiled step."""
+"""A head in chunks: as at once, and no array of the size of all logits."""
 
 import dataclasses
 import functools
@@ -126,17 +126,13 @@ def arguments():
 
 def of_tokens(heads, hidden, targets, weights):
   """What is worth something, and two arrays beside it."""
-  logits = hidden @ heads['kernel'] + heads['bias'][None]
+  logits = 0.5 + hidden @ heads['kernel'] + heads['bias'][None]
   logprobs = jnp.take_along_axis(
       jax.nn.log_softmax(logits), targets[:, None], axis=-1
   )[:, 0]
-  return weights * logprobs**2, {'logprobs': logprobs, 'targets': targets}
-
-
-def worth_of_tokens(*arguments):
-  worth, out = of_tokens(*arguments)
-  # What is in no slot of a chunk counts 0, as its weight does.
-  return jnp.sum(worth), out
+  # Where there is no token, this is not 0.
+  worth = 1.0 + weights * logprobs**2
+  return worth, {'logprobs': logprobs, 'targets': targets}
 
 
 def at_once(heads, hidden, trees):
@@ -145,31 +141,41 @@ def at_once(heads, hidden, trees):
   return jnp.sum(keep(worth)), jax.tree.map(keep, out)
 
 
-def in_chunks_summed(heads, hidden, trees):
-  return chunks.summed(worth_of_tokens, 3)(heads, MASK, hidden, trees)
+def in_chunks_summed(heads, hidden, trees, chunk_size=3):
+  return chunks.summed(of_tokens, chunk_size)(heads, MASK, hidden, trees)
 
 
-def in_chunks_mapped(heads, hidden, trees):
-  run = chunks.mapped(lambda *x: of_tokens(*x)[0], 3)
+def in_chunks_mapped(heads, hidden, trees, chunk_size=3):
+  run = chunks.mapped(lambda *x: of_tokens(*x)[0], chunk_size)
   _, out = at_once(heads, hidden, trees)
-  return jnp.sum(run(heads, MASK, hidden, trees)), out
+  worth = run(heads, MASK, hidden, trees)
+  return jnp.sum(jnp.where(MASK, worth, 0)), out
 
 
+@pytest.mark.parametrize('chunk_size', [0, 3, 20])
 @pytest.mark.parametrize('run', [in_chunks_summed, in_chunks_mapped])
-def test_chunks_give_the_sum_the_arrays_and_the_gradients_of_all_at_once(run):
-  both = lambda fn: jax.jit(
-      jax.value_and_grad(lambda *x: jax.tree.map(lambda y: 2 * y, fn(*x)),
-                         argnums=(0, 1), has_aux=True)
-  )(*arguments())
-  (worth, out), gradients = both(run)
-  (expected, others), expected_gradients = both(at_once)
-  np.testing.assert_allclose(worth, expected, rtol=1e-5)
+def test_chunks_give_the_sum_the_arrays_and_the_gradients_of_all_at_once(
+    run, chunk_size
+):
+  run = functools.partial(run, chunk_size=chunk_size)
+
+  def both(fn):
+    twice = lambda *x: jax.tree.map(lambda y: 2 * y, fn(*x))
+    (worth, out), gradients = jax.jit(
+        jax.value_and_grad(twice, argnums=(0, 1), has_aux=True)
+    )(*arguments())
+    if not chunk_size:  # May be anything where none was sampled.
+      out = jax.tree.map(lambda x: jnp.where(MASK, x, 0), out)
+    return (worth, out), gradients
+
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-  jax.tree.map(close, out, others)
-  jax.tree.map(close, gradients, expected_gradients)
-  assert not gradients[1][~MASK].any() and (gradients[1][MASK] != 0).all()
+  found, expected = both(run), both(at_once)
+  jax.tree.map(close, found, expected)
+  of_hidden = found[1][1]
+  assert not of_hidden[~MASK].any() and (of_hidden[MASK] != 0).all()
   # Without a gradient it is the same.
-  jax.tree.map(close, jax.jit(run)(*arguments()), at_once(*arguments()))
+  worth, _ = jax.jit(run)(*arguments())
+  close(worth, at_once(*arguments())[0])
 
 
 @pytest.mark.parametrize('run', [in_chunks_summed, in_chunks_mapped])
@@ -209,12 +215,20 @@ def test_a_gradient_is_made_of_what_has_one(run, which):
   assert bool(of_kernel) == (which == 'heads')
 
 
-def test_what_stands_beside_a_sum_has_no_gradient():
-  def beside(hidden):
-    heads, _, trees = arguments()
-    return jnp.sum(in_chunks_summed(heads, hidden, trees)[1]['logprobs'])
+@pytest.mark.parametrize('chunk_size', [0, 3])
+def test_what_stands_beside_has_no_gradient(chunk_size):
+  heads, hidden, (targets, weights) = arguments()
 
-  assert not jax.grad(beside)(arguments()[1]).any()
+  def beside(hidden):
+    run = functools.partial(in_chunks_summed, chunk_size=chunk_size)
+    return jnp.sum(run(heads, hidden, (targets, weights))[1]['logprobs'])
+
+  assert not jax.grad(beside)(hidden).any()
+  for run in (in_chunks_summed, in_chunks_mapped):
+    by_weights = lambda x, run=run: run(
+        heads, hidden, (targets, x), chunk_size=chunk_size
+    )[0]
+    assert not jax.grad(by_weights)(weights).any()
 
 
 def judged_by_token(params, hidden, targets):
@@ -228,7 +242,7 @@ def judged_by_token(params, hidden, targets):
 
   def of_tokens(logits, targets):
     both = divergences.logprobs_and_entropy(logits, targets)
-    return jnp.sum(both[0] + both[1]), both
+    return both[0] + both[1], both
 
   return head_sum(of_tokens, params, hidden, rows)[0]
 

@@ -35,7 +35,8 @@ PACKED, SHARED, CHUNKS, REUSED = WAYS = (
     'in chunks of the head, in parts',
     'forward pass reused, in parts',
 )
-QUICK = 'gspo'  # Of a whole sequence, which is not where it was.
+# Of a whole sequence, which is not where it was; and of tokens by themselves.
+QUICK = 'gspo', 'dppo_topk_tv'
 
 
 @functools.cache
@@ -128,7 +129,7 @@ as_sampled = functools.lru_cache(maxsize=1)(learn)  # For one name at a time.
 
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('name', [
-    name if name == QUICK else pytest.param(name, marks=pytest.mark.slow)
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
     for name in algorithms.names()
 ])
 def test_loss_and_gradients_of_every_layout_are_those_of_rows_as_sampled(

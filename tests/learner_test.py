@@ -13,6 +13,7 @@ from dppo_jax import divergences
 from dppo_jax import duals
 from dppo_jax import losses
 from dppo_jax import normalizers
+from dppo_jax import objective
 from dppo_jax import optim
 from dppo_jax import packing
 from dppo_jax import rollout
@@ -261,6 +262,39 @@ def test_chunks_of_the_vocabulary_head_equal_the_whole(scored):
     )
   tiny_model.assert_trees_close(gradient, expected, rtol=1e-4, atol=1e-6)
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected)) > 1e-2
+
+
+@pytest.mark.parametrize('options', [
+    {'extras': objective.Extras(kl_coefficient=0.3, kl_estimator='full')},
+    {'extras': objective.Extras(kl_coefficient=0.3, entropy_bonus=0.1)},
+    {
+        'loss_fn': losses.build('r2vpo'),
+        'dual': duals.build('projected_ascent', limit=1e-3, by_age=True),
+    },
+    {'anchor': 'recomputed', 'loss_fn': losses.build('spo')},
+], ids=['full kl', 'kl and entropy', 'dual by age', 'recomputed'])
+def test_updates_in_chunks_of_the_head_are_those_of_all_logits_at_once(
+    scored, options
+):
+  # At another temperature than the sampler's, so that nothing is 0.
+  options = {'temperature': 0.7, 'num_minibatches': 2, **options}
+
+  def run(chunk_size):
+    state = tiny_model.make_state(
+        tiny_model.params(), with_reference='extras' in options,
+        dual=options.get('dual'),
+    )
+    learn_fn = tiny_model.make_learner(
+        TOPK_TV, chunk_size=chunk_size, optimizer=tiny_model.sgd(0.1),
+        **options,
+    )
+    return tiny_model.jit(learn_fn)(state, scored, KEY)
+
+  (expected, _, metrics), (state, _, others) = run(0), run(7)
+  assert_same_params(state, expected)
+  tiny_model.assert_trees_close(state.dual, expected.dual, rtol=1e-5)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(others[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_only_sampled_tokens_are_in_chunks(scored):

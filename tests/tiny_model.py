@@ -240,7 +240,7 @@ def make_target_fn(divergence, *, model=MODEL, temperature=1.0, **options):
   judge_fn = target.make_judge_fn(
       model, divergence, by_token=False, temperature=temperature, **options
   )
-  judge = lambda stats: (jnp.float32(0), ())
+  judge = lambda stats: (jnp.zeros(stats.logprobs.shape), ())
 
   def fn(params, rollout):
     anchor = target.Anchor(rollout.behaviour_logprobs, rollout.record)

@@ -58,6 +58,21 @@ def one_step(trainable, params, frozen=(), *, optimizer=None, **options):
   return state, metrics
 
 
+def test_adapters_learn_the_same_in_chunks_of_a_head_that_is_fixed():
+  trainable = with_adapters()
+  params, frozen = trainable.split(tiny_model.params(), jax.random.key(2))
+  # As new, half of an adapter is 0 and the other half has no gradient.
+  params = jax.tree.map(lambda x: x + 0.1, params)
+  whole, _ = one_step(trainable, params, frozen)
+  chunks, _ = one_step(trainable, params, frozen, chunk_size=7)
+  moved = jax.tree.map(lambda x, y: jnp.abs(x - y).max(), whole.params, params)
+  assert min(jax.tree.leaves(moved)) > 1e-4
+  tiny_model.assert_trees_close(
+      chunks.params, whole.params, rtol=0, atol=1e-6
+  )
+
+
+
 @functools.cache
 def full_gradients():
   """Path -> gradient of the loss with respect to everything."""

@@ -65,7 +65,8 @@ class CausalLM:
     unrolls_layers: whether each layer is compiled by itself, and not one for
       all of them in a loop. A loop writes what the backward pass needs into
       arrays of all layers and reads it there; without one it stays where it was
-      made, at the price of a compilation of all layers.
+      made, at the price of a compilation of all layers. With `remat='none'` all
+      of it is kept, then; in a loop an MLP's activations are made again.
     place: puts the hidden states [B, T, D] between layers where they belong on
       a mesh, so that a compiler moves weights to tokens and not the other way.
     by_tokens: has each device map its own tokens, see `sharding.by_tokens`;
@@ -228,7 +229,10 @@ class CausalLM:
 
     if self.remat != 'none':
       layer = jax.checkpoint(
-          layer, prevent_cse=False, policy=_remat_policy(self.remat)
+          layer,
+          # In straight-line code, a compiler would find it computed already.
+          prevent_cse=self.unrolls_layers,
+          policy=_remat_policy(self.remat),
       )
     which = jnp.asarray(self.config.layer_kinds, jnp.int32)  # [L]
     replay = routing.replay
