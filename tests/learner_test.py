@@ -291,7 +291,8 @@ def test_updates_in_chunks_of_the_head_are_those_of_all_logits_at_once(
     return tiny_model.jit(learn_fn)(state, scored, KEY)
 
   (expected, _, metrics), (state, _, others) = run(0), run(7)
-  assert_same_params(state, expected)
+  assert moved(expected) > 1e-3
+  assert_same_params(state, expected, atol=2e-5 * moved(expected))
   tiny_model.assert_trees_close(state.dual, expected.dual, rtol=1e-5)
   for name, value in metrics.items():
     np.testing.assert_allclose(others[name], value, rtol=1e-4, atol=1e-6)
