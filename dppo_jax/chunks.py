@@ -135,19 +135,15 @@ def summed(
     that have one: in chunks it is kept from then on, as large as they are.
   """
 
-  def worth_of(mask, heads, hidden, trees):
+  def at_once(heads, mask, hidden, trees):
     worth, out = fn(heads, hidden, *trees)
     return jnp.sum(jnp.where(mask, worth, 0)), out
-
-  def at_once(heads, mask, hidden, trees):
-    return worth_of(mask, heads, hidden, trees)
 
   def of_all(heads, mask, hidden, trees):
     chunks = _Chunks.of(mask, chunk_size)
 
     def of_chunk(index):
-      mask_part, *rest = chunks.take(index, (mask, hidden, trees))
-      return worth_of(mask_part, heads, *rest)
+      return at_once(heads, *chunks.take(index, (mask, hidden, trees)))
 
     return chunks.over(of_chunk, jnp.float32(0))
 
@@ -160,11 +156,13 @@ def summed(
       moving = heads, chunks.take(index, hidden)
       fixed_part = fixed[0], chunks.take(index, fixed[1])
       mask_part, trees_part = chunks.take(index, (mask, trees))
+
+      def worth_of(moving):
+        heads, hidden = _merge(moving, fixed_part)
+        return at_once(heads, mask_part, hidden, trees_part)
+
       (worth, out), (of_heads, of_hidden) = jax.value_and_grad(
-          lambda moving: worth_of(
-              mask_part, *_merge(moving, fixed_part), trees_part
-          ),
-          has_aux=True,
+          worth_of, has_aux=True
       )(moving)
       return (worth, of_heads), (out, of_hidden)
 
