@@ -121,6 +121,7 @@ def by_token(fn: Callable) -> Callable:
 
 
 def is_by_token(fn: Callable) -> bool:
+  """Whether a loss or a rule is marked so; what says nothing is not."""
   return getattr(fn, 'by_token', False)
 
 
