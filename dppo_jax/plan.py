@@ -42,8 +42,8 @@ from dppo_jax.chips import CHIPS
 from dppo_jax.chunks import CHUNKS
 from dppo_jax.decoding import FEWER
 from dppo_jax.decoding import FILL
-from dppo_jax.models import attention
 from dppo_jax.models import load
+from dppo_jax.models import platforms
 from dppo_jax.models.packed_attention import WALK
 
 _TOPOLOGY = flags.DEFINE_string(
@@ -216,7 +216,7 @@ def make_plan(
     on_compile()
     return _Kept(traced.lower(), made)
 
-  with attention.traced_for('tpu'):
+  with platforms.traced_for('tpu'):
     main.warn_of_no_kernel(config, mesh, model)
     _, compile_s = fitting.make_program(
         config, make, lower, limit=topology.chip.memory, num_batch_shards=shards

@@ -26,6 +26,7 @@ from dppo_jax import main
 from dppo_jax import plan
 from dppo_jax.models import attention
 from dppo_jax.models import attention_kernels
+from dppo_jax.models import platforms
 
 WINDOWS = {'full': [None], 'sliding': [7], 'both': [7, None]}
 
@@ -288,7 +289,7 @@ def test_a_run_says_once_where_auto_has_no_kernel(caplog):
   config = whole_step.make_config(learner__row_length=600)
   model = tiny_model.MODEL.replace(dtype=jnp.bfloat16)
   mesh = whole_step.make_mesh()
-  with attention.traced_for('cuda'):
+  with platforms.traced_for('cuda'):
     main.warn_of_no_kernel(config, mesh, model)
   assert [record.getMessage() for record in caplog.records] == [
       f'Attention of the {part} by XLA: config.sampling.dtype=float32 is not '
@@ -351,7 +352,7 @@ SHARED = {'learner__share_prompts': True, 'learner__num_minibatches': 1}
     'options', [{}, PACKED, SHARED], ids=['rows', 'packed', 'shared']
 )
 def test_a_step_for_cuda_calls_cudnn(cudnn_version, options):
-  with attention.traced_for('cuda'):
+  with platforms.traced_for('cuda'):
     text = lowered_step(
         'cuda', model__attention='cudnn', model__dtype='bfloat16',
         sampling__dtype='bfloat16', **options,
@@ -374,7 +375,7 @@ def test_rows_need_a_bias_for_a_window_that_hides_something(
   )
   model = tiny_model.MODEL.replace(config=sizes)
   monkeypatch.setattr(tiny_model, 'MODEL', model)
-  with attention.traced_for('cuda'):
+  with platforms.traced_for('cuda'):
     text = lowered_step(
         'cuda', model__attention='cudnn', model__dtype='bfloat16',
         sampling__dtype='bfloat16', max_prompt_length=6,
@@ -390,7 +391,7 @@ def test_rows_need_a_bias_for_a_window_that_hides_something(
 def test_what_attention_made_is_among_the_products_that_are_kept(
     cudnn_version, remat, calls
 ):
-  with attention.traced_for('cuda'):
+  with platforms.traced_for('cuda'):
     jaxpr = traced_step(
         model__attention='cudnn', model__dtype='bfloat16',
         sampling__dtype='bfloat16', model__remat=remat,
@@ -403,7 +404,7 @@ def test_what_attention_made_is_among_the_products_that_are_kept(
     ({}, '_segmented'), (PACKED, ''), (SHARED, '_segmented')
 ], ids=['rows', 'packed', 'shared'])
 def test_a_step_for_tpu_calls_splash(options, learner):
-  with attention.traced_for('tpu'):
+  with platforms.traced_for('tpu'):
     text = lowered_step('tpu', model__attention='splash', **options)
   assert set(re.findall(r'kernel_name = "(splash\w*)"', text)) == {
       'splash_mha_fwd_segmented_no_residuals',  # Of the prompts.
@@ -420,7 +421,7 @@ def steps_on_eight_devices():
   for options in ({}, PACKED | {'learner__row_length': 25}, SHARED):
     options = options | {'num_prompts': 8, 'learner__num_minibatches': 1}
     one = whole_step.three_steps(model, params, **options)
-    with attention.traced_for('tpu'), pytest.MonkeyPatch.context() as patch:
+    with platforms.traced_for('tpu'), pytest.MonkeyPatch.context() as patch:
       patch.setattr(attention_kernels, 'splash', functools.partial(
           attention_kernels.splash, interpret=True
       ))

@@ -18,7 +18,7 @@ from dppo_jax import hlo
 from dppo_jax import main
 from dppo_jax import operations
 from dppo_jax import sampling
-from dppo_jax.models import attention
+from dppo_jax.models import platforms
 
 MODEL, CONFIG = tiny_model.MODEL, tiny_model.CONFIG
 P, C = tiny_model.PROMPT_LENGTH, tiny_model.COMPLETION_LENGTH
@@ -114,7 +114,7 @@ def test_weights_are_cast_and_unstacked_before_the_loop_over_tokens(
     platform, given, dtype, num_slots
 ):
   sampler = tiny_model.make_sampler(dtype=dtype, num_slots=num_slots)
-  with attention.traced_for(platform):
+  with platforms.traced_for(platform):
     program = jax.jit(sampler).trace(*arguments_of(given)).jaxpr
   # The other loops copy prompts.
   [loop] = [

@@ -6,15 +6,14 @@ tokens, H query heads, K key and value heads, E width of a head; N prompts, G
 completions of each, P prompt tokens, C completion tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
-import contextvars
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.models import platforms
 from dppo_jax.models import products
 from dppo_jax.models import quantization
 
@@ -38,8 +37,6 @@ NUM_STRETCHES = 4
 SHORTEST_STRETCH = 128
 NO_WINDOW = 2**30
 
-_platform = contextvars.ContextVar('_platform', default=None)
-
 
 class Where(NamedTuple):
   """Which tokens of a row belong together. [B, T] int32 each."""
@@ -54,21 +51,6 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-@contextlib.contextmanager
-def traced_for(platform: str) -> Iterator[None]:
-  """Within it, programs are traced for a platform that need not be here."""
-  token = _platform.set(platform)
-  try:
-    yield
-  finally:
-    _platform.reset(token)
-
-
-def platform() -> str:
-  """That programs are traced for: cpu, tpu, gpu, or another of JAX."""
-  return _platform.get() or jax.default_backend()
-
-
 def multiplied_in(dtype: Any) -> Any:
   """The type of the factors of a product that is summed in float32.
 
@@ -76,7 +58,7 @@ def multiplied_in(dtype: Any) -> Any:
   the factors are widened, which changes no product.
   """
   narrow = jnp.dtype(dtype).itemsize < 4
-  return jnp.float32 if narrow and platform() == 'cpu' else dtype
+  return jnp.float32 if narrow and platforms.current() == 'cpu' else dtype
 
 
 def visible_within_segments(

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from dppo_jax.models import attention
 from dppo_jax.models import decode_kernel
 from dppo_jax.models import layers
+from dppo_jax.models import platforms
 from dppo_jax.models import products
 
 NAMES = ('auto', 'xla', 'splash', 'cudnn')
@@ -142,7 +143,7 @@ def platform_of() -> str:
 
   'cuda' if cuDNN's kernel runs on this one: on Ampere and later.
   """
-  name = attention.platform()
+  name = platforms.current()
   if name != 'gpu':
     return name
   # AMD's too are 'gpu', and have no compute capability that is a number.

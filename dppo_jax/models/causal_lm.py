@@ -21,6 +21,7 @@ from dppo_jax.models import alignment
 from dppo_jax.models import attention
 from dppo_jax.models import experts
 from dppo_jax.models import layers
+from dppo_jax.models import platforms
 from dppo_jax.models import products as products_lib
 from dppo_jax.models import quantization
 from dppo_jax.models import rope
@@ -298,7 +299,7 @@ class CausalLM:
     `layers.Turned`.
     """
     stacked = params['layers']
-    if attention.platform() == 'cpu':
+    if platforms.current() == 'cpu':
       if not self.config.num_experts:
         stacked = stacked | {'mlp': layers.turned(stacked['mlp'])}
       if self.config.tie_word_embeddings:
