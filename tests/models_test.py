@@ -16,6 +16,8 @@ from dppo_jax.models import causal_lm
 from dppo_jax.models import experts
 from dppo_jax.models import layers
 from dppo_jax.models import load
+from dppo_jax.models import platforms
+from dppo_jax.models import rope
 
 MODEL = tiny_model.MODEL
 GOLDEN = pathlib.Path(make_embedded_logits.PATH)
@@ -212,6 +214,38 @@ def test_layers_one_by_one_are_computed_again_if_that_is_asked_for():
   _, kept, _ = gradient_of_layers(remat='none', unrolls_layers=True)
   _, again, _ = gradient_of_layers(remat='full', unrolls_layers=True)
   assert again > 1.2 * kept
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+@pytest.mark.parametrize(
+    'dtype, tolerance', [('float32', 1e-6), ('bfloat16', 0.02)]
+)
+def test_a_rotation_is_a_product_of_complex_numbers(platform, dtype, tolerance):
+  rng = np.random.RandomState(0)
+  x, upstream = rng.standard_normal((2, 2, 5, 3, 8)).astype(np.float32)
+  positions = np.array([[0, 1, 2, 3, 4], [7, 8, 0, 1, 2]], np.int32)
+  turns = positions[..., None, None] * 100.0 ** (-np.arange(4) / 4)
+  phase = np.exp(1j * turns)
+
+  def complex_product(x, phase):
+    made = (x[..., :4] + 1j * x[..., 4:]) * phase
+    return np.concatenate([made.real, made.imag], axis=-1)
+
+  def ours(x):
+    rotation = rope.angles(positions, head_dim=8, theta=100.0)
+    rotated = rope.rotate(x, rotation)
+    assert rotated.dtype == dtype
+    return jnp.sum(rotated.astype(jnp.float32) * upstream), rotated
+
+  with platforms.traced_for(platform):
+    gradient, rotated = tiny_model.jit(jax.grad(ours, has_aux=True))(
+        jnp.asarray(x, dtype)
+    )
+  expected = complex_product(x, phase), complex_product(upstream, phase.conj())
+  for made, wanted in zip((rotated, gradient), expected, strict=True):
+    np.testing.assert_allclose(
+        np.asarray(made, np.float32), wanted, rtol=0, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize('norm', [layers.RMSNorm, layers.OffsetRMSNorm])

@@ -9,6 +9,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dppo_jax.models import platforms
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearScaling:
@@ -129,7 +131,23 @@ def rotate(
     x: jax.Array, rotation: tuple[jax.Array, jax.Array]
 ) -> jax.Array:
   """Rotates the halves of each head against each other. [B, T, H, E]."""
-  cos, sin = rotation
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turn = _by_halves if platforms.current() == 'cpu' else _by_turning
+  return turn(x.astype(jnp.float32), *rotation).astype(x.dtype)
+
+
+def _by_halves(x, cos, sin):
+  first, second = jnp.split(x, 2, axis=-1)
   rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+  return jnp.concatenate(rotated, axis=-1)
+
+
+def _by_turning(x, cos, sin):
+  """The same, where halves would be written to be put together.
+
+  A GPU then needs a kernel for each and one more; a CPU reads an axis backwards
+  element by element.
+  """
+  halves = x.reshape(*x.shape[:-1], 2, -1)
+  of_others = jnp.stack([-sin, sin], axis=-2)
+  rotated = halves * cos[..., None, :] + halves[..., ::-1, :] * of_others
+  return rotated.reshape(x.shape)
