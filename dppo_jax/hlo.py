@@ -152,6 +152,11 @@ def arrays(
     yield sizes, math.prod(sizes) * _bits(dtype) // 8
 
 
+def _width(shape: str) -> int:
+  """Bits of an element."""
+  return _bits(_ARRAY.search(shape)[1])
+
+
 def _bits(dtype: str) -> int:
   if dtype in _BITS:
     return _BITS[dtype]
@@ -252,6 +257,13 @@ def traffic(program: Program, step: Executed) -> int:
 
 _TAKES_A_PART = {'dynamic-slice', 'gather', 'slice'}
 _WRITES_A_PART = {'dynamic-update-slice': 1, 'scatter': 2}  # Which operand.
+# Of which a part is made of the same part of what they are given.
+_ELEMENT_BY_ELEMENT = {
+    'abs', 'add', 'and', 'bitcast', 'clamp', 'compare', 'convert', 'divide',
+    'exponential', 'exponential-minus-one', 'log', 'log-plus-one', 'logistic',
+    'maximum', 'minimum', 'multiply', 'negate', 'not', 'or', 'power', 'reshape',
+    'rsqrt', 'select', 'sqrt', 'subtract', 'tanh',
+}
 
 
 def _shape(around, name):
@@ -322,6 +334,7 @@ def _use(program, computation, place):
       if x.opcode == 'parameter' and x.arguments == str(place)
   )
   total, names, leaves = 0, [name], False
+  width = _width(within[name].shape)  # It may be converted before it is cut.
   while names:
     name = names.pop()
     leaves |= within[name].is_root
@@ -329,10 +342,10 @@ def _use(program, computation, place):
       if name not in user.operands:
         continue
       first = user.operands.index(name)
-      if user.opcode in ('bitcast', 'reshape'):
+      if user.opcode in _ELEMENT_BY_ELEMENT:
         names.append(user.name)
       elif user.opcode in _TAKES_A_PART and not first:
-        total += num_bytes(user.shape)
+        total += num_bytes(user.shape) * width // _width(within[name].shape)
       elif user.opcode in _WRITES_A_PART and not first:
         continue
       elif user.opcode == 'fusion':

@@ -285,6 +285,36 @@ def test_weights_that_a_fusion_in_a_fusion_only_renames_are_read(user, read):
   assert hlo.traffic(program, step) == read + other + result
 
 
+@pytest.mark.parametrize('part, read', [
+    ('gather(%d, %i), offset_dims={1}', 4 * 4),
+    ('reduce(%d, %i), dimensions={1}', 4 * 4 * 64),
+])
+def test_what_is_made_element_by_element_is_read_where_it_is_taken(part, read):
+  program = hlo.parse(f'''HloModule jit_step
+
+%taken.1 (x: f32[4,64], i: s32[4], top: f32[4]) -> bf16[4,1] {{
+  %x = f32[4,64]{{1,0}} parameter(0)
+  %i = s32[4]{{0}} parameter(1)
+  %top = f32[4]{{0}} parameter(2)
+  %b = f32[4,64]{{1,0}} broadcast(%top), dimensions={{0}}
+  %s = f32[4,64]{{1,0}} subtract(%x, %b)
+  %d = bf16[4,64]{{1,0}} convert(%s)
+  ROOT %y = bf16[4,1]{{1,0}} {part}
+}}
+
+ENTRY %main.1_spmd (a: f32[4,64], b: s32[4], c: f32[4]) -> bf16[4,1] {{
+  %a = f32[4,64]{{1,0}} parameter(0)
+  %b = s32[4]{{0}} parameter(1)
+  %c = f32[4]{{0}} parameter(2)
+  ROOT %fusion.1 = bf16[4,1]{{1,0}} fusion(%a, %b, %c), kind=kLoop, \
+calls=%taken.1
+}}
+''')
+  [step] = [x for x in hlo.executed(program) if x.instruction.is_root]
+  others, result = 4 * (4 + 4), 2 * 4
+  assert hlo.traffic(program, step) == read + others + result
+
+
 def test_collectives_are_found_in_fusions_loops_and_all_notations():
   program = hlo.parse(_TEXT)
   steps = list(hlo.executed(program, phases=('learn', 'sample')))
