@@ -155,8 +155,7 @@ def _step(config):
       # Rows as sampled, with a prompt computed once for its group. A
       # mini-batch then consists of whole groups.
       'share_prompts': False,
-      # Tokens of a device whose logits exist at a time, one of each row at
-      # least; 0: all.
+      # Sampled tokens of a device whose logits exist at a time; 0: all.
       'chunk_size': 0,
   }
   config.max_nonfinite_updates = 8  # In a row; then the run stops.

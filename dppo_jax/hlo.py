@@ -218,7 +218,7 @@ def trip_count(
     return int(known[1])
   name = re.search(r'condition=%?([\w.\-]+)', loop.rest)[1]
   condition = program.computations[name]
-  root = next(x for x in condition.values() if x.is_root)
+  root = _root(condition)
   if root.opcode != 'compare' or 'direction=LT' not in root.rest:
     return None
   counter, bound = (condition.get(x) for x in root.operands)
@@ -258,11 +258,12 @@ def traffic(program: Program, step: Executed) -> int:
 _TAKES_A_PART = {'dynamic-slice', 'gather', 'slice'}
 _WRITES_A_PART = {'dynamic-update-slice': 1, 'scatter': 2}  # Which operand.
 # Of which a part is made of the same part of what they are given.
-_ELEMENT_BY_ELEMENT = {
-    'abs', 'add', 'and', 'bitcast', 'clamp', 'compare', 'convert', 'divide',
-    'exponential', 'exponential-minus-one', 'log', 'log-plus-one', 'logistic',
-    'maximum', 'minimum', 'multiply', 'negate', 'not', 'or', 'power', 'reshape',
-    'rsqrt', 'select', 'sqrt', 'subtract', 'tanh',
+_RENAMES = {'bitcast', 'reshape'}
+_ELEMENT_BY_ELEMENT = _RENAMES | {
+    'abs', 'add', 'and', 'clamp', 'compare', 'convert', 'divide', 'exponential',
+    'exponential-minus-one', 'log', 'log-plus-one', 'logistic', 'maximum',
+    'minimum', 'multiply', 'negate', 'not', 'or', 'power', 'rsqrt', 'select',
+    'sqrt', 'subtract', 'tanh',
 }
 
 
@@ -289,19 +290,37 @@ def _written(program, around, instruction):
 def _written_within(program, fusion, size):
   """What a fusion writes: updates of arrays in place are parts of them."""
   within = program.computations[fusion.called[0]]
-  root = next(x for x in within.values() if x.is_root)
+  root = _root(within)
   names = root.operands if root.opcode == 'tuple' else (root.name,)
   total = 0
   for name in names:
-    last = within[name]
-    while last.opcode in ('bitcast', 'copy', 'reshape') and last.operands:
-      last = within[last.operands[0]]
-    if last.opcode in _WRITES_A_PART:
+    last, parts = _origin(program, within, name), []
+    while last.opcode in _WRITES_A_PART:
       part = last.operands[_WRITES_A_PART[last.opcode]]
-      total += num_bytes(_shape(within, part))
-    else:
-      total += num_bytes(last.shape)
+      parts.append(num_bytes(_shape(within, part)))
+      last = _origin(program, within, last.operands[0])
+    # What is made here and updated here is written as a whole.
+    is_in_place = parts and last.opcode == 'parameter'
+    total += sum(parts) if is_in_place else num_bytes(last.shape)
   return total
+
+
+def _origin(program, within, name):
+  """The instruction that made what others only rename."""
+  last = within[name]
+  if last.opcode in _RENAMES | {'copy'}:
+    return _origin(program, within, last.operands[0])
+  if last.opcode == 'fusion':
+    inner = program.computations[last.called[0]]
+    origin = _origin(program, inner, _root(inner).name)
+    if origin.opcode == 'parameter':
+      place = int(origin.arguments)
+      return _origin(program, within, last.operands[place])
+  return last
+
+
+def _root(computation):
+  return next(x for x in computation.values() if x.is_root)
 
 
 def _read(program, around, instruction, place):
@@ -322,42 +341,54 @@ def _read(program, around, instruction, place):
 
 def _used_within(program, computation, place):
   """Bytes that a fused computation takes of a parameter; None for all."""
-  used, leaves = _use(program, computation, place)
-  return None if leaves else used
+  use = _use(program, computation, place)
+  return None if use.is_result else use.taken
+
+
+class _Use(NamedTuple):
+  """What a computation makes of a parameter."""
+
+  taken: int | None  # Bytes; None for all.
+  is_result: bool = False  # Its elements, or what each is made into.
+  is_renamed: bool = True  # Only so much: the result is the parameter.
 
 
 def _use(program, computation, place):
-  """Bytes taken of a parameter (None for all), and whether it is the result."""
   within = program.computations[computation]
-  name = next(
+  start = next(
       x.name for x in within.values()
       if x.opcode == 'parameter' and x.arguments == str(place)
   )
-  total, names, leaves = 0, [name], False
-  width = _width(within[name].shape)  # It may be converted before it is cut.
-  while names:
-    name = names.pop()
-    leaves |= within[name].is_root
+  width = _width(within[start].shape)  # It may be converted before it is cut.
+  taken, is_result = 0, False
+  # What is made element by element -> whether it is the parameter renamed.
+  renamed, left = {start: True}, [start]
+  while left:
+    name = left.pop()
+    is_result |= within[name].is_root
     for user in within.values():
       if name not in user.operands:
         continue
       first = user.operands.index(name)
-      if user.opcode in _ELEMENT_BY_ELEMENT:
-        names.append(user.name)
+      passes, is_same = user.opcode in _ELEMENT_BY_ELEMENT, False
+      if passes:
+        is_same = user.opcode in _RENAMES
       elif user.opcode in _TAKES_A_PART and not first:
-        total += num_bytes(user.shape) * width // _width(within[name].shape)
-      elif user.opcode in _WRITES_A_PART and not first:
+        taken += num_bytes(user.shape) * width // _width(within[name].shape)
+      elif user.opcode in _WRITES_A_PART and not first and renamed[name]:
         continue
       elif user.opcode == 'fusion':
-        used, passes = _use(program, user.called[0], first)
-        if used is None:
-          return None, False
-        total += used
-        if passes:  # It is what its users make of it.
-          names.append(user.name)
+        use = _use(program, user.called[0], first)
+        if use.taken is None:
+          return use
+        taken += use.taken * width // _width(within[name].shape)
+        passes, is_same = use.is_result, use.is_renamed
       else:
-        return None, False
-  return total, leaves
+        return _Use(None)
+      if passes and user.name not in renamed:
+        renamed[user.name] = is_same and renamed[name]
+        left.append(user.name)
+  return _Use(taken, is_result, renamed.get(_root(within).name, False))
 
 
 class Collective(NamedTuple):

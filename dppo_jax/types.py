@@ -95,7 +95,7 @@ class LossInputs(NamedTuple):
   """What a loss may look at. All [B, T]; or [n], if it is `by_token`."""
 
   logprobs: jax.Array  # float32, target policy; carries the gradient.
-  behaviour_logprobs: jax.Array  # float32, the anchor.
+  behaviour_logprobs: jax.Array  # float32, of the policy that sampled.
   divergence: jax.Array  # float32, D(behaviour || target).
   trust_region: jax.Array  # bool, token may still push the policy; a float
   # in [0, 1] where the rule is soft.

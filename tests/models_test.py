@@ -248,6 +248,18 @@ def test_a_rotation_is_a_product_of_complex_numbers(platform, dtype, tolerance):
     )
 
 
+@pytest.mark.parametrize('platform, is_read_backwards', [
+    ('cpu', False), ('gpu', True), ('cuda', True), ('tpu', True)
+])
+def test_only_an_accelerator_reads_an_axis_backwards(
+    platform, is_read_backwards
+):
+  params = jax.eval_shape(MODEL.init, jax.random.key(0))
+  with platforms.traced_for(platform):
+    traced = jax.make_jaxpr(MODEL.apply)(params, random_tokens(1, 4))
+  assert bool(re.search(r'\brev\[', str(traced))) == is_read_backwards
+
+
 @pytest.mark.parametrize('norm', [layers.RMSNorm, layers.OffsetRMSNorm])
 @pytest.mark.parametrize(
     'dtype, tolerance', [('float32', 1e-5), ('bfloat16', 0.03)]

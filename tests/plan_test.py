@@ -285,34 +285,67 @@ def test_weights_that_a_fusion_in_a_fusion_only_renames_are_read(user, read):
   assert hlo.traffic(program, step) == read + other + result
 
 
-@pytest.mark.parametrize('part, read', [
-    ('gather(%d, %i), offset_dims={1}', 4 * 4),
-    ('reduce(%d, %i), dimensions={1}', 4 * 4 * 64),
-])
-def test_what_is_made_element_by_element_is_read_where_it_is_taken(part, read):
-  program = hlo.parse(f'''HloModule jit_step
+_FUSED = '''HloModule jit_step
 
-%taken.1 (x: f32[4,64], i: s32[4], top: f32[4]) -> bf16[4,1] {{
-  %x = f32[4,64]{{1,0}} parameter(0)
-  %i = s32[4]{{0}} parameter(1)
-  %top = f32[4]{{0}} parameter(2)
-  %b = f32[4,64]{{1,0}} broadcast(%top), dimensions={{0}}
-  %s = f32[4,64]{{1,0}} subtract(%x, %b)
-  %d = bf16[4,64]{{1,0}} convert(%s)
-  ROOT %y = bf16[4,1]{{1,0}} {part}
-}}
+%first.1 (w.1: f32[4,64]) -> f32[1,64] {
+  %w.1 = f32[4,64]{1,0} parameter(0)
+  ROOT %b.1 = f32[1,64]{1,0} slice(%w.1), slice={[0:1], [0:64]}
+}
 
-ENTRY %main.1_spmd (a: f32[4,64], b: s32[4], c: f32[4]) -> bf16[4,1] {{
-  %a = f32[4,64]{{1,0}} parameter(0)
-  %b = s32[4]{{0}} parameter(1)
-  %c = f32[4]{{0}} parameter(2)
-  ROOT %fusion.1 = bf16[4,1]{{1,0}} fusion(%a, %b, %c), kind=kLoop, \
-calls=%taken.1
-}}
-''')
+%taken.1 (x: bf16[4,64], i: s32[4], u: f32[1,64]) -> RESULT {
+  %x = bf16[4,64]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %u = f32[1,64]{1,0} parameter(2)
+  %r = bf16[4,64]{1,0} bitcast(%x)
+  %d = f32[4,64]{1,0} convert(%x)
+  %l = f32[4,64]{1,0} logistic(%d)
+  %s = f32[4,64]{1,0} multiply(%d, %l)
+  ROOT %y = RESULT USER
+}
+
+ENTRY %main.1_spmd (a: bf16[4,64], b: s32[4], c: f32[1,64]) -> RESULT {
+  %a = bf16[4,64]{1,0} parameter(0)
+  %b = s32[4]{0} parameter(1)
+  %c = f32[1,64]{1,0} parameter(2)
+  ROOT %fusion.1 = RESULT fusion(%a, %b, %c), kind=kLoop, calls=%taken.1
+}
+'''
+
+
+@pytest.mark.parametrize('result, user, read, written', [
+    ('f32[4,1]{1,0}', 'gather(%d, %i), offset_dims={1}', 2 * 4, 4 * 4),
+    # Reached by two paths, and read once.
+    ('f32[4,1]{1,0}', 'gather(%s, %i), offset_dims={1}', 2 * 4, 4 * 4),
+    ('f32[4]{0}', 'reduce(%s, %i), dimensions={1}', 2 * 256, 4 * 4),
+    ('f32[1,64]{1,0}', 'fusion(%d), kind=kLoop, calls=%first.1',
+     2 * 64, 4 * 64),
+    # In place, and as a whole.
+    ('bf16[4,64]{1,0}', 'dynamic-update-slice(%r, %u, %i)', 0, 4 * 64),
+    ('f32[4,64]{1,0}', 'dynamic-update-slice(%d, %u, %i)', 2 * 256, 4 * 256),
+    ('f32[4,64]{1,0}', 'scatter(%s, %i, %u)', 2 * 256, 4 * 256),
+], ids=['taken', 'by two paths', 'summed', 'within', 'put', 'made', 'spread'])
+def test_a_fusion_reads_what_it_takes_of_what_it_makes(
+    result, user, read, written
+):
+  program = hlo.parse(_FUSED.replace('USER', user).replace('RESULT', result))
   [step] = [x for x in hlo.executed(program) if x.instruction.is_root]
-  others, result = 4 * (4 + 4), 2 * 4
-  assert hlo.traffic(program, step) == read + others + result
+  others = 4 * 4 * ('%i' in user) + 4 * 64 * ('%u' in user)
+  assert hlo.traffic(program, step) == read + written + others
+
+
+def test_many_paths_through_a_fusion_are_walked_once():
+  more, product, gate = '', '%s', '%l'
+  for i in range(64):
+    more += (
+        f'  %s{i} = f32[4,64]{{1,0}} multiply({product}, {gate})\n'
+        f'  %l{i} = f32[4,64]{{1,0}} logistic(%s{i})\n'
+    )
+    product, gate = f'%s{i}', f'%l{i}'
+  text = _FUSED.replace('  ROOT %y', more + '  ROOT %y')
+  text = text.replace('USER', f'gather({product}, %i), offset_dims={{1}}')
+  program = hlo.parse(text.replace('RESULT', 'f32[4,1]{1,0}'))
+  [step] = [x for x in hlo.executed(program) if x.instruction.is_root]
+  assert hlo.traffic(program, step) == 2 * 4 + 4 * 4 + 4 * 4
 
 
 def test_collectives_are_found_in_fusions_loops_and_all_notations():
