@@ -257,8 +257,8 @@ def traffic(program: Program, step: Executed) -> int:
 
 _TAKES_A_PART = {'dynamic-slice', 'gather', 'slice'}
 _WRITES_A_PART = {'dynamic-update-slice': 1, 'scatter': 2}  # Which operand.
-# Of which a part is made of the same part of what they are given.
 _RENAMES = {'bitcast', 'reshape'}
+# A part of what they make is made of the same part of what they are given.
 _ELEMENT_BY_ELEMENT = _RENAMES | {
     'abs', 'add', 'and', 'clamp', 'compare', 'convert', 'divide', 'exponential',
     'exponential-minus-one', 'log', 'log-plus-one', 'logistic', 'maximum',
@@ -348,9 +348,9 @@ def _used_within(program, computation, place):
 class _Use(NamedTuple):
   """What a computation makes of a parameter."""
 
-  taken: int | None  # Bytes; None for all.
-  is_result: bool = False  # Its elements, or what each is made into.
-  is_renamed: bool = True  # Only so much: the result is the parameter.
+  taken: int | None  # Bytes; None for all, and then the rest says nothing.
+  is_result: bool = False  # The result is made of it, element by element.
+  is_renamed: bool = False  # The result is the parameter by another name.
 
 
 def _use(program, computation, place):
