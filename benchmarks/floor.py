@@ -65,6 +65,7 @@ def make_decode(model, batch_prompts, group):
     return jax.jit(sampling.make_sampler(
         model, group_size=group, max_completion_length=length,
         eos_ids=(shapes.EOS_ID,), pad_id=shapes.PAD_ID, temperature=1.0,
+        num_stages=FLAGS.stages,
     ))
 
   samplers = {length: compile_for(length) for length in (long, short)}
@@ -139,6 +140,7 @@ def main(_):
       'sizes': {
           'model': FLAGS.size, 'prompts': FLAGS.prompts, 'group': FLAGS.group,
           'prompt_length': shapes.PROMPT_LENGTH, 'length': FLAGS.length,
+          'stages': FLAGS.stages,
       },
       'rows': measure(),
       'machine': machine.describe(),
@@ -150,6 +152,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer(
       'microbatches_of_floor', 4, 'Parts of the update.', lower_bound=1
   )
+  flags.DEFINE_integer('stages', 4, 'Sizes of the cache.', lower_bound=1)
   FLAGS.set_default('size', 'small')
   FLAGS.set_default('prompts', 16)
   FLAGS.set_default('rounds', 3)

@@ -127,6 +127,10 @@ def _step(config):
       'num_halvings': 0,
       # Equal steps to each half: 2 go on with 3/4 in between, compiled as well.
       'halving_steps': 1,
+      # Loops that decode all at once, with a cache that grows from one to the
+      # next: without a kernel a step reads all of it. Each is compiled. 0: as
+      # many as pay, 4 from 256 tokens on; 1 with a kernel.
+      'num_stages': 0,
       # Devices over which the sampler splits heads and experts; the others
       # share rows. 0 as in mesh below.
       'mesh': {'tensor': 0, 'expert': 0},

@@ -445,6 +445,7 @@ def _check_sizes(config):
       'eval', config.eval.num_slots, config, 'eval.num_prompts',
       'eval.num_samples',
   )
+  _check_stages(config)
 
 
 def _check_shards(config, num_batch_shards, num_row_shards, num_sampler_shards):
@@ -599,6 +600,23 @@ def _check_slots(section, num_slots, config, *factors):
         f'the {math.prod(sizes)} completions of {factors[0]}={sizes[0]} times '
         f'{factors[1]}={sizes[1]}.'
     )
+
+
+def _check_stages(config):
+  sizes, length = config.sampling, config.max_completion_length
+  asked = f'config.sampling.num_stages={sizes.num_stages}'
+  if not 0 <= sizes.num_stages <= length:
+    raise ValueError(
+        f'{asked} must be between 0 (as many as pay) and the '
+        f'max_completion_length={length} tokens that stages share.'
+    )
+  for name in ('num_slots', 'num_halvings'):
+    if sizes.num_stages > 1 and sizes[name]:
+      raise ValueError(
+          f'{asked} are of all completions at once, and slots have one cache, '
+          f'which is always full; use num_stages=0, or {name}=0 (now '
+          f'{sizes[name]}).'
+      )
 
 
 def _asked_halvings(section, sizes) -> str:

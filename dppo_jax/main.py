@@ -338,6 +338,20 @@ def _with_attention(
   )
 
 
+def num_stages(config: Any, mesh: Any, model: CausalLM) -> int:
+  """Loops that decode all completions at once, see `decoding.together`.
+
+  As config.sampling.num_stages says; as many as pay if it is 0, one where a
+  kernel reads only what is visible.
+  """
+  asked = _asked_of_attention(config, mesh, model)[-1]
+  if config.sampling.num_stages:
+    return config.sampling.num_stages
+  if _choose_attention(config, asked).name != 'xla':
+    return 1
+  return decoding.default_stages(config.max_completion_length)
+
+
 def _use_compilation_cache(folder: str) -> None:
   """Keeps compiled programs for the next start; '' does not.
 
@@ -536,7 +550,7 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
       record=divergence.record,
       num_slots=num_slots // sharding.num_row_shards(sampling_mesh),
       record_routing=config.model.router_replay,
-      **settings,
+      **settings | {'num_stages': num_stages(config, mesh, model)},
   )
   # Two programs move the parameters between them, one does so within.
   learner_mesh = mesh if config.mode == 'fused' else sampling_mesh
@@ -677,6 +691,7 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       top_k=settings.top_k,
       dtype=config.sampling.dtype,
       num_slots=settings.num_slots // sharding.num_row_shards(sampling_mesh),
+      num_stages=num_stages(config, mesh, model),
   )
   [batch] = evaluation_batches(
       task.test,

@@ -29,6 +29,7 @@ import jax
 
 from dppo_jax import checks
 from dppo_jax import command_line
+from dppo_jax import decoding
 from dppo_jax import fitting
 from dppo_jax import hlo
 from dppo_jax import main
@@ -40,8 +41,6 @@ from dppo_jax import sharding
 from dppo_jax.chips import Chip
 from dppo_jax.chips import CHIPS
 from dppo_jax.chunks import CHUNKS
-from dppo_jax.decoding import FEWER
-from dppo_jax.decoding import FILL
 from dppo_jax.models import load
 from dppo_jax.models import platforms
 from dppo_jax.models.packed_attention import WALK
@@ -242,23 +241,32 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   shards = sharding.num_row_shards(sampling_mesh)
   expected = expect(config, mean_length, sharding.num_row_shards(mesh))
   program = hlo.parse(compiled.as_text())
-  unknown, decoding = [], []
+  unknown, loops = [], []
   slots = config.sampling.num_slots // shards
   filled = config.num_prompts * config.group_size // shards - slots
+  num_stages = main.num_stages(config, mesh, model)
+
+  def steps_of(name):
+    stage = re.search(rf'\b{decoding.STAGE}(\d+)\b', name)
+    if stage is None:
+      return expected.decode_steps
+    ends = [1] + decoding.stage_ends(config.max_completion_length, num_stages)
+    index = int(stage[1])
+    return ends[index + 1] - ends[index]
 
   def trips(phase, loop):
-    if FEWER in loop.op_name.split('/'):
+    if decoding.FEWER in loop.op_name.split('/'):
       return 'decode', 0  # Slots are always full, see `expect`.
     if WALK in loop.op_name.split('/'):
       return phase, 0  # Most stretches see nothing in between.
-    if FILL in loop.op_name.split('/'):
+    if decoding.FILL in loop.op_name.split('/'):
       of_phase = {'sample': slots, 'decode': filled / expected.decode_steps}
       return phase, of_phase[phase]
     if _in_chunks(loop.op_name):
       return phase, expected.chunks
     if phase == 'sample':
-      decoding.append(loop)
-      return 'decode', expected.decode_steps
+      loops.append(loop)
+      return 'decode', steps_of(loop.op_name)
     if phase == 'learn' and config.learner.row_length:
       return phase, expected.microbatches
     unknown.append(loop)
@@ -266,14 +274,14 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
 
   def traced_trips(phase, equation):
     stack = str(equation.source_info.name_stack)
-    if FEWER in stack.split('/'):
+    if decoding.FEWER in stack.split('/'):
       return 'decode', 0
     if WALK in stack.split('/'):
       return phase, 0
     if _in_chunks(stack):
       return phase, expected.chunks
     if phase == 'sample':
-      return 'decode', expected.decode_steps
+      return 'decode', steps_of(stack)
     return phase, expected.microbatches if phase == 'learn' else 1
 
   steps = list(hlo.executed(program, phases=PHASES[:2], num_trips=trips))
@@ -283,12 +291,13 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   sizes = memory.of_step(compiled)
   state, scored, _ = made['arguments']
   carried = decode_carry(
-      decoding[0].shape,
+      # The last stage has the largest cache.
+      max((x.shape for x in loops), key=_num_bytes),
       head_dim=model.config.head_dim,
       lengths=(config.max_prompt_length, config.max_completion_length),
       rows=_rows(config, shards),
       lasting={x.shape for x in jax.tree.leaves(state.products)},
-  ) if decoding else {}
+  ) if loops else {}
   return Plan(
       config=config,
       chip=topology.chip,
@@ -306,6 +315,11 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
       unknown_loops=len(unknown),
       compile_s=compile_s,
   )
+
+
+def _num_bytes(shape: str) -> int:
+  """Of all arrays of a shape as XLA writes it."""
+  return sum(size for _, size in hlo.arrays(shape))
 
 
 def _in_chunks(name: str) -> bool:

@@ -143,6 +143,7 @@ def make_sampler(
     num_slots: int = 0,
     num_halvings: int = 0,
     halving_steps: int = 1,
+    num_stages: int = 1,
     record_routing: bool = False,
 ) -> Callable[..., Completions]:
   """A function that samples G completions of each prompt.
@@ -168,6 +169,8 @@ def make_sampler(
     num_halvings: how often slots are halved as the last completions end, see
       `halvings.sizes`.
     halving_steps: to each half, likewise.
+    num_stages: loops that all completions at once are decoded in, with a cache
+      that grows from one to the next, see `decoding.together`.
     record_routing: whether to remember the experts of every token.
 
   Returns:
@@ -210,7 +213,9 @@ def make_sampler(
       )
       drawn = decoding.in_slots(model, draw, start, sizes=sizes, **limits)
     else:
-      drawn = decoding.together(model, draw, start, **limits)
+      drawn = decoding.together(
+          model, draw, start, num_stages=num_stages, **limits
+      )
     completions = _complete(drawn, eos_ids)
     if record_routing:
       completions = completions._replace(

@@ -195,6 +195,23 @@ def test_slots_are_those_of_the_devices_that_sample():
     checks.check(config, **shards)
 
 
+def test_stages_share_the_tokens_of_all_completions_at_once():
+  for count in (-1, 21):
+    refused(
+        rf'num_stages={count} must be between 0 .* max_completion_length=20',
+        **{'sampling.num_stages': count},
+    )
+  refused(
+      r'config\.sampling\.num_stages=2 are of all completions at once.*'
+      r'use num_stages=0, or num_slots=0 \(now 8\)',
+      **{'sampling.num_stages': 2, 'sampling.num_slots': 8},
+  )
+  refused(
+      r'or num_halvings=0 \(now 1\)',
+      **{'sampling.num_stages': 2, 'sampling.num_halvings': 1},
+  )
+
+
 def test_slots_are_halved_on_each_device():
   refused('num_halvings=-1 must be 0', **{'sampling.num_halvings': -1})
   refused(

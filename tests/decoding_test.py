@@ -14,6 +14,7 @@ import pytest
 import tiny_model
 import whole_step
 
+from dppo_jax import decoding
 from dppo_jax import hlo
 from dppo_jax import sampling
 from dppo_jax import sharding
@@ -154,6 +155,58 @@ def test_loops_over_fewer_slots_have_fewer_rows(halving_steps, sizes):
   assert [x for x in caches if x] == [{size} for size in sizes]
 
 
+@pytest.mark.parametrize('num_stages', [2, 3, C])
+@pytest.mark.parametrize('options', [
+    {}, {'config': WINDOW}, {'cache_dtype': 'int8'},
+], ids=str)
+def test_a_cache_that_grows_gives_the_same_tokens_in_as_many_steps(
+    num_stages, options
+):
+  grown, expected = sample(0, num_stages=num_stages, **options), sample(
+      0, **options
+  )
+  assert_same(grown, expected)
+  assert grown.num_steps == expected.num_steps
+
+
+def test_stages_that_nobody_reaches_take_no_step():
+  everything = tuple(range(tiny_model.CONFIG.vocab_size))
+  ended = sample(0, eos_ids=everything, num_stages=3)
+  assert ended.num_steps == 1 and (ended.mask.sum(1) == 1).all()
+  one = sample(0, max_completion_length=1, num_stages=1)
+  assert one.num_steps == 1 and one.mask.all()
+
+
+@pytest.mark.parametrize('length, num_stages, lengths, ends', [
+    (16, 4, [4, 8, 12, 16], [5, 9, 13, 16]),
+    (7, 3, [3, 5, 7], [4, 6, 7]),
+    (9, 1, [9], [9]),
+    (3, 3, [1, 2, 3], [2, 3, 3]),
+])
+def test_a_stage_ends_when_its_places_are_taken(
+    length, num_stages, lengths, ends
+):
+  assert decoding.stage_lengths(length, num_stages) == lengths
+  assert decoding.stage_ends(length, num_stages) == ends
+
+
+def test_each_stage_has_a_cache_of_its_own_length():
+  keys = sampling.row_keys(jax.random.key(3), NUM_ROWS)
+  traced = jax.make_jaxpr(make_sampler(0, num_stages=3))(
+      tiny_model.params(), tiny_model.prompts(NUM_PROMPTS), keys
+  )
+  config = tiny_model.CONFIG
+  heads, size = config.num_key_value_heads, config.head_dim
+  caches = [
+      {x.aval.shape[3] for x in equation.outvars
+       if x.aval.shape[:3] == (NUM_ROWS, heads, size)}
+      for equation in traced.jaxpr.eqns if equation.primitive.name == 'while'
+  ]
+  assert [x for x in caches if x] == [
+      {x} for x in decoding.stage_lengths(C, 3)
+  ]
+
+
 def test_a_slot_does_not_see_what_its_last_owner_left():
   # Rows begin anywhere in the ring and go around its end.
   expected = sample(0, config=WINDOW)
@@ -194,14 +247,36 @@ def test_completions_of_one_token_need_no_slot():
 def test_each_layer_costs_the_memory_of_its_cache_and_no_copy_of_it(
     num_slots, dtype, length
 ):
+  config = tiny_model.CONFIG
+  # Of a token and head, with its scale.
+  vector = 4 * config.head_dim if dtype == 'float32' else config.head_dim + 4
+  vectors = 2 * config.num_key_value_heads * length * (num_slots or NUM_ROWS)
+  cache = vector * vectors  # Of one layer.
+  grown = bytes_of_a_layer(
+      num_slots, max_completion_length=length, cache_dtype=dtype
+  )
+  # Weights of a layer and copies of prompts beside it are smaller.
+  assert cache < grown < cache + 60_000
+
+
+def test_a_cache_that_grows_does_not_exist_twice():
+  config, length = tiny_model.CONFIG, 4096
+  cache = 2 * 4 * config.num_key_value_heads * config.head_dim * (
+      length * NUM_ROWS
+  )
+  # The last one and the one before it would be 1.75 of it.
+  grown = bytes_of_a_layer(0, max_completion_length=length, num_stages=4)
+  assert 0.9 * cache < grown < 1.1 * cache
+
+
+def bytes_of_a_layer(num_slots, **options):
+  """Temporary bytes of a sampler, of each layer that is added."""
+
   def temporary_bytes(num_layers):
     config = dataclasses.replace(
         tiny_model.CONFIG, num_hidden_layers=num_layers
     )
-    sampler = make_sampler(
-        num_slots, config=config, max_completion_length=length,
-        cache_dtype=dtype,
-    )
+    sampler = make_sampler(num_slots, config=config, **options)
     shapes = jax.eval_shape(
         lambda: (
             tiny_model.MODEL.replace(config=config).init(jax.random.key(0)),
@@ -212,14 +287,7 @@ def test_each_layer_costs_the_memory_of_its_cache_and_no_copy_of_it(
     compiled = jax.jit(sampler).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  config = tiny_model.CONFIG
-  # Of a token and head, with its scale.
-  vector = 4 * config.head_dim if dtype == 'float32' else config.head_dim + 4
-  vectors = 2 * config.num_key_value_heads * length * (num_slots or NUM_ROWS)
-  cache = vector * vectors  # Of one layer.
-  grown = (temporary_bytes(6) - temporary_bytes(2)) / 4
-  # Weights of a layer and copies of prompts beside it are smaller.
-  assert cache < grown < cache + 60_000
+  return (temporary_bytes(6) - temporary_bytes(2)) / 4
 
 
 # --- on eight devices --------------------------------------------------------
@@ -237,9 +305,11 @@ def on_eight_devices():
         tiny_model.params(), sharding.of_params(tiny_model.params(), mesh)
     )
     rows = jax.device_put((prompts, keys), sharding.batch(mesh))
-    for num_slots, num_halvings in ((0, 0), (2, 0), (2, 1)):
+    for num_slots, options in (
+        (0, {}), (0, {'num_stages': 3}), (2, {}), (2, {'num_halvings': 1})
+    ):
       sampler = sharding.by_rows(
-          make_sampler(num_slots, num_halvings=num_halvings), mesh,
+          make_sampler(num_slots, **options), mesh,
           head_dim=tiny_model.CONFIG.head_dim,
       )
       program = jax.jit(sampler).lower(params, *rows).compile()
@@ -270,7 +340,7 @@ def test_over_a_mesh_tokens_are_the_same_and_no_loop_moves_weights_or_waits():
       optimized=False,
   )
   lines = [json.loads(x) for x in printed]
-  assert len(lines) == 9
+  assert len(lines) == 12
   expected = sample(0)
   for line in lines:
     assert line['devices'] == 8

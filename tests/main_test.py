@@ -4,6 +4,7 @@ Runs are tiny (four steps, a checkpoint every two) and share what XLA compiled
 through a cache on disk, which makes a run take a few seconds.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -19,6 +20,8 @@ import textwrap
 import jax
 import numpy as np
 import pytest
+import tiny_model
+import whole_step
 
 from configs import default
 from dppo_jax import command_line
@@ -26,6 +29,7 @@ from dppo_jax import lora
 from dppo_jax import main
 from dppo_jax import metrics as metrics_lib
 from dppo_jax.models import load
+from dppo_jax.models import platforms
 from dppo_jax.models import weights as weights_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -403,6 +407,33 @@ def test_the_steps_asked_for_are_traced(cli, finished, tmp_path):
   [trace] = workdir.glob('profile/**/*.xplane.pb')
   assert trace.stat().st_size > 1000
   assert_same_run(workdir, finished)  # Looking changes nothing.
+
+
+@pytest.mark.parametrize('platform, length, asked, stages', [
+    ('cpu', 20, 0, 1),
+    ('cpu', 200, 0, 3),
+    ('tpu', 4096, 0, 4),
+    ('tpu', 4096, 8, 8),
+    ('cuda', 4096, 0, 1),  # Its kernel reads only what is visible.
+    ('gpu', 4096, 0, 4),
+])
+def test_a_cache_that_is_read_as_a_whole_grows_in_stages(
+    platform, length, asked, stages
+):
+  config = default.get_config()
+  config.max_completion_length = length
+  config.sampling.num_stages = asked
+  config.sampling.dtype = 'bfloat16'
+  with platforms.traced_for(platform):
+    found = main.num_stages(
+        config, whole_step.make_mesh(), _with_wide_heads(tiny_model.MODEL)
+    )
+  assert found == stages
+
+
+def _with_wide_heads(model):
+  """As kernels need them."""
+  return model.replace(config=dataclasses.replace(model.config, head_dim=128))
 
 
 def test_compiled_programs_are_kept_where_the_config_says(

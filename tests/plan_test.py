@@ -509,6 +509,28 @@ def test_loops_over_fewer_slots_add_no_operation(topology):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_a_cache_in_stages_is_multiplied_less_in_as_many_steps(topology):
+  one, two = (
+      plan_lib.make_plan(
+          tiny_config(**{
+              'max_completion_length': 128, 'sampling.num_stages': stages
+          }),
+          topology, tiny_model.MODEL,
+      )
+      for stages in (1, 2)
+  )
+  assert not two.unknown_loops
+  assert two.temporary['keys and values'] == one.temporary['keys and values']
+  learn, sample, decode = zip(one.phases, two.phases, strict=True)
+  assert learn[0].flops == learn[1].flops
+  assert sample[0].flops == sample[1].flops
+  # Products with kernels are the same, those with what is cached are fewer.
+  assert decode[1].flops < decode[0].flops
+  assert decode[1].collectives == decode[0].collectives
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_a_plan_prints_what_it_knows(plan):
   text = '\n'.join(plan_lib.describe(plan))
   assert 'it fits' in text and 'all-reduce' in text

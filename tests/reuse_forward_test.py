@@ -50,6 +50,7 @@ def trajectory(**options):
 @pytest.mark.slow
 @pytest.mark.parametrize('options', [
     {},
+    {'sampling__num_stages': 3},
     {'sampling__num_slots': 8, 'sampling__num_halvings': 2},
     {'sampling__num_slots': 8, 'sampling__num_halvings': 1,
      'sampling__halving_steps': 2,

@@ -551,6 +551,22 @@ def empty_cache(
   )
 
 
+def lengthen(cache: Cache, length: int) -> Cache:
+  """With room for `length` tokens, at least as many as there was room for."""
+  more = length - cache.keys.shape[3]
+  if not more:
+    return cache
+
+  def fill_up(x, axis):
+    widths = [(0, more if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths)
+
+  return Cache(
+      jax.tree.map(lambda x: fill_up(x, 3), cache.keys),
+      jax.tree.map(lambda x: fill_up(x, 2), cache.values),
+  )
+
+
 def insert(cache: Cache, k: jax.Array, v: jax.Array, place: jax.Array) -> Cache:
   """One new token of each row, [B, 1, K, E] each, at that place."""
   new = convert_cache(cache_of(k, v), quantization.dtype_of(cache.keys))
