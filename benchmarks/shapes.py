@@ -28,14 +28,12 @@ class Geometric(causal_lm.CausalLM):
 
   def head(self, params, hidden):
     logits = super().head(params, hidden)
-    is_end = jnp.arange(logits.shape[-1]) == EOS_ID
-    is_end = jnp.broadcast_to(is_end, logits.shape)
-    others = jnp.where(is_end, -jnp.inf, logits)
+    others = logits.at[..., EOS_ID].set(-jnp.inf)
     if not self.stop:
       return others
     odds = np.log(self.stop / (1 - self.stop))
-    end = jax.nn.logsumexp(others, axis=-1, keepdims=True) + odds
-    return jnp.where(is_end, end, logits)
+    end = jax.nn.logsumexp(others, axis=-1) + odds
+    return logits.at[..., EOS_ID].set(end)
 
 
 def make_model(size: str, *, mean: float) -> Geometric:

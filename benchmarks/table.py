@@ -164,20 +164,31 @@ def attention_table(result: dict) -> str:
 
 def floor_table(result: dict) -> str:
   """Decoding and learning over what the machine could do."""
-  lines = [
-      f'| {row["work"]} | {range_of(row["seconds"], " s")} '
-      f'| {range_of(row["floor_seconds"], " s")} '
-      f'| {range_of(row["over_floor"])} '
-      f'| {row["flops"]["median"] / 1e9:.0f} GFLOP/s, '
-      f'{row["bandwidth"]["median"] / 1e9:.0f} GB/s |'
-      for row in result['rows']
-  ]
+  billions = lambda x: f'{x["median"] / 1e9:.0f}'
+
+  def line(row):
+    # Since 2026-11-28.
+    lasting = 'over_sustained' in row
+    sustained = (
+        f'{range_of(row["over_sustained"])}, '
+        f'at {billions(row["sustained_flops"])} GFLOP/s' if lasting else ''
+    )
+    return (
+        f'| {row["work"]} | {range_of(row["seconds"], " s")} '
+        f'| {range_of(row["floor_seconds"], " s")} '
+        f'| {range_of(row["over_floor"])} | {sustained} '
+        f'| {billions(row["flops"])} GFLOP/s, '
+        f'{billions(row["bandwidth"])} GB/s |'
+    )
+
+  lines = [line(row) for row in result['rows']]
   sizes = sizes_of(result)
   head = (
       '### A decode step and an update, over their floor\n\n'
       f'{sizes}, float32. {machine_line(result)}\n\n'
-      '| | time | floor | times the floor | measured beside it |\n'
-      '|---|---|---|---|---|'
+      '| | time | floor | times the floor | times that of sustained rates '
+      '| measured beside it |\n'
+      '|---|---|---|---|---|---|'
   )
   return '\n'.join([head, *lines])
 

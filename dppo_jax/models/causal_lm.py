@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
-from jax.experimental import layout
 import jax.numpy as jnp
 
 from dppo_jax.models import alignment
@@ -42,7 +41,6 @@ REMAT = (
 
 # Of embeddings and of the head: standard deviation of new weights.
 INIT_SCALE = 0.02
-_BY_ROWS = layout.Layout(major_to_minor=(0, 1))
 
 
 class Kept(NamedTuple):
@@ -289,9 +287,7 @@ class CausalLM:
     if isinstance(kernel, layers.Turned):
       rows = x.astype(dtype).reshape(-1, x.shape[-1])
       logits = layers.columns(kernel.kernel.astype(dtype), rows, axis=1)
-      # Moved once; or all that reads them would read across rows.
-      logits = layout.with_layout_constraint(logits.T, _BY_ROWS)
-      logits = logits.reshape(*x.shape[:-1], -1)
+      logits = logits.T.reshape(*x.shape[:-1], -1)
     else:
       logits = layers.wide_times(x, kernel, dtype)
     return attention.softcap(logits, self.config.final_logit_softcapping)
