@@ -59,6 +59,9 @@ _DECODE = flags.DEFINE_enum(
     'decode', 'auto', attention_kernels.DECODE_NAMES,
     'config.sampling.attention, by which tokens are decoded.',
 )
+_STAGES = flags.DEFINE_integer(
+    'stages', 0, 'config.sampling.num_stages, for a cache that is read whole.'
+)
 _DTYPE = flags.DEFINE_string('dtype', 'bfloat16', 'Of model and sampler.')
 _ROUNDS = flags.DEFINE_integer('rounds', 3, 'Runs of each.', lower_bound=1)
 _PEAK_FLOPS = flags.DEFINE_float(
@@ -96,6 +99,7 @@ def make_config():
       'model.dtype': _DTYPE.value,
       'sampling.dtype': _DTYPE.value,
       'sampling.attention': _DECODE.value,
+      'sampling.num_stages': _STAGES.value,
       'model.remat': _REMAT.value,
       'model.unroll_layers': _UNROLL.value,
       'learner.num_minibatches': 1,
@@ -229,7 +233,7 @@ def main(_):
           'length': _LENGTH.value, 'dtype': _DTYPE.value,
           'microbatches': _MICROBATCHES.value, 'remat': _REMAT.value,
           'unroll': _UNROLL.value, 'chunk': _CHUNK.value,
-          'decode': _DECODE.value,
+          'decode': _DECODE.value, 'stages': _STAGES.value,
       },
       **measure(),
       'machine': machine.describe(),

@@ -71,7 +71,7 @@ def rates() -> tuple[Rates, Rates]:
 
 
 def _seconds_of(call) -> tuple[float, float]:
-  """Of the fastest call, and of each of many; the work is run twice, too."""
+  """Of the fastest call, and of one of many, in the faster of two rounds."""
   fastest = machine.best_of(call)
   count = math.ceil(_SECONDS / fastest)
 

@@ -129,7 +129,7 @@ def _step(config):
       'halving_steps': 1,
       # Loops that decode all at once, with a cache that grows from one to the
       # next: without a kernel a step reads all of it. Each is compiled. 0: as
-      # many as pay, 4 from 256 tokens on; 1 with a kernel.
+      # many as pay, 4 from 512 tokens on; 1 with a kernel. Evaluation, too.
       'num_stages': 0,
       # Devices over which the sampler splits heads and experts; the others
       # share rows. 0 as in mesh below.

@@ -33,7 +33,7 @@ FEWER = 'fewer'
 STAGE = 'stage'
 # Tokens of a stage, at least, and stages, at most, where nobody asks for a
 # number: each compiles another loop.
-SHORTEST_STAGE = 64
+SHORTEST_STAGE = 128
 MOST_STAGES = 4
 
 
@@ -135,7 +135,7 @@ def stage_lengths(length: int, num_stages: int) -> list[int]:
 
 
 def stage_ends(length: int, num_stages: int) -> list[int]:
-  """The token, of 1 to C - 1, before which each stage ends."""
+  """Index of the token that the next stage begins with; of the last, C."""
   # One more than there are places, as nothing reads the last token.
   return [min(x + 1, length) for x in stage_lengths(length, num_stages)]
 
@@ -230,15 +230,15 @@ def together(
         products,
     )
 
-  outputs = write(_blank(start.first, length, pad_id), start.first, 0)
-  nothing = _nothing_read(start, length)
-  if length == 1:  # Nothing is read, so there is no column to write.
-    return Drawn(outputs, nothing, jnp.int32(1), start.products)
   def until(end, carry):
     """Advances while token `end` is not next and somebody has not ended."""
     busy = lambda carry: (carry[0] < end) & ~jnp.all(carry[3])
     return jax.lax.while_loop(busy, advance, carry)
 
+  outputs = write(_blank(start.first, length, pad_id), start.first, 0)
+  nothing = _nothing_read(start, length)
+  if length == 1:  # Nothing is read, so there is no column to write.
+    return Drawn(outputs, nothing, jnp.int32(1), start.products)
   rooms = stage_lengths(length, num_stages)
   cache = model.empty_cache(batch, rooms[0], start.cache_dtype)
   carry = (

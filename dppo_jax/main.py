@@ -344,9 +344,9 @@ def num_stages(config: Any, mesh: Any, model: CausalLM) -> int:
   As config.sampling.num_stages says; as many as pay if it is 0, one where a
   kernel reads only what is visible.
   """
-  asked = _asked_of_attention(config, mesh, model)[-1]
   if config.sampling.num_stages:
     return config.sampling.num_stages
+  asked = _asked_of_attention(config, mesh, model)[-1]
   if _choose_attention(config, asked).name != 'xla':
     return 1
   return decoding.default_stages(config.max_completion_length)
@@ -537,7 +537,7 @@ def architecture(config: Any, family: Any, sizes: Any) -> CausalLM:
 
 def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
   settings = config.sampling.to_dict()
-  for name in ('mesh', 'num_devices', 'attention'):
+  for name in ('mesh', 'num_devices', 'attention', 'num_stages'):
     del settings[name]
   sampling_mesh = _sampling_mesh(config, mesh)
   num_slots = settings.pop('num_slots')
@@ -549,8 +549,9 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
       pad_id=tokenizer.pad_token_id,
       record=divergence.record,
       num_slots=num_slots // sharding.num_row_shards(sampling_mesh),
+      num_stages=num_stages(config, mesh, model),
       record_routing=config.model.router_replay,
-      **settings | {'num_stages': num_stages(config, mesh, model)},
+      **settings,
   )
   # Two programs move the parameters between them, one does so within.
   learner_mesh = mesh if config.mode == 'fused' else sampling_mesh

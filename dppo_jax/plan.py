@@ -220,7 +220,7 @@ def make_plan(
     _, compile_s = fitting.make_program(
         config, make, lower, limit=topology.chip.memory, num_batch_shards=shards
     )
-  return _count(topology, mesh, model, made, mean_length, compile_s)
+    return _count(topology, mesh, model, made, mean_length, compile_s)
 
 
 class _Kept:
@@ -244,12 +244,14 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   unknown, loops = [], []
   slots = config.sampling.num_slots // shards
   filled = config.num_prompts * config.group_size // shards - slots
+  in_slots = config.sampling.num_slots or config.sampling.num_halvings
   num_stages = main.num_stages(config, mesh, model)
 
   def steps_of(name):
+    """Of a loop over tokens; None if it is none."""
     stage = re.search(rf'\b{decoding.STAGE}(\d+)\b', name)
     if stage is None:
-      return expected.decode_steps
+      return expected.decode_steps if in_slots else None
     ends = [1] + decoding.stage_ends(config.max_completion_length, num_stages)
     index = int(stage[1])
     return ends[index + 1] - ends[index]
@@ -264,9 +266,9 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
       return phase, of_phase[phase]
     if _in_chunks(loop.op_name):
       return phase, expected.chunks
-    if phase == 'sample':
+    if phase == 'sample' and (count := steps_of(loop.op_name)) is not None:
       loops.append(loop)
-      return 'decode', steps_of(loop.op_name)
+      return 'decode', count
     if phase == 'learn' and config.learner.row_length:
       return phase, expected.microbatches
     unknown.append(loop)
@@ -280,8 +282,8 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
       return phase, 0
     if _in_chunks(stack):
       return phase, expected.chunks
-    if phase == 'sample':
-      return 'decode', steps_of(stack)
+    if phase == 'sample' and (count := steps_of(stack)) is not None:
+      return 'decode', count
     return phase, expected.microbatches if phase == 'learn' else 1
 
   steps = list(hlo.executed(program, phases=PHASES[:2], num_trips=trips))

@@ -169,8 +169,8 @@ def make_sampler(
     num_halvings: how often slots are halved as the last completions end, see
       `halvings.sizes`.
     halving_steps: to each half, likewise.
-    num_stages: loops that all completions at once are decoded in, with a cache
-      that grows from one to the next, see `decoding.together`.
+    num_stages: 1 to C, loops that all completions at once are decoded in, with
+      a cache that grows from one to the next, see `decoding.together`.
     record_routing: whether to remember the experts of every token.
 
   Returns:

@@ -28,6 +28,7 @@ _FREE = (
     'mode',
     'model.attention',
     'sampling.attention',
+    'sampling.num_stages',
     'sampling.num_devices',
     'sampling.mesh.tensor',
     'sampling.mesh.expert',

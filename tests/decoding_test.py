@@ -157,14 +157,16 @@ def test_loops_over_fewer_slots_have_fewer_rows(halving_steps, sizes):
 
 @pytest.mark.parametrize('num_stages', [2, 3, C])
 @pytest.mark.parametrize('options', [
-    {}, {'config': WINDOW}, {'cache_dtype': 'int8'},
+    {},
+    {'config': WINDOW},
+    {'cache_dtype': 'int8'},
+    {'eos_ids': tuple(range(tiny_model.CONFIG.vocab_size // 2))},  # All end.
 ], ids=str)
 def test_a_cache_that_grows_gives_the_same_tokens_in_as_many_steps(
     num_stages, options
 ):
-  grown, expected = sample(0, num_stages=num_stages, **options), sample(
-      0, **options
-  )
+  grown = sample(0, num_stages=num_stages, **options)
+  expected = sample(0, **options)
   assert_same(grown, expected)
   assert grown.num_steps == expected.num_steps
 
@@ -173,8 +175,8 @@ def test_stages_that_nobody_reaches_take_no_step():
   everything = tuple(range(tiny_model.CONFIG.vocab_size))
   ended = sample(0, eos_ids=everything, num_stages=3)
   assert ended.num_steps == 1 and (ended.mask.sum(1) == 1).all()
-  one = sample(0, max_completion_length=1, num_stages=1)
-  assert one.num_steps == 1 and one.mask.all()
+  one = sample(0, max_completion_length=1, num_stages=3)
+  assert_same(one, sample(0, max_completion_length=1))
 
 
 @pytest.mark.parametrize('length, num_stages, lengths, ends', [

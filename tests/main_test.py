@@ -411,7 +411,7 @@ def test_the_steps_asked_for_are_traced(cli, finished, tmp_path):
 
 @pytest.mark.parametrize('platform, length, asked, stages', [
     ('cpu', 20, 0, 1),
-    ('cpu', 200, 0, 3),
+    ('cpu', 300, 0, 2),
     ('tpu', 4096, 0, 4),
     ('tpu', 4096, 8, 8),
     ('cuda', 4096, 0, 1),  # Its kernel reads only what is visible.

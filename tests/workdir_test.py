@@ -106,6 +106,7 @@ def test_a_run_from_before_a_setting_that_may_change_goes_on(tmp_path):
     ('mode', 'split'),
     ('model.attention', 'xla'),
     ('sampling.attention', 'xla'),
+    ('sampling.num_stages', 2),
     ('sampling.num_devices', 2),
     ('sampling.mesh.tensor', 2),
     ('mesh.sequence', 2),
