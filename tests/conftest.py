@@ -1,6 +1,7 @@
 """Strict flags for every test: what JAX would forgive, the tests do not."""
 
 import atexit
+import gc
 import os
 import re
 import shutil
@@ -46,6 +47,14 @@ def pytest_xdist_make_scheduler(config, log):
       return super()._split_scope(nodeid)
 
   return LoadFamilies(config, log)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def programs_of_a_file_end_with_it():
+  """A process may map 65,530 regions of memory, a program a thousand."""
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def make_sampler(
   )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # All of them would be too much to map.
 def compiled(num_slots, **options):
   return tiny_model.jit(make_sampler(num_slots, **options))
 
@@ -155,7 +155,7 @@ def test_loops_over_fewer_slots_have_fewer_rows(halving_steps, sizes):
   assert [x for x in caches if x] == [{size} for size in sizes]
 
 
-@pytest.mark.parametrize('num_stages', [2, 3, C])
+@pytest.mark.parametrize('num_stages', [3, C])
 @pytest.mark.parametrize('options', [
     {},
     {'config': WINDOW},
