@@ -7,10 +7,10 @@ large matrix product and its bytes at the bandwidth of a large array, both
 measured in the same process, in turns with the work: of the fastest of a few
 calls, and sustained, of calls one after the other for about as long as the work
 takes. On a machine that is shared, a tenth of a second can be luckier than
-several seconds ever are. Completions are all of the
-same length. Counted are products with weights, the head where a token was
-sampled, and scores and sums of visible pairs; as bytes of a decode step the
-weights and the keys and values that are visible, once.
+several seconds ever are. Completions are all of the same length. Counted are
+products with weights, the head where a token was sampled, and scores and sums
+of visible pairs; as bytes of a decode step the weights and the keys and values
+that are visible, once.
 """
 
 import math
