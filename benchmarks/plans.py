@@ -4,7 +4,8 @@
     python benchmarks/plans.py 30b_a3b 8b_64  # Some.
 
 A process each, so that the peak of its memory is its own; the output goes to
-`benchmarks/results/plans/NAME.txt`. docs/plans.md says what the numbers are.
+`benchmarks/results/plans/NAME.txt`, which `python experiments/full_size/cost.py
+--write` then copies into the READMEs. docs/plans.md says what the numbers are.
 Weak scaling keeps 8 prompts of 8 completions for each chip: groups of 8 chips
 split the parameters, and copies of them are added.
 """

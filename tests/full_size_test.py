@@ -92,6 +92,14 @@ def test_the_arithmetic_of_the_dense_run():
   assert learn.high == pytest.approx(2 * learn.low)
 
 
+def test_a_step_of_the_sanity_run_reads_five_eighths_of_the_room():
+  # Four stages of 6,976 tokens: 1,744, 3,488, 5,232 and 6,976 places.
+  todo = cost.work('sanity')
+  assert todo.decode_steps == (6976, 6976)
+  # 64 slots on a device, 28 layers, keys and values of 2 heads of 128.
+  assert todo.cache_bytes == 64 * (1024 + 4360) * 28 * 2 * 2 * 128 * 2
+
+
 @each_folder
 def test_the_dear_end_is_dearer(folder):
   for chip in cost.CHIPS:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import statistics
 import sys
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ sys.path.append(str(HERE.parents[1]))  # configs/
 from configs.paper import sanity  # noqa: E402
 from configs.paper import scaling  # noqa: E402
 from dppo_jax import chips  # noqa: E402
+from dppo_jax import decoding  # noqa: E402
 from dppo_jax.models import load  # noqa: E402
 from dppo_jax.models.causal_lm import CausalLM  # noqa: E402
 
@@ -131,12 +133,16 @@ def work(folder: str) -> Work:
   slots = config.sampling.num_slots or sequences
   if config.sampling.num_slots:  # Refilled as completions end.
     steps = Range(*(sequences * x * limit / slots for x in MEAN_LENGTH))
-  else:  # Until the longest has ended.
+    room = limit
+  else:  # Until the longest has ended, in stages with more room each.
     steps = Range(limit, limit)
+    room = statistics.mean(
+        decoding.stage_lengths(limit, decoding.default_stages(limit))
+    )
   shards = config.mesh.data * config.mesh.fsdp
-  # Keys and values of the longest sequence that a slot can hold, bfloat16.
+  # Keys and values of all that a slot has room for, bfloat16.
   cache = (
-      slots / shards * (config.max_prompt_length + limit)
+      slots / shards * (config.max_prompt_length + room)
       * sizes.num_hidden_layers * 2 * sizes.num_key_value_heads
       * sizes.head_dim * 2 / config.mesh.tensor
   )
