@@ -33,8 +33,9 @@ def _what(config):
       'dtype': 'float32',  # Of the computation.
       # Of the parameters; bfloat16 keeps a float32 copy in the optimizer.
       'params_dtype': 'float32',
-      # What the backward pass computes again: none, full, or but for what
-      # products, dots_saveable or dots_with_no_batch_dims_saveable keep.
+      # What the backward pass computes again: none, full (all but a layer's
+      # input), or all but what products, dots_saveable or
+      # dots_with_no_batch_dims_saveable keep, docs/scale.md.
       'remat': 'none',
       # Compile the learner's layers one by one: no copies into arrays of all of
       # them, but longer to compile. For accelerators, docs/scale.md.
@@ -128,8 +129,8 @@ def _step(config):
       # Equal steps to each half: 2 go on with 3/4 in between, compiled as well.
       'halving_steps': 1,
       # Loops that decode all at once, with a cache that grows from one to the
-      # next: without a kernel a step reads all of it. Each is compiled. 0: as
-      # many as pay, 4 from 512 tokens on; 1 with a kernel. Evaluation, too.
+      # next: without a kernel a step reads all of it. Each is compiled. 0: one
+      # for each 128 tokens, at most 4; 1 with a kernel. Evaluation, too.
       'num_stages': 0,
       # Devices over which the sampler splits heads and experts; the others
       # share rows. 0 as in mesh below.
@@ -147,7 +148,7 @@ def _step(config):
       # Slots of a packed row: completions next to each other, behind their
       # prompt. 0 for a row as long as the longest for each completion.
       'row_length': 0,
-      # The update of the policy that sampled takes what kernels made of each
+      # The update of the policy that sampled takes what weights made of each
       # token from the sampler. Needs one update a rollout, one program on one
       # device, a sampler in the model's dtype, and memory: see docs/scale.md.
       'reuse_forward': False,

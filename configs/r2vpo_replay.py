@@ -1,7 +1,7 @@
 """R2VPO with replay: three quarters of what it learns from was sampled before.
 
 The setting of experiments/r2vpo_sample_efficiency: in a step 32 completions are
-sampled, and 96 of the last 32 rollouts learned from beside them.
+sampled, and 96 out of the last 32 rollouts are learned from beside them.
 """
 
 from configs import default

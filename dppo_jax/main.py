@@ -765,7 +765,13 @@ def run_evaluate() -> None:
     with contextlib.closing(parts.scorer):
       state = parts.state
       if workdir:
-        state = training.latest_state(config, parts, pathlib.Path(workdir))
+        try:
+          state = training.latest_state(config, parts, pathlib.Path(workdir))
+        except FileNotFoundError as error:
+          raise FileNotFoundError(
+              f'{error} Leave out --workdir to evaluate the model that the '
+              'config starts from.'
+          ) from error
       metrics, _ = parts.evaluate_fn(training.policy(parts, state))
     metrics |= parts.scorer.take_counts()
     if processes.is_main():

@@ -146,7 +146,8 @@ def train(
         logging.warning('Stopped by a signal; the same command continues.')
         return False
 
-    _write_results(config, parts, state, logbook, workdir)
+    write_model(config, parts, state, workdir)
+    _write_report(parts, logbook, workdir)
   return True
 
 
@@ -248,10 +249,7 @@ def latest_state(
 ) -> TrainState:
   folder = workdir / 'checkpoints'
   if not folder.is_dir():
-    raise FileNotFoundError(
-        f'{folder} does not exist: no run to evaluate. Leave out --workdir to '
-        'evaluate the model that the config starts from.'
-    )
+    raise FileNotFoundError(f'{folder} does not exist: no run was saved there.')
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     try:
       restored = _restore(config, parts, checkpoints, blank_rollout(parts))
@@ -396,14 +394,13 @@ def _check_finite(
   )
 
 
-def _write_results(
-    config: Any,
-    parts: Parts,
-    state: TrainState,
-    logbook: Logbook,
-    workdir: pathlib.Path,
+def write_model(
+    config: Any, parts: Parts, state: TrainState, workdir: pathlib.Path
 ) -> None:
-  """The trained model as a Hugging Face folder, adapters, and the report."""
+  """The policy as a Hugging Face folder `model`, and adapters as `adapter`.
+
+  All processes call it, and one writes.
+  """
   params = processes.to_main(policy(parts, state))
   adapters = None
   if parts.trainable.adapters is not None:
@@ -427,6 +424,15 @@ def _write_results(
           alpha=config.lora.alpha,
           base=config.model.name,
       )
+
+
+def _write_report(
+    parts: Parts, logbook: Logbook, workdir: pathlib.Path
+) -> None:
+  """What the logbook still holds, and the page that shows it."""
+  with processes.failing_together():
+    if not processes.is_main():
+      return
     logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
     logbook.write_scatter(workdir / 'scatter.json')
     logbook.flush()

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 # What may change between two starts of the same run.
-_FREE = (
+FREE = (
     'compilation_cache',
     'profile_steps',
     'total_steps',
@@ -179,7 +179,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _compare(folder, theirs, ours, nested) -> None:
-  free = set(_FREE)
+  free = set(FREE)
   # A decaying schedule ends with the run, so the run's end is part of it.
   if nested['optimizer'].get('schedule', 'constant') != 'constant':
     free.discard('total_steps')

@@ -10,11 +10,13 @@ import sys
 import pytest
 
 from dppo_jax import tasks
+from dppo_jax import workdir
 from dppo_jax.tasks import scoring
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAINER = ROOT / 'docs' / 'use_in_your_trainer.md'
 TASKS = ROOT / 'docs' / 'tasks.md'
+RUNS = ROOT / 'docs' / 'runs.md'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 PYTHON = re.compile(r'^```python\n(.*?)^```', re.MULTILINE | re.DOTALL)
@@ -124,6 +126,11 @@ def test_every_verifier_with_a_name_is_on_the_page():
     assert f'| `{name}` |' in TASKS.read_text()
   for name in tasks.names():
     assert f'| `{name}` |' in TASKS.read_text()
+
+
+def test_what_may_change_between_two_starts_is_on_the_page_of_runs():
+  section = RUNS.read_text().partition('## Stop')[2].partition('\n## ')[0]
+  assert set(re.findall(r'`([\w.]+)`', section)) == set(workdir.FREE)
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda x: x.stem)

@@ -30,7 +30,7 @@ LAYERS = (
     ('split_step',),
     ('command_line', 'roofline', 'training'),
     ('main',),
-    ('plan',),
+    ('plan', 'export'),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]
 

@@ -236,6 +236,27 @@ def test_the_saved_model_is_the_last_checkpoint_and_evaluates_the_same(
     assert set(printed) >= {'eval/avg@4', 'eval/pass@1', 'eval/pass@4'}
 
 
+@pytest.mark.slow
+def test_a_run_that_has_not_ended_is_exported_as_it_would_be_at_its_end(
+    cli, finished, tmp_path
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished, workdir)
+  without_results(workdir)
+  done = cli('-m', 'dppo_jax.export', workdir=workdir)
+  assert done.returncode == 0, done.stderr[-3000:]
+  for path in (finished / 'model').iterdir():
+    assert (workdir / 'model' / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+def test_only_the_config_of_a_run_exports_it(cli, finished, tmp_path):
+  done = cli('-m', 'dppo_jax.export', workdir=finished, group_size=16)
+  assert_one_line_error(done, 'different config: group_size was .* is 16 now')
+  done = cli('-m', 'dppo_jax.export', workdir=tmp_path / 'nothing')
+  assert_one_line_error(done, 'no run was saved there')
+
+
 # A run that is disturbed.
 
 
@@ -819,7 +840,7 @@ def test_a_missing_config_flag_is_named(cli):
 @pytest.mark.slow
 def test_evaluating_a_directory_without_a_run_is_refused(cli, tmp_path):
   done = cli('-m', 'dppo_jax.evaluate', workdir=tmp_path / 'nothing')
-  assert_one_line_error(done, 'no run to evaluate.*Leave out --workdir')
+  assert_one_line_error(done, 'no run was saved there. Leave out --workdir')
 
 
 # In this process.
