@@ -13,6 +13,7 @@ format depends neither on our types nor on how Orbax treats them. The v0 API is
 used on purpose: v1 is still called experimental, and reads these files.
 """
 
+from collections.abc import Callable
 import concurrent.futures
 import dataclasses
 import functools
@@ -86,7 +87,10 @@ class Checkpoints:
     self._orbax.save(self._path(step), args=_Save(stored, contents=contents))
 
   def restore_latest(
-      self, abstract_arrays: PyTree
+      self,
+      abstract_arrays: PyTree,
+      *,
+      when_found: Callable[[], None] = lambda: None,
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
     """Restores the newest good checkpoint, bit for bit.
 
@@ -96,6 +100,8 @@ class Checkpoints:
       abstract_arrays: pytree of `jax.ShapeDtypeStruct` or arrays, as saved.
         Arrays come back with these shardings, whatever they had when saved;
         on the first local device where none is given.
+      when_found: called once there is a checkpoint that fits, before there is
+        an array of it: time to make room.
 
     Returns:
       (step, arrays, host), or None if nothing was ever saved.
@@ -116,6 +122,7 @@ class Checkpoints:
       raise ValueError(f'Checkpoint {self._path(step)} is of another model or'
                        f' config: {error}') from None
     plain = {k: _plain_target(v) for k, v in wanted.items() if v.size}
+    when_found()
     restored = self._orbax.restore(self._path(step), args=_Restore(plain))
     leaves = [_finish(restored.get(k), v) for k, v in wanted.items()]
     treedef = jax.tree.structure(abstract_arrays)

@@ -95,17 +95,20 @@ def check(
       )
   _check_sampling(config.sampling)
   _check_eval_sampling(config.eval)
-  _check_dual(config)
-  _check_packing(config)
   if config.learner.reuse_forward:
     _check_reuse(config)
-  _check_sharing(config, num_batch_shards, num_row_shards or num_batch_shards)
-  _check_replay(config, num_batch_shards)
-  _check_sizes(config)
   row_shards = num_row_shards or num_batch_shards
-  _check_shards(
-      config, num_batch_shards, row_shards, num_sampler_shards or row_shards
+  _check_parts(config, num_batch_shards, row_shards)
+  _check_slots(
+      'sampling', config.sampling.num_slots, config, 'num_prompts', 'group_size'
   )
+  _check_slots(
+      'eval', config.eval.num_slots, config, 'eval.num_prompts',
+      'eval.num_samples',
+  )
+  _check_stages(config)
+  _check_shards(config, row_shards, num_sampler_shards or row_shards)
+  _check_micro_batch(config, num_batch_shards)
 
 
 def check_mode(config: Any, *, num_devices: int, num_processes: int) -> None:
@@ -329,7 +332,8 @@ def microbatch_choices(config: Any, *, num_batch_shards: int) -> list[int]:
   def passes(number):
     tried = with_microbatches(config, number)
     try:
-      check(tried, num_batch_shards=num_batch_shards)
+      _check_parts(tried, num_batch_shards, num_batch_shards)
+      _check_micro_batch(tried, num_batch_shards)
     except ValueError:
       return False
     return True
@@ -438,21 +442,10 @@ def _check_sizes(config):
           else f'{sizes}, not divisible by {name}; for {groups}, '
           f'{_nearest(count, multiple)}.'
       )
-  _check_slots(
-      'sampling', config.sampling.num_slots, config, 'num_prompts', 'group_size'
-  )
-  _check_slots(
-      'eval', config.eval.num_slots, config, 'eval.num_prompts',
-      'eval.num_samples',
-  )
-  _check_stages(config)
 
 
-def _check_shards(config, num_batch_shards, num_row_shards, num_sampler_shards):
+def _check_shards(config, num_row_shards, num_sampler_shards):
   """What stands on devices must be the same number on each."""
-  sizes = config.learner
-  parts = sizes.num_minibatches * _equal_parts(config)
-  micro_batch = 0 if sizes.row_length else num_completions(config) // parts
   sampling = num_sampler_shards, 'data, fsdp and sequence while sampling'
   for name, rows, (shards, axes) in (
       ('num_prompts', config.num_prompts,
@@ -460,15 +453,37 @@ def _check_shards(config, num_batch_shards, num_row_shards, num_sampler_shards):
       ('num_prompts', config.num_prompts, sampling),
       ('sampling.num_slots', config.sampling.num_slots, sampling),
       ('eval.num_slots', config.eval.num_slots, sampling),
-      ('num_prompts * group_size of a micro-batch', micro_batch,
-       (num_batch_shards, 'data and fsdp')),
   ):
-    if rows % shards:
-      raise ValueError(
-          f'config.{name}={rows} is not divisible by the {shards} devices of '
-          f'mesh axes {axes}; {_nearest(rows, shards)}.'
-      )
+    _check_divisible(name, rows, shards, axes)
   _check_halvings(config, num_sampler_shards)
+
+
+def _check_parts(config, num_batch_shards, num_row_shards):
+  """What parts of mini-batches ask of all else, and all else of them."""
+  _check_dual(config)
+  _check_packing(config)
+  _check_sharing(config, num_batch_shards, num_row_shards)
+  _check_replay(config, num_batch_shards)
+  _check_sizes(config)
+
+
+def _check_micro_batch(config, num_batch_shards):
+  sizes = config.learner
+  if sizes.row_length:
+    return
+  parts = sizes.num_minibatches * _equal_parts(config)
+  _check_divisible(
+      'num_prompts * group_size of a micro-batch',
+      num_completions(config) // parts, num_batch_shards, 'data and fsdp',
+  )
+
+
+def _check_divisible(name, rows, shards, axes):
+  if rows % shards:
+    raise ValueError(
+        f'config.{name}={rows} is not divisible by the {shards} devices of '
+        f'mesh axes {axes}; {_nearest(rows, shards)}.'
+    )
 
 
 def num_completions(config: Any) -> int:

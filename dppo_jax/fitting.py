@@ -239,7 +239,7 @@ def _for_temporary(config: Any, num_batch_shards: int) -> list[str]:
   ways, sizes, sampling = [], config.learner, config.sampling
   number = sizes.num_microbatches
   choices = checks.microbatch_choices(config, num_batch_shards=num_batch_shards)
-  if number < choices[-1]:
+  if any(x > number for x in choices):
     ways.append(
         f'raise config.learner.num_microbatches (now {number}, and 0 finds how '
         'many fit)'

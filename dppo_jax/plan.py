@@ -427,7 +427,10 @@ def meshes(config: Any, num_devices: int, sizes: Any) -> list[dict[str, int]]:
       continue
     if expert > 1 and (not sizes.num_experts or sizes.num_experts % expert):
       continue
-    if not checks.microbatch_choices(config, num_batch_shards=data * fsdp):
+    shards = data * fsdp
+    if config.num_prompts % shards or not checks.microbatch_choices(
+        config, num_batch_shards=shards
+    ):
       continue
     found.append(
         dict.fromkeys(sharding.AXES, 1)

@@ -19,7 +19,7 @@ class Tracer:
     self._folder = folder
     self._start = first + _FIRST
     self._end = self._start + num_steps if num_steps else -1
-    self._tracing = False
+    self._tracing = self._traced = False
 
   def at(self, step: int) -> None:
     """To be called before a step is dispatched."""
@@ -27,7 +27,7 @@ class Tracer:
       self.close()
     elif step == self._start and self._end >= 0:
       jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-      self._tracing = True
+      self._tracing = self._traced = True
 
   def close(self) -> None:
     """Writes what was traced, also if the run ends earlier."""
@@ -35,3 +35,8 @@ class Tracer:
       self._tracing = False
       jax.profiler.stop_trace()
       logging.info('Profiler trace: %s', self._folder)
+    elif self._end >= 0 and not self._traced:
+      logging.warning(
+          'Nothing was traced: config.profile_steps begins with step %d, the '
+          'third of this start, and the run ended before.', self._start
+      )

@@ -43,6 +43,7 @@ from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
 
 _NUM_TIMED_CALLS = 3
+OWN_FLAGS = "Pass the run's own --config and --config.NAME flags."
 
 
 class Parts(NamedTuple):
@@ -89,8 +90,9 @@ def train(
     workdir = pathlib.Path(workdir).expanduser()
     with processes.failing_together():
       if processes.is_main():
-        workdir_lib.prepare(workdir, config)
+        workdir_lib.check(workdir, config)
         stack.enter_context(workdir_lib.locked(workdir))
+        workdir_lib.prepare(workdir, config)  # Not while another run is there.
     checkpoints = Checkpoints(
         workdir / 'checkpoints', keep=config.keep_checkpoints
     )
@@ -226,14 +228,26 @@ def _checkpointed(config: Any, state: TrainState, rollout: ScoredRollout):
 
 
 def _restore(config, parts, checkpoints, blank):
-  """The latest checkpoint, beside the frozen parameters it was made with."""
+  """The latest checkpoint, beside the frozen parameters it was made with.
+
+  A device need not hold the state twice: in `parts.state`, only what is frozen
+  and the products are left where there is a checkpoint.
+  """
+  start, frozen = parts.state, parts.state.frozen
+  # Not arrays, of which the start's are deleted before others are read.
+  wanted = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      _checkpointed(config, start, blank),
+  )
   restored = checkpoints.restore_latest(
-      _checkpointed(config, parts.state, blank)
+      wanted,
+      when_found=lambda: jax.tree.map(
+          lambda x: x.delete(), start._replace(frozen=(), products=())
+      ),
   )
   if restored is None:
     return None
   step, arrays, host = restored
-  frozen = parts.state.frozen
   if host['frozen'] != trainable_lib.fingerprint(frozen):
     raise ValueError(
         f'config.model.name={config.model.name!r} has other weights than when '
@@ -247,7 +261,15 @@ def _restore(config, parts, checkpoints, blank):
 def latest_state(
     config: Any, parts: Parts, workdir: pathlib.Path
 ) -> TrainState:
+  """The state of the latest checkpoint; `parts.state` is deleted for it.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is of another model or config.
+  """
   folder = workdir / 'checkpoints'
+  # Nothing else of adapters tells what they are multiplied by.
+  workdir_lib.check(workdir, config, only='lora.', way_out=OWN_FLAGS)
   if not folder.is_dir():
     raise FileNotFoundError(f'{folder} does not exist: no run was saved there.')
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
@@ -255,7 +277,7 @@ def latest_state(
       restored = _restore(config, parts, checkpoints, blank_rollout(parts))
     except ValueError as error:
       raise ValueError(
-          f"{error} Pass the run's own --config and --config.NAME flags."
+          f'{error} {OWN_FLAGS}'
       ) from error
   if restored is None:
     raise FileNotFoundError(f'{folder} holds no checkpoint yet.')

@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-# What may change between two starts of the same run.
+# What may change between two starts of the same run: what is learned stays the
+# same up to rounding.
 FREE = (
     'compilation_cache',
     'profile_steps',
@@ -25,9 +26,17 @@ FREE = (
     'tensorboard',
     'wandb',
     'eval.every',
+    'eval.num_slots',
     'mode',
     'model.attention',
+    'model.remat',
+    'model.unroll_layers',
+    'learner.chunk_size',
+    'learner.num_microbatches',
     'sampling.attention',
+    'sampling.num_slots',
+    'sampling.num_halvings',
+    'sampling.halving_steps',
     'sampling.num_stages',
     'sampling.num_devices',
     'sampling.mesh.tensor',
@@ -40,10 +49,30 @@ FREE = (
     'scoring.num_workers',
     'scoring.timeout_s',
 )
+# Not with learner.reuse_forward, as a checkpoint holds what the sampler kept.
+_SHAPE_WHAT_IS_KEPT = (
+    'model.attention',
+    'sampling.num_slots',
+    'sampling.num_halvings',
+    'sampling.halving_steps',
+)
 
 
-def check(folder: str | os.PathLike, config: Any) -> None:
-  """Raises a ValueError if `prepare` would; makes and writes nothing."""
+def check(
+    folder: str | os.PathLike,
+    config: Any,
+    *,
+    only: str = '',
+    way_out: str = 'Choose another with --workdir, or delete it.',
+) -> None:
+  """Raises a ValueError if `prepare` would; makes and writes nothing.
+
+  Args:
+    folder: of a run, which need not exist.
+    config: ConfigDict.
+    only: what the names of settings that must be the same begin with.
+    way_out: for who has another config.
+  """
   if '://' in str(folder):  # A path would take gs://a for the folder gs:/a.
     raise ValueError(
         f'Work directory {str(folder)!r} is a URL. Mount it and pass the path, '
@@ -53,7 +82,13 @@ def check(folder: str | os.PathLike, config: Any) -> None:
   path = folder / 'config.json'
   if path.exists():
     ours = to_json(config)
-    _compare(folder, _flatten(_read(path)), _flatten(ours), ours)
+    theirs, flat = _flatten(_read(path)), _flatten(ours)
+    if name := _changed(theirs, flat, ours, only):
+      raise ValueError(
+          f'Work directory {str(folder)!r} belongs to a different config: '
+          f'{name} was {theirs.get(name)!r} and is {flat.get(name)!r} now. '
+          f'{way_out}'
+      )
 
 
 def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
@@ -73,6 +108,17 @@ def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
   check(folder, config)
   folder = pathlib.Path(folder).expanduser()
   path = folder / 'config.json'
+  _make(folder)
+  described = json.dumps(to_json(config) | {'run': describe_run()}, indent=2)
+  # Replaced in one go: a kill in between must not leave half a file.
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(described + '\n')
+  temporary.replace(path)
+  return folder
+
+
+def _make(folder: pathlib.Path) -> None:
+  """Makes the directory, if there is none that can be written."""
   try:
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / f'.writable-{os.getpid()}'
@@ -83,12 +129,6 @@ def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
         f'Work directory {str(folder)!r} cannot be written: {error.strerror}. '
         'Choose another with --workdir.'
     ) from error
-  described = json.dumps(to_json(config) | {'run': describe_run()}, indent=2)
-  # Replaced in one go: a kill in between must not leave half a file.
-  temporary = path.with_suffix('.tmp')
-  temporary.write_text(described + '\n')
-  temporary.replace(path)
-  return folder
 
 
 @contextlib.contextmanager
@@ -97,7 +137,9 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
 
   Raises:
     BlockingIOError: another process holds it.
+    PermissionError: it cannot be written.
   """
+  _make(folder)
   with open(folder / '.lock', 'w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,20 +220,22 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   )
 
 
-def _compare(folder, theirs, ours, nested) -> None:
+def _changed(theirs, ours, nested, only) -> str | None:
+  """The first setting that must be the same and is not."""
   free = set(FREE)
   # A decaying schedule ends with the run, so the run's end is part of it.
   if nested['optimizer'].get('schedule', 'constant') != 'constant':
     free.discard('total_steps')
+  if nested['learner']['reuse_forward']:
+    free -= set(_SHAPE_WHAT_IS_KEPT)
+  if nested['extras']['router_balance']:  # A mean over the parts.
+    free.discard('learner.num_microbatches')
   for name in sorted(theirs.keys() | ours.keys()):
-    if name in free or name.startswith('run.'):
+    if name in free or name.startswith('run.') or not name.startswith(only):
       continue
     if theirs.get(name) != ours.get(name):
-      raise ValueError(
-          f'Work directory {str(folder)!r} belongs to a different config: '
-          f'{name} was {theirs.get(name)!r} and is {ours.get(name)!r} now. '
-          'Choose another with --workdir, or delete it.'
-      )
+      return name
+  return None
 
 
 def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:

@@ -82,15 +82,24 @@ def test_micro_batches_are_not_negative():
   )
 
 
-def choices(num_batch_shards=1, algorithm='dppo_topk_tv', **changes):
+def choices(
+    num_batch_shards=1,
+    num_sampler_shards=0,
+    algorithm='dppo_topk_tv',
+    **changes,
+):
   config = default.get_config(algorithm)
   config.update_from_flattened_dict({'learner.num_microbatches': 0} | changes)
-  checks.check(config, num_batch_shards=num_batch_shards)
+  shards = {
+      'num_batch_shards': num_batch_shards,
+      'num_sampler_shards': num_sampler_shards,
+  }
+  checks.check(config, **shards)
   found = checks.microbatch_choices(config, num_batch_shards=num_batch_shards)
   for number in found:
     tried = checks.with_microbatches(config, number)
     assert tried.learner.num_microbatches == number
-    checks.check(tried, num_batch_shards=num_batch_shards)
+    checks.check(tried, **shards)
   assert config.learner.num_microbatches == 0
   return found
 
@@ -105,6 +114,13 @@ def test_micro_batches_to_choose_from_end_at_a_row_on_each_device():
   assert choices(num_prompts=1, **{'learner.num_minibatches': 8}) == [1]
   # As many replayed as fresh.
   assert choices(**{'replay.capacity': 2})[-1] == 128
+
+
+def test_micro_batches_to_choose_from_leave_the_sampler_its_own_devices():
+  assert choices(8, 4, **{'sampling.num_slots': 4}) == [1, 2, 4, 8]
+  assert choices(8, 2, **{'eval.num_slots': 2, 'sampling.num_halvings': 7}) == [
+      1, 2, 4, 8
+  ]
 
 
 def test_micro_batches_of_packed_rows_to_choose_from_differ_in_size():

@@ -65,6 +65,12 @@ def test_a_row_a_device_that_is_too_long_may_be_split():
   assert 'num_microbatches' not in message
 
 
+def test_a_sampler_on_fewer_devices_than_learn_has_ways_out_too():
+  config = config_with(sampling__num_slots=4)  # One on each of 4 devices.
+  message = refused(config, sizes_of(1, 10**9), 10**6, num_batch_shards=8)
+  assert 'raise config.learner.num_microbatches (now 1' in message
+
+
 FRUGAL = {
     'learner__num_microbatches': 64,  # A row in each.
     'learner__chunk_size': 8,

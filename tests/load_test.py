@@ -1,5 +1,6 @@
 """Hugging Face folders in and out; what is wrong with one is named."""
 
+import dataclasses
 import json
 import shutil
 
@@ -349,6 +350,44 @@ def test_a_tokenizer_that_cannot_end_is_refused(tmp_path):
   path.write_text(json.dumps(settings))
   with pytest.raises(ValueError, match='no eos_token.*tokenizer_config.json'):
     load.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize('config, generation, ends', [
+    (None, None, ()),
+    (3, None, (3,)),
+    ([4, 3], None, (3, 4)),
+    (3, 5, (3, 5)),
+    (None, [5, 3], (3, 5)),
+])
+def test_end_tokens_are_those_that_the_files_name(
+    tied, tmp_path, config, generation, ends
+):
+  edit_config(tied, eos_token_id=config)
+  if generation is not None:
+    (tied / 'generation_config.json').write_text(
+        json.dumps({'eos_token_id': generation})
+    )
+  model = loaded(tied)
+  assert model.config.eos_token_ids == ends
+  load.save_pretrained(model, tmp_path / 'saved')
+  assert loaded(tmp_path / 'saved').config == model.config
+
+
+def test_a_trained_model_is_saved_with_all_its_end_tokens(tmp_path):
+  model = load.from_pretrained('embedded')
+  tokenizer = load.load_tokenizer('embedded')
+  model = model.replace(
+      config=dataclasses.replace(model.config, eos_token_ids=(5,))
+  )
+  load.save_pretrained(model, tmp_path, tokenizer=tokenizer)
+  ends = json.loads((tmp_path / 'config.json').read_text())['eos_token_id']
+  assert ends == sorted({5, tokenizer.eos_token_id})
+
+
+def test_an_end_token_that_is_none_is_named(tied):
+  (tied / 'generation_config.json').write_text('{"eos_token_id": 10000000}')
+  with pytest.raises(ValueError, match='eos_token_id=10000000 is no token of'):
+    load.from_pretrained(tied)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):

@@ -639,6 +639,9 @@ def test_adapters_resumed_from_step_2_end_bitwise_the_same(
   assert printed.pop('step') == STEPS
   last = metrics_lib.read(adapted)[-1]
   assert printed == {k: last[k] for k in printed}
+  others = ADAPTED | {'lora.alpha': 3200.0}
+  refused = cli('-m', 'dppo_jax.evaluate', workdir=workdir, **others)
+  assert_one_line_error(refused, r'lora.alpha was .* is 3200\.0 now. Pass the')
 
 
 @pytest.mark.slow

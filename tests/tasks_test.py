@@ -52,9 +52,9 @@ def run_python(code, *args, **env):
 
 
 class WordTokenizer:
-  """A token for each of these texts; the last one is special."""
+  """A token for each of these texts; the last two are special."""
 
-  texts = ('a', 'b\n', '\n\n', 'c', '</s>')
+  texts = ('a', 'b\n', '\n\n', 'c', '</s>', '<end_of_turn>')
   eos_token_id = 4
 
   def __len__(self):
@@ -62,7 +62,10 @@ class WordTokenizer:
 
   def batch_decode(self, rows, skip_special_tokens):
     assert skip_special_tokens
-    return ['' if i == 4 else self.texts[i] for [i] in rows]
+    return ['' if i >= 4 else self.texts[i] for [i] in rows]
+
+  def get_added_vocab(self):
+    return {'</s>': 4, '<end_of_turn>': 5}
 
 
 def test_every_token_that_holds_a_stop_ends_a_completion():
@@ -71,7 +74,17 @@ def test_every_token_that_holds_a_stop_ends_a_completion():
   assert prompts.end_ids(WordTokenizer(), ['b', 'c']) == (1, 3, 4)
 
 
-@pytest.mark.parametrize('stop', ['ab', '', '</s>'])
+def test_a_special_token_may_be_a_stop():
+  assert prompts.end_ids(WordTokenizer(), ['<end_of_turn>']) == (4, 5)
+  assert prompts.end_ids(WordTokenizer(), ['</s>', 'c']) == (3, 4)
+
+
+def test_end_tokens_that_the_model_names_end_a_completion_too():
+  assert prompts.end_ids(WordTokenizer(), others=(5, 4)) == (4, 5)
+  assert prompts.end_ids(WordTokenizer(), ['c'], (5,)) == (3, 4, 5)
+
+
+@pytest.mark.parametrize('stop', ['ab', '', '</s', '<end'])
 def test_a_stop_that_no_token_holds_is_named(stop):
   with pytest.raises(ValueError, match=f'config.stop {stop!r}.*shorter'):
     prompts.end_ids(WordTokenizer(), ['a', stop])
@@ -623,7 +636,7 @@ def test_evaluation_takes_the_same_distinct_prompts_each_time():
   assert batches(5)[0].texts == ['0=', '2=', '4=', '6=', '8=']
   assert [len(batch.texts) for batch in batches(10, 4)] == [4, 4, 2]
   assert len({text for b in batches(7, 2) for text in b.texts}) == 7
-  with pytest.raises(ValueError, match='num_prompts=11, but there are 10'):
+  with pytest.raises(ValueError, match='are 10 prompts.*not num_prompts=11'):
     batches(11)
 
 

@@ -110,6 +110,14 @@ def test_a_run_from_before_a_setting_that_may_change_goes_on(tmp_path):
     ('sampling.num_devices', 2),
     ('sampling.mesh.tensor', 2),
     ('mesh.sequence', 2),
+    ('model.remat', 'full'),
+    ('model.unroll_layers', True),
+    ('learner.num_microbatches', 2),
+    ('learner.chunk_size', 64),
+    ('sampling.num_slots', 64),
+    ('sampling.num_halvings', 1),
+    ('sampling.halving_steps', 2),
+    ('eval.num_slots', 64),
 ])
 def test_what_does_not_change_the_run_may_change(tmp_path, name, value):
   constant = {'optimizer.schedule': 'constant'}
@@ -117,6 +125,41 @@ def test_what_does_not_change_the_run_may_change(tmp_path, name, value):
   workdir.prepare(tmp_path, config_with(**constant, **{name: value}))
   described = json.loads((tmp_path / 'config.json').read_text())
   assert functools.reduce(dict.get, name.split('.'), described) == value
+
+
+@pytest.mark.parametrize('name, value, because', [
+    ('model.attention', 'xla', {'learner.reuse_forward': True}),
+    ('sampling.num_slots', 64, {'learner.reuse_forward': True}),
+    ('sampling.num_halvings', 1, {'learner.reuse_forward': True}),
+    ('sampling.halving_steps', 2, {'learner.reuse_forward': True}),
+    ('learner.num_microbatches', 2, {'extras.router_balance': 0.1}),
+])
+def test_what_a_setting_depends_on_may_not_change_with_it(
+    tmp_path, name, value, because
+):
+  workdir.prepare(tmp_path, config_with(**because))
+  with pytest.raises(ValueError, match=f'different config: {name} was'):
+    workdir.prepare(tmp_path, config_with(**because, **{name: value}))
+
+
+def test_settings_with_a_beginning_are_compared_alone(tmp_path):
+  workdir.prepare(tmp_path, default.get_config())
+  workdir.check(tmp_path, config_with(seed=7), only='lora.')
+  with pytest.raises(ValueError, match='lora.alpha was .* now. Mind it.$'):
+    workdir.check(
+        tmp_path, config_with(**{'lora.alpha': 7.0}), only='lora.',
+        way_out='Mind it.',
+    )
+
+
+def test_who_finds_another_run_in_its_directory_changes_nothing(tmp_path):
+  workdir.prepare(tmp_path, default.get_config())
+  before = (tmp_path / 'config.json').read_bytes()
+  with workdir.locked(tmp_path):
+    with pytest.raises(BlockingIOError, match='Another run is working in'):
+      with workdir.locked(tmp_path):
+        raise AssertionError('Two runs are in it.')
+  assert (tmp_path / 'config.json').read_bytes() == before
 
 
 def test_the_end_of_a_decaying_schedule_may_not_move(tmp_path):

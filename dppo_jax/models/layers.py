@@ -57,6 +57,8 @@ class ModelConfig:
     embedding_multiplier: embeddings are multiplied by it.
     moe_intermediate_size: inner width of one expert.
     norm_topk_prob: the weights of a token's experts add up to 1.
+    eos_token_ids: tokens that end what the model says, beside the tokenizer's
+      own, for example of a turn.
   """
 
   model_type: str
@@ -84,6 +86,7 @@ class ModelConfig:
   num_experts_per_tok: int = 0
   moe_intermediate_size: int = 0
   norm_topk_prob: bool = False
+  eos_token_ids: tuple[int, ...] = ()
 
   @property
   def attention_scale(self) -> float:

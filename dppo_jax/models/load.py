@@ -6,6 +6,7 @@ parameter tree, `gguf_file.py` makes those of a GGUF file look like a folder's.
 """
 
 from collections.abc import Callable
+import dataclasses
 from importlib import metadata
 import os
 import pathlib
@@ -117,14 +118,19 @@ def save_pretrained(
   folder.mkdir(parents=True, exist_ok=True)
   hf_config = model.family.to_hf_config(model.config)
   hf_config.dtype = str(params['embed']['embedding'].dtype)
+  ends = set(model.config.eos_token_ids)
   if isinstance(tokenizer, (str, os.PathLike)):
     for source in pathlib.Path(tokenizer).glob('*token*'):
       shutil.copy(source, folder / source.name)
   elif tokenizer is not None:
     tokenizer.save_pretrained(folder)
     hf_config.bos_token_id = tokenizer.bos_token_id
-    hf_config.eos_token_id = tokenizer.eos_token_id
     hf_config.pad_token_id = tokenizer.pad_token_id
+    ends.add(tokenizer.eos_token_id)
+  # One is a number, as most readers expect; several are a list.
+  hf_config.eos_token_id = sorted(ends)[0] if len(ends) == 1 else (
+      sorted(ends) or None
+  )
   hf_config.save_pretrained(folder)
   weights.save(model, params, folder, max_shard_bytes=max_shard_bytes)
 
@@ -188,9 +194,26 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
   family = FAMILIES[model_type]
   try:
     hf_config = hf.transformers().AutoConfig.from_pretrained(folder)
-    return family, family.from_hf_config(hf_config)
+    config = family.from_hf_config(hf_config)
+    ends = _end_tokens(folder, contents, config.vocab_size)
+    return family, dataclasses.replace(config, eos_token_ids=ends)
   except Exception as error:  # transformers raises all sorts.
     raise ValueError(f'{path}: {_one_line(error)}') from error
+
+
+def _end_tokens(folder, contents, vocab_size) -> tuple[int, ...]:
+  """What the files say, and not what transformers takes for the family."""
+  path = folder / 'generation_config.json'
+  named = [contents, weights.read_json(path) if path.is_file() else {}]
+  ids = set()
+  for given in (x.get('eos_token_id') for x in named):
+    ids |= set(given if isinstance(given, list) else [given])
+  ids.discard(None)
+  if wrong := [x for x in ids if not 0 <= x < vocab_size]:
+    raise ValueError(
+        f'eos_token_id={wrong[0]} is no token of vocab_size={vocab_size}.'
+    )
+  return tuple(sorted(ids))
 
 
 def read_sizes(name: str) -> tuple[Any, layers.ModelConfig]:

@@ -206,24 +206,31 @@ def _check_length(text: str, length: int, limit: int, source_name: str):
   )
 
 
-def end_ids(tokenizer: Any, stop: Sequence[str] = ()) -> tuple[int, ...]:
-  """Tokens that end a completion: the end token, and all that hold a stop.
+def end_ids(
+  tokenizer: Any, stop: Sequence[str] = (), others: Sequence[int] = ()
+) -> tuple[int, ...]:
+  """Tokens that end a completion: end tokens, and all that hold a stop.
 
   Args:
     tokenizer: of transformers, with an end token.
-    stop: texts, for example a line feed, which many tokens may hold. One that
-      only several tokens together spell does not end a completion.
+    stop: texts, for example a line feed, which many tokens may hold, or a
+      special token. One that only several tokens together spell does not end a
+      completion.
+    others: end tokens that the model names, see `ModelConfig.eos_token_ids`.
 
   Raises:
     ValueError: no token holds a stop.
   """
-  ids = {tokenizer.eos_token_id}
+  ids = {tokenizer.eos_token_id, *others}
   if not stop:
-    return tuple(ids)
+    return tuple(sorted(ids))
   rows = [[i] for i in range(len(tokenizer))]
   texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+  special = tokenizer.get_added_vocab()
   for wanted in stop:
     found = {i for i, text in enumerate(texts) if wanted and wanted in text}
+    if wanted in special:
+      found.add(special[wanted])
     if not found:
       raise ValueError(
         f'No token of the tokenizer holds config.stop {wanted!r}; use a '
@@ -258,8 +265,9 @@ def evaluation_batches(
   """
   if not 0 < num_prompts <= len(source):
     raise ValueError(
-      f'num_prompts={num_prompts}, but there are {len(source)} prompts to '
-      f'evaluate on; use 1 to {len(source)}.'
+      f'There are {len(source)} prompts to evaluate on, not num_prompts='
+      f'{num_prompts} (config.eval.num_prompts of a run); use 1 to '
+      f'{len(source)}.'
     )
   rows = [source[i * len(source) // num_prompts] for i in range(num_prompts)]
   batch_size = batch_size or num_prompts
