@@ -36,6 +36,9 @@ from dppo_jax.types import Rollout
 from dppo_jax.types import Rows
 from dppo_jax.types import ScoredRollout
 
+# `jax.named_scope` of what goes over a rollout, not over a mini-batch of it.
+WHOLE = 'whole_rollout'
+
 
 class Batch(NamedTuple):
   """Rows of a rollout with what is computed once on the whole of it.
@@ -276,7 +279,8 @@ def _make_map_in_parts(
       [chosen] = packing.take(layout, part, rows, length=length)
       return (), token_map(fn, params, chosen, products=products)
 
-    _, out = packing.over_parts(of_part, layout, ())
+    with jax.named_scope(WHOLE):
+      _, out = packing.over_parts(of_part, layout, ())
     return packing.put_back(layout, out, mask)
 
   return in_parts

@@ -44,6 +44,7 @@ from dppo_jax.chunks import CHUNKS
 from dppo_jax.models import load
 from dppo_jax.models import platforms
 from dppo_jax.models.packed_attention import WALK
+from dppo_jax.objective import WHOLE
 
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'Chip and shape of a slice, for example v5p:4x4x4.'
@@ -256,6 +257,13 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
     index = int(stage[1])
     return ends[index + 1] - ends[index]
 
+  def parts_of(name):
+    """Of packed rows, which a loop of the learner goes over."""
+    whole = WHOLE in name.split('/')
+    return expected.microbatches * (
+        config.learner.num_minibatches if whole else 1
+    )
+
   def trips(phase, loop):
     if decoding.FEWER in loop.op_name.split('/'):
       return 'decode', 0  # Slots are always full, see `expect`.
@@ -270,7 +278,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
       loops.append(loop)
       return 'decode', count
     if phase == 'learn' and config.learner.row_length:
-      return phase, expected.microbatches
+      return phase, parts_of(loop.op_name)
     unknown.append(loop)
     return phase, 1
 
@@ -284,7 +292,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
       return phase, expected.chunks
     if phase == 'sample' and (count := steps_of(stack)) is not None:
       return 'decode', count
-    return phase, expected.microbatches if phase == 'learn' else 1
+    return phase, parts_of(stack) if phase == 'learn' else 1
 
   steps = list(hlo.executed(program, phases=PHASES[:2], num_trips=trips))
   flops = operations.count(

@@ -509,6 +509,26 @@ def test_loops_over_fewer_slots_add_no_operation(topology):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.parametrize('row_length', [0, 21])
+def test_a_recomputed_anchor_is_as_dear_in_any_number_of_updates(
+    topology, row_length
+):
+  learned = [
+      plan_lib.make_plan(
+          tiny_config(**{
+              'anchor': 'recomputed', 'learner.num_minibatches': updates,
+              'learner.num_microbatches': 2, 'learner.row_length': row_length,
+          }),
+          topology, tiny_model.MODEL,
+      ).phases[0].flops
+      for updates in (1, 2)
+  ]
+  # Rows as sampled: 16 in parts of 8 or 4. Packed: a part is 4 rows or 2.
+  assert learned[0] == pytest.approx(learned[1], rel=1e-6)
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_a_cache_in_stages_is_multiplied_less_in_as_many_steps(topology):
   one, two = (
       plan_lib.make_plan(
