@@ -204,7 +204,8 @@ def check_model(
     raise ValueError(
         f'config.max_prompt_length={config.max_prompt_length} and '
         f'max_completion_length={config.max_completion_length} make {length} '
-        f'tokens, but the model has {max_positions} positions.'
+        f'tokens, but the model has {max_positions} positions; make them '
+        f'{max_positions} together at most.'
     )
   for section in ('sampling', 'eval'):
     if config[section].top_k > vocab_size:

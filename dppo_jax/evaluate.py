@@ -80,7 +80,8 @@ def make_evaluate_fn(
   Returns:
     `evaluate_fn(params) -> (metrics, samples)`; samples are lists `prompts`,
     `completions`, `answers` and `rewards`, in the order of the prompts: of this
-    process's rows, which are all N * num_samples if there is no other.
+    process's rows, which are all N * num_samples if there is no other. And
+    `evaluate_fn.lower(params)`, its program, lowered.
   """
   prompts, rows, own = batch.prompts, None, np.arange(len(batch.texts))
   if mesh is not None:
@@ -125,6 +126,7 @@ def make_evaluate_fn(
         'rewards': rewards,
     }
 
+  evaluate_fn.lower = lambda params: sample.lower(params, prompts, keys)
   return evaluate_fn
 
 

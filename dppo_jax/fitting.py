@@ -95,17 +95,55 @@ def compile_step(
   Raises:
     Refused: the compiler ran out of memory.
   """
+  return _compile(
+      lowered, 'the training step', lambda: _for_temporary(
+          config, num_batch_shards
+      )
+  )
+
+
+def _compile(lowered, what, ways) -> jax.stages.Compiled:
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    ways = _for_temporary(config, num_batch_shards)
     said = str(error).strip().splitlines()[0].rstrip('.')
     raise Refused(
-        f'The compiler finds no room for the training step: {said}. To lower '
-        f'what it needs: {_joined(ways)}.'
+        f'The compiler finds no room for {what}: {said}. To lower what it '
+        f'needs: {_joined(ways())}.'
     ) from error
+
+
+def check_evaluation(
+    lowered: jax.stages.Lowered,
+    config: Any,
+    *,
+    limit: int | None,
+    held: int,
+    shared: int,
+) -> None:
+  """Raises a ValueError if held-out evaluation does not fit beside a run.
+
+  Args:
+    lowered: its program.
+    config: of the run.
+    limit: see above.
+    held: bytes per device that are there while it runs.
+    shared: of them, those that are arguments of the program.
+  """
+  ways = lambda: _for_evaluation(config)
+  sizes = _compile(lowered, 'held-out evaluation', ways)
+  sizes = _largest(memory.of_step(sizes))
+  if limit is None or not sizes:
+    return
+  needed = sizes['total'] - shared
+  if held + needed > limit:
+    raise ValueError(
+        f'Held-out evaluation needs {memory.readable(needed)} on each device '
+        f'beside the {memory.readable(held)} of a run, and there are '
+        f'{memory.readable(limit)}. To lower it: {_joined(ways())}.'
+    )
 
 
 def make_program(
@@ -267,6 +305,24 @@ def _for_temporary(config: Any, num_batch_shards: int) -> list[str]:
   for name in ('model', 'sampling'):
     if config[name].dtype != 'bfloat16':
       ways.append(f"{name}.dtype='bfloat16' (now {config[name].dtype!r})")
+  return ways
+
+
+def _for_evaluation(config: Any) -> list[str]:
+  """What could be set so that held-out evaluation needs less memory."""
+  settings = config.eval
+  number = settings.num_prompts * settings.num_samples
+  ways = [
+      f'lower config.eval.num_slots (now {settings.num_slots})'
+      if settings.num_slots else
+      f'set config.eval.num_slots (now 0, all {number} completions at once)',
+      f'eval.num_prompts (now {settings.num_prompts})',
+      f'eval.num_samples (now {settings.num_samples})',
+  ]
+  if config.sampling.dtype != 'bfloat16':
+    ways.append(
+        f"config.sampling.dtype='bfloat16' (now {config.sampling.dtype!r})"
+    )
   return ways
 
 

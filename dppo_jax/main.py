@@ -152,7 +152,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       dtype=config.model.params_dtype,
       shardings=lambda tree: sharding.of_params(tree, mesh),
   ).params
-  return training.Parts(
+  parts = training.Parts(
       method=method,
       model=model,
       trainable=program.trainable,
@@ -173,6 +173,12 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       mesh=mesh,
       compile_s=compile_s,
   )
+  if to_train:
+    _, pending, _ = abstract_arguments(config, mesh, program)
+    training.check_evaluation(
+        config, parts, parts.state, [pending] * (1 + config.staleness)
+    )
+  return parts
 
 
 def make_mesh(config: Any) -> Any:
@@ -711,9 +717,12 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       key=key,
       mesh=sampling_mesh,
   )
-  return lambda params: evaluate_fn(
-      sharding.bring(params, mesh=mesh, sampling_mesh=sampling_mesh)
+  bring = functools.partial(
+      sharding.bring, mesh=mesh, sampling_mesh=sampling_mesh
   )
+  brought = lambda params: evaluate_fn(bring(params))
+  brought.lower = lambda params: evaluate_fn.lower(bring(params))
+  return brought
 
 
 def _build(module: Any, section: Any, **known) -> Any:
@@ -772,6 +781,7 @@ def run_evaluate() -> None:
               f'{error} Leave out --workdir to evaluate the model that the '
               'config starts from.'
           ) from error
+      training.check_evaluation(config, parts, state)
       metrics, _ = parts.evaluate_fn(training.policy(parts, state))
     metrics |= parts.scorer.take_counts()
     if processes.is_main():

@@ -15,6 +15,7 @@ from absl import logging
 import jax
 import numpy as np
 
+from dppo_jax import fitting
 from dppo_jax import lora
 from dppo_jax import memory
 from dppo_jax import processes
@@ -345,6 +346,35 @@ def score(
       processes.collect(rewards, parts.own, num_rows), rows, num_rows
   )
   return ScoredRollout(rollout, rewards), texts
+
+
+def check_evaluation(
+    config: Any, parts: Parts, state: TrainState, pending: Any = ()
+) -> None:
+  """Raises a ValueError if held-out evaluation has no room beside a run.
+
+  Its program is compiled here, and found when it runs.
+
+  Args:
+    config: of the run.
+    parts: built from it.
+    state: of which the policy is evaluated.
+    pending: rollouts that wait meanwhile, or their shapes.
+  """
+  params = policy(parts, state)
+  held = sum(memory.by_kind(state, pending).values())
+  # A merged policy, and one that is split in another way, is a copy; devices
+  # that only sample hold no state.
+  copied = config.lora.rank or any(config.sampling.mesh.values())
+  if config.sampling.num_devices:
+    held, copied = 0, True
+  fitting.check_evaluation(
+      parts.evaluate_fn.lower(params),
+      config,
+      limit=memory.limit(),
+      held=held,
+      shared=0 if copied else memory.per_device(params),
+  )
 
 
 def policy(parts: Parts, state: TrainState) -> Any:

@@ -286,6 +286,37 @@ def test_other_errors_of_the_compiler_are_left_alone():
     Programs(broken).fit(1000)
 
 
+# Held-out evaluation.
+
+
+def evaluation_refused(limit, held=0, shared=0, **changes):
+  lowered = jax.jit(lambda x: jax.numpy.outer(x, x)).lower(
+      jax.ShapeDtypeStruct((1000,), 'float32')
+  )  # 4 kB become 4 MB.
+  fitting.check_evaluation(
+      lowered, config_with(**changes), limit=limit, held=held, shared=shared
+  )
+
+
+def test_an_evaluation_that_does_not_fit_beside_a_run_has_ways_out():
+  evaluation_refused(4_004_000)
+  evaluation_refused(None, held=10**12)
+  evaluation_refused(6_000_000, held=2_000_000, shared=4_000)
+  with pytest.raises(ValueError) as error:
+    evaluation_refused(6_000_000, held=2_000_000)
+  assert str(error.value) == (
+      'Held-out evaluation needs 4.00 MB on each device beside the 2.00 MB of '
+      'a run, and there are 6.00 MB. To lower it: set config.eval.num_slots '
+      '(now 0, all 1024 completions at once); eval.num_prompts (now 128); '
+      "eval.num_samples (now 8); config.sampling.dtype='bfloat16' (now "
+      "'float32')."
+  )
+  with pytest.raises(ValueError, match='lower config.eval.num_slots .now 64'):
+    evaluation_refused(
+        10**6, eval__num_slots=64, sampling__dtype='bfloat16'
+    )
+
+
 # Of a run.
 
 SMALL = {
@@ -319,7 +350,7 @@ def test_a_run_compiles_its_step_once_for_each_trial(
     training.warm_up(
         parts, parts.state, training.blank_rollout(parts), next(parts.prompts)
     )
-  *trials, run = told
+  *trials, _, run = told  # The evaluation is in between.
   totals = [sizes['total'] for sizes in trials]
   assert len(totals) > 1
   assert totals[-2] > limit >= totals[-1]

@@ -688,6 +688,23 @@ def test_a_step_that_does_not_fit_is_one_line_and_leaves_nothing(cli, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_evaluation_that_does_not_fit_is_refused_before_the_run(
+    cli, tmp_path
+):
+  workdir, large = tmp_path / 'run', {'eval.num_samples': 256}
+  done = run_with_limit(cli, workdir, 60_000_000, **large)
+  assert_one_line_error(
+      done, 'Held-out evaluation needs .* MB on each device beside the .* and '
+      'there are 60.00 MB. To lower it: set config.eval.num_slots .now 0, all '
+  )
+  assert not workdir.exists()
+  done = run_with_limit(
+      cli, workdir, 60_000_000, total_steps=1, **large, **{'eval.num_slots': 64}
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_a_number_of_micro_batches_that_fits_is_as_if_it_were_given(
     cli, tmp_path
 ):

@@ -1,5 +1,7 @@
 """A run in this process: what is on its devices, and what it says."""
 
+import re
+
 import jax
 import pytest
 import tiny_model
@@ -9,6 +11,7 @@ from dppo_jax import main
 from dppo_jax import tracing
 from dppo_jax import training
 
+COMPILED = re.compile(r'Finished XLA compilation of jit\(sample\)')
 SMALL = {
     'num_prompts': 4, 'group_size': 4, 'max_completion_length': 8,
     'eval.num_prompts': 4, 'eval.num_samples': 1, 'eval.every': 10,
@@ -44,6 +47,18 @@ def test_what_a_run_starts_from_is_gone_once_its_checkpoint_is_read(tmp_path):
   assert step == 2
   assert all(gone)
   assert not any(deleted(parts.state.frozen))
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_compiled_once(caplog):
+  config = default.get_config()
+  config.update_from_flattened_dict(SMALL)
+  with tiny_model.quick_compilation(), jax.log_compiles():
+    parts = main.build(config)
+    compiled = [x for x in caplog.messages if COMPILED.search(x)]
+    assert len(compiled) == 1
+    parts.evaluate_fn(training.policy(parts, parts.state))
+    assert compiled == [x for x in caplog.messages if COMPILED.search(x)]
 
 
 @pytest.mark.slow
