@@ -197,11 +197,11 @@ def test_of_a_completion_that_has_ended_one_slot_is_read():
 
 
 @pytest.mark.parametrize('options', [
-    {}, {'num_slots': 4, 'num_halvings': 1}
-], ids=['together', 'in slots'])
+    {}, {'num_stages': 3}, {'num_slots': 4, 'num_halvings': 1}
+], ids=['together', 'in stages', 'in slots'])
 def test_a_sampler_draws_the_same_tokens_with_the_kernel(options):
   ours = sample(interpreted, **options)
-  theirs = sample(attention.attend_to_cache, **options)
+  theirs = sample(attention.attend_to_cache)
   np.testing.assert_array_equal(ours.tokens, theirs.tokens)
   np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
   assert ours.mask.any(axis=1).all() and ours.mask.sum() > 50
