@@ -338,6 +338,16 @@ def with_text(path, pre, **changes):
   return write(path, edit=edit, vocab_size=len(trained()[0]))[0]
 
 
+def test_end_tokens_are_those_that_the_metadata_name(tmp_path):
+  pre = next(iter(SPLITS))
+  for name, more, ends in (
+      ('one', {}, (1,)),
+      ('three', {'ggml.eot_token_id': 5, 'ggml.eom_token_id': 4}, (1, 4, 5)),
+  ):
+    file = with_text(tmp_path / name, pre, **more)
+    assert load.read_config(file)[1].eos_token_ids == ends
+
+
 @pytest.mark.parametrize('pre', SPLITS)
 def test_text_has_the_tokens_of_the_tokenizer_it_was_made_of(tmp_path, pre):
   file = with_text(tmp_path / 'model', pre)

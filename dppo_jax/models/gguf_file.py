@@ -29,6 +29,8 @@ from dppo_jax.models.weights import StoredTensor
 
 SUFFIX = '.gguf'
 EOS = 'tokenizer.ggml.eos_token_id'
+# Those of a turn and of a message, where they are others.
+_MORE_ENDS = 'tokenizer.ggml.eot_token_id', 'tokenizer.ggml.eom_token_id'
 
 # Architectures whose GGUF tensors are Hugging Face's under other names.
 ARCHITECTURES = ('llama', 'qwen2', 'qwen3')
@@ -108,6 +110,12 @@ def read_header(path: pathlib.Path) -> Header:
   """The header of a file; parsed once for each state of the file."""
   stat = path.stat()
   return _read_header(path, stat.st_size, stat.st_mtime_ns)
+
+
+def end_tokens(header: Header) -> list[int]:
+  """All that the metadata name."""
+  named = (header.metadata.get(key) for key in (EOS, *_MORE_ENDS))
+  return [x for x in named if x is not None]
 
 
 def hf_config(header: Header) -> Any:

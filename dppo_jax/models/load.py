@@ -172,9 +172,12 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
 def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
   """The family and the sizes that `config.json` or a GGUF file describes."""
   if _is_gguf(folder):
-    hf_config = gguf_file.hf_config(gguf_file.read_header(folder))
+    header = gguf_file.read_header(folder)
+    hf_config = gguf_file.hf_config(header)
     family = FAMILIES[hf_config.model_type]
-    return family, family.from_hf_config(hf_config)
+    return family, _with_end_tokens(
+        family.from_hf_config(hf_config), gguf_file.end_tokens(header)
+    )
   path = folder / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(
@@ -194,26 +197,30 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
   family = FAMILIES[model_type]
   try:
     hf_config = hf.transformers().AutoConfig.from_pretrained(folder)
-    config = family.from_hf_config(hf_config)
-    ends = _end_tokens(folder, contents, config.vocab_size)
-    return family, dataclasses.replace(config, eos_token_ids=ends)
+    return family, _with_end_tokens(
+        family.from_hf_config(hf_config), _end_tokens(folder, contents)
+    )
   except Exception as error:  # transformers raises all sorts.
     raise ValueError(f'{path}: {_one_line(error)}') from error
 
 
-def _end_tokens(folder, contents, vocab_size) -> tuple[int, ...]:
+def _end_tokens(folder, contents) -> list[int]:
   """What the files say, and not what transformers takes for the family."""
   path = folder / 'generation_config.json'
   named = [contents, weights.read_json(path) if path.is_file() else {}]
-  ids = set()
+  ids = []
   for given in (x.get('eos_token_id') for x in named):
-    ids |= set(given if isinstance(given, list) else [given])
-  ids.discard(None)
-  if wrong := [x for x in ids if not 0 <= x < vocab_size]:
+    ids += given if isinstance(given, list) else [given]
+  return [x for x in ids if x is not None]
+
+
+def _with_end_tokens(config, ids) -> layers.ModelConfig:
+  if wrong := [x for x in ids if not 0 <= x < config.vocab_size]:
     raise ValueError(
-        f'eos_token_id={wrong[0]} is no token of vocab_size={vocab_size}.'
+        f'eos_token_id={wrong[0]} is no token of '
+        f'vocab_size={config.vocab_size}.'
     )
-  return tuple(sorted(ids))
+  return dataclasses.replace(config, eos_token_ids=tuple(sorted(set(ids))))
 
 
 def read_sizes(name: str) -> tuple[Any, layers.ModelConfig]:
