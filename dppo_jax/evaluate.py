@@ -9,7 +9,7 @@ of training.
 from collections.abc import Callable
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,6 +52,21 @@ def summarize(rewards: np.ndarray) -> dict[str, float]:
     metrics[f'eval/pass@{k}'] = float(np.mean(per_prompt))
     k *= 2
   return metrics
+
+
+class Evaluation(NamedTuple):
+  """Held-out evaluation of parameters on the learner's mesh."""
+
+  run: Callable[[PyTree], tuple[dict[str, float], dict[str, Any]]]
+  # From shapes of the parameters that have shardings.
+  lower: Callable[[PyTree], jax.stages.Lowered]
+  # Shapes -> those of the parameters where they are sampled with.
+  there: Callable[[PyTree], PyTree]
+  copies: bool  # Whether these are copies.
+  apart: bool  # Whether they are on other devices.
+
+  def __call__(self, params: PyTree) -> tuple[dict[str, float], dict[str, Any]]:
+    return self.run(params)
 
 
 def make_evaluate_fn(

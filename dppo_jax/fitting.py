@@ -133,8 +133,13 @@ def check_evaluation(
     shared: of them, those that are arguments of the program.
   """
   ways = lambda: _for_evaluation(config)
-  sizes = _compile(lowered, 'held-out evaluation', ways)
-  sizes = _largest(memory.of_step(sizes))
+  try:
+    sizes = memory.of_step(_compile(lowered, 'held-out evaluation', ways))
+  except Refused as error:  # Others may wait to hear of it.
+    sizes = error
+  sizes = _largest(sizes)
+  if isinstance(sizes, Refused):
+    raise sizes
   if limit is None or not sizes:
     return
   needed = sizes['total'] - shared

@@ -717,12 +717,23 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       key=key,
       mesh=sampling_mesh,
   )
-  bring = functools.partial(
-      sharding.bring, mesh=mesh, sampling_mesh=sampling_mesh
+
+  def there(params):
+    if mesh == sampling_mesh:
+      return params
+    return jax.tree.map(
+        sharding.placed, params, sharding.of_params(params, sampling_mesh)
+    )
+
+  return evaluate.Evaluation(
+      run=lambda params: evaluate_fn(
+          sharding.bring(params, mesh=mesh, sampling_mesh=sampling_mesh)
+      ),
+      lower=lambda params: evaluate_fn.lower(there(params)),
+      there=there,
+      copies=mesh != sampling_mesh,
+      apart=sharding.apart(mesh, sampling_mesh),
   )
-  brought = lambda params: evaluate_fn(bring(params))
-  brought.lower = lambda params: evaluate_fn.lower(bring(params))
-  return brought
 
 
 def _build(module: Any, section: Any, **known) -> Any:

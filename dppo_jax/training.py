@@ -361,25 +361,47 @@ def check_evaluation(
     state: of which the policy is evaluated.
     pending: rollouts that wait meanwhile, or their shapes.
   """
-  params = policy(parts, state)
-  held = sum(memory.by_kind(state, pending).values())
-  # A merged policy, and one that is split in another way, is a copy; devices
-  # that only sample hold no state.
-  copied = config.lora.rank or any(config.sampling.mesh.values())
-  if config.sampling.num_devices:
-    held, copied = 0, True
+  evaluation, params = parts.evaluate_fn, _shapes_of_policy(parts, state)
+  merged, shared = parts.trainable is not trainable_lib.EVERYTHING, 0
+  if evaluation.apart:
+    held = 0  # But for what is sampled with meanwhile, below.
+  else:
+    held = sum(memory.by_kind(state, pending).values())
+    if merged and evaluation.copies:
+      held += memory.per_device(params)
+    elif not merged and not evaluation.copies:
+      shared = memory.per_device(params)
+  if config.mode == 'split' and config.staleness:  # The sampler goes on.
+    held += memory.per_device(evaluation.there(params))
   fitting.check_evaluation(
-      parts.evaluate_fn.lower(params),
+      evaluation.lower(params),
       config,
       limit=memory.limit(),
       held=held,
-      shared=0 if copied else memory.per_device(params),
+      shared=shared,
   )
 
 
 def policy(parts: Parts, state: TrainState) -> Any:
-  """The parameters of the policy; those of the state if all are trained."""
-  return jax.jit(parts.trainable.merge)(state.params, state.frozen)
+  """The parameters of the policy: the state's own, or merged with the rest."""
+  if parts.trainable is trainable_lib.EVERYTHING:
+    return state.params  # A compiled function would copy them.
+  where = jax.tree.map(lambda x: x.sharding, _shapes_of_policy(parts, state))
+  merge = jax.jit(parts.trainable.merge, out_shardings=where)
+  return merge(state.params, state.frozen)
+
+
+def _shapes_of_policy(parts, state):
+  """Where it will be, too."""
+  if parts.trainable is trainable_lib.EVERYTHING:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        state.params,
+    )
+  shapes = jax.eval_shape(parts.trainable.merge, state.params, state.frozen)
+  return jax.tree.map(
+      sharding.placed, shapes, sharding.of_params(shapes, parts.mesh)
+  )
 
 
 def _note_samples(

@@ -346,6 +346,9 @@ def test_end_tokens_are_those_that_the_metadata_name(tmp_path):
   ):
     file = with_text(tmp_path / name, pre, **more)
     assert load.read_config(file)[1].eos_token_ids == ends
+  file = with_text(tmp_path / 'wrong', pre, **{'ggml.eot_token_id': 10**6})
+  with pytest.raises(ValueError, match='gguf: .*eot_token_id=1000000 is no'):
+    load.read_config(file)
 
 
 @pytest.mark.parametrize('pre', SPLITS)

@@ -358,6 +358,7 @@ def test_a_tokenizer_that_cannot_end_is_refused(tmp_path):
     ([4, 3], None, (3, 4)),
     (3, 5, (3, 5)),
     (None, [5, 3], (3, 5)),
+    (3, -1, (3,)),
 ])
 def test_end_tokens_are_those_that_the_files_name(
     tied, tmp_path, config, generation, ends
@@ -384,10 +385,13 @@ def test_a_trained_model_is_saved_with_all_its_end_tokens(tmp_path):
   assert ends == sorted({5, tokenizer.eos_token_id})
 
 
-def test_an_end_token_that_is_none_is_named(tied):
-  (tied / 'generation_config.json').write_text('{"eos_token_id": 10000000}')
-  with pytest.raises(ValueError, match='eos_token_id=10000000 is no token of'):
+@pytest.mark.parametrize('wrong', ['10000000', '"x"'])
+def test_an_end_token_that_is_none_is_named(tied, wrong):
+  path = tied / 'generation_config.json'
+  path.write_text(f'{{"eos_token_id": {wrong}}}')
+  with pytest.raises(ValueError, match='eos_token_id=.* is no token of') as e:
     load.from_pretrained(tied)
+  assert str(e.value).startswith(f'{path}: eos_token_id=')
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """A run in this process: what is on its devices, and what it says."""
 
 import re
+import types
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from configs import default
 from dppo_jax import main
 from dppo_jax import tracing
 from dppo_jax import training
+from dppo_jax import workdir
 
 COMPILED = re.compile(r'Finished XLA compilation of jit\(sample\)')
 SMALL = {
@@ -19,6 +21,8 @@ SMALL = {
     'extras.kl_coefficient': 0.1, 'replay.capacity': 2, 'replay.max_age': 8,
     'tensorboard': False, 'compilation_cache': '',
 }
+# Its layers stay as they are.
+PARTLY = SMALL | {'learning_rates': (('layers', 0.0),)}
 
 
 def deleted(tree):
@@ -28,7 +32,7 @@ def deleted(tree):
 @pytest.mark.slow
 def test_what_a_run_starts_from_is_gone_once_its_checkpoint_is_read(tmp_path):
   config = default.get_config()
-  config.update_from_flattened_dict(SMALL)
+  config.update_from_flattened_dict(PARTLY)
   with tiny_model.quick_compilation():
     training.train(
         config, main.build(config), tmp_path, should_stop=lambda step: step == 1
@@ -45,20 +49,40 @@ def test_what_a_run_starts_from_is_gone_once_its_checkpoint_is_read(tmp_path):
     assert training.train(config, parts, tmp_path, ask)
   [(step, gone)] = held
   assert step == 2
-  assert all(gone)
-  assert not any(deleted(parts.state.frozen))
+  assert gone and all(gone)
+  # What is frozen is no part of a checkpoint: it was there to go on with.
+  assert jax.tree.leaves(parts.state.frozen)
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_compiled_once(caplog):
+@pytest.mark.parametrize('settings', [SMALL, PARTLY], ids=['all', 'partly'])
+def test_an_evaluation_is_compiled_once(caplog, settings):
   config = default.get_config()
-  config.update_from_flattened_dict(SMALL)
+  config.update_from_flattened_dict(settings)
   with tiny_model.quick_compilation(), jax.log_compiles():
     parts = main.build(config)
     compiled = [x for x in caplog.messages if COMPILED.search(x)]
     assert len(compiled) == 1
-    parts.evaluate_fn(training.policy(parts, parts.state))
+    policy = training.policy(parts, parts.state)
+    parts.evaluate_fn(policy)
     assert compiled == [x for x in caplog.messages if COMPILED.search(x)]
+  # Who trains everything evaluates the very arrays of the state.
+  whole = not jax.tree.leaves(parts.state.frozen)
+  assert whole == (settings is SMALL)
+  assert whole == (policy is parts.state.params)
+
+
+def test_a_second_run_in_a_directory_changes_nothing_in_it(tmp_path):
+  config = default.get_config()
+  workdir.prepare(tmp_path, config)
+  before = (tmp_path / 'config.json').read_bytes()
+  config.checkpoint_every = 7  # Which may change between two starts.
+  scorer = types.SimpleNamespace(close=lambda: None)
+  parts = types.SimpleNamespace(scorer=scorer)
+  with workdir.locked(tmp_path):
+    with pytest.raises(BlockingIOError, match='Another run is working in'):
+      training.train(config, parts, tmp_path, lambda step: False)
+  assert (tmp_path / 'config.json').read_bytes() == before
 
 
 @pytest.mark.slow

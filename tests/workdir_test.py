@@ -152,16 +152,6 @@ def test_settings_with_a_beginning_are_compared_alone(tmp_path):
     )
 
 
-def test_who_finds_another_run_in_its_directory_changes_nothing(tmp_path):
-  workdir.prepare(tmp_path, default.get_config())
-  before = (tmp_path / 'config.json').read_bytes()
-  with workdir.locked(tmp_path):
-    with pytest.raises(BlockingIOError, match='Another run is working in'):
-      with workdir.locked(tmp_path):
-        raise AssertionError('Two runs are in it.')
-  assert (tmp_path / 'config.json').read_bytes() == before
-
-
 def test_the_end_of_a_decaying_schedule_may_not_move(tmp_path):
   cosine = {'optimizer.schedule': 'cosine'}
   workdir.prepare(tmp_path, config_with(**cosine))

@@ -112,10 +112,13 @@ def read_header(path: pathlib.Path) -> Header:
   return _read_header(path, stat.st_size, stat.st_mtime_ns)
 
 
-def end_tokens(header: Header) -> list[int]:
-  """All that the metadata name."""
-  named = (header.metadata.get(key) for key in (EOS, *_MORE_ENDS))
-  return [x for x in named if x is not None]
+def end_tokens(header: Header) -> list[tuple[str, int]]:
+  """All that the metadata name, behind where they do."""
+  return [
+      (f'{header.path}: {key}', header.metadata[key])
+      for key in (EOS, *_MORE_ENDS)
+      if key in header.metadata
+  ]
 
 
 def hf_config(header: Header) -> Any:

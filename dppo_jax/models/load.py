@@ -197,30 +197,31 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
   family = FAMILIES[model_type]
   try:
     hf_config = hf.transformers().AutoConfig.from_pretrained(folder)
-    return family, _with_end_tokens(
-        family.from_hf_config(hf_config), _end_tokens(folder, contents)
-    )
+    config = family.from_hf_config(hf_config)
   except Exception as error:  # transformers raises all sorts.
     raise ValueError(f'{path}: {_one_line(error)}') from error
+  return family, _with_end_tokens(config, _end_tokens(folder))
 
 
-def _end_tokens(folder, contents) -> list[int]:
+def _end_tokens(folder) -> list[tuple[str, int]]:
   """What the files say, and not what transformers takes for the family."""
-  path = folder / 'generation_config.json'
-  named = [contents, weights.read_json(path) if path.is_file() else {}]
-  ids = []
-  for given in (x.get('eos_token_id') for x in named):
-    ids += given if isinstance(given, list) else [given]
-  return [x for x in ids if x is not None]
+  found = []
+  for path in (folder / 'config.json', folder / 'generation_config.json'):
+    if path.is_file():
+      given = weights.read_json(path).get('eos_token_id')
+      ids = given if isinstance(given, list) else [given]
+      found += [(f'{path}: eos_token_id', x) for x in ids if x is not None]
+  return found
 
 
-def _with_end_tokens(config, ids) -> layers.ModelConfig:
-  if wrong := [x for x in ids if not 0 <= x < config.vocab_size]:
-    raise ValueError(
-        f'eos_token_id={wrong[0]} is no token of '
-        f'vocab_size={config.vocab_size}.'
-    )
-  return dataclasses.replace(config, eos_token_ids=tuple(sorted(set(ids))))
+def _with_end_tokens(config, named) -> layers.ModelConfig:
+  for where, x in named:
+    if not isinstance(x, int) or x >= config.vocab_size:
+      raise ValueError(
+          f'{where}={x!r} is no token of vocab_size={config.vocab_size}.'
+      )
+  ids = {x for _, x in named if x >= 0}  # Some say -1 for none.
+  return dataclasses.replace(config, eos_token_ids=tuple(sorted(ids)))
 
 
 def read_sizes(name: str) -> tuple[Any, layers.ModelConfig]:
