@@ -236,10 +236,7 @@ def _restore(config, parts, checkpoints, blank):
   """
   start, frozen = parts.state, parts.state.frozen
   # Not arrays, of which the start's are deleted before others are read.
-  wanted = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      _checkpointed(config, start, blank),
-  )
+  wanted = _shapes(_checkpointed(config, start, blank))
   restored = checkpoints.restore_latest(
       wanted,
       when_found=lambda: jax.tree.map(
@@ -277,9 +274,7 @@ def latest_state(
     try:
       restored = _restore(config, parts, checkpoints, blank_rollout(parts))
     except ValueError as error:
-      raise ValueError(
-          f'{error} {OWN_FLAGS}'
-      ) from error
+      raise ValueError(f'{error} {OWN_FLAGS}') from error
   if restored is None:
     raise FileNotFoundError(f'{folder} holds no checkpoint yet.')
   return restored[1]['state']
@@ -391,13 +386,18 @@ def policy(parts: Parts, state: TrainState) -> Any:
   return merge(state.params, state.frozen)
 
 
+def _shapes(tree):
+  """Of arrays, with where they are."""
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      tree,
+  )
+
+
 def _shapes_of_policy(parts, state):
   """Where it will be, too."""
   if parts.trainable is trainable_lib.EVERYTHING:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        state.params,
-    )
+    return _shapes(state.params)
   shapes = jax.eval_shape(parts.trainable.merge, state.params, state.frozen)
   return jax.tree.map(
       sharding.placed, shapes, sharding.of_params(shapes, parts.mesh)
