@@ -26,12 +26,13 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks import shapes
+from benchmarks.peers import work
 from dppo_jax import packing
 from dppo_jax.models import attention
 from dppo_jax.models import packed_attention
 from dppo_jax.types import Rows
 
-_SIZE = flags.DEFINE_enum('size', 'small', list(shapes.SIZES), 'Of the model.')
+_SIZE = flags.DEFINE_enum('size', 'small', list(work.SIZES), 'Of the model.')
 _PROMPTS = flags.DEFINE_integer('prompts', 16, 'Prompts of 32 tokens.')
 _GROUP = flags.DEFINE_integer('group', 8, 'Completions of each.')
 _LENGTH = flags.DEFINE_integer('length', 64, 'Longest completion.')
@@ -71,8 +72,8 @@ def make_row(row_length: int) -> attention.Where:
 
 def make_program(row_attention: attention.RowAttention, where):
   """The gradient of a sum of what all layers attend to."""
-  _, _, heads, key_heads, *_ = shapes.SIZES[_SIZE.value]
-  size = shapes.make_model(_SIZE.value, mean=0).config.head_dim
+  depth, _, heads, key_heads, *_ = work.SIZES[_SIZE.value]
+  size = shapes.architecture(work.SIZES[_SIZE.value]).head_dim
   real = (where.segment_ids > 0)[..., None, None]
 
   def total(q, k, v, weights, where):
@@ -87,7 +88,6 @@ def make_program(row_attention: attention.RowAttention, where):
 
     return jax.lax.scan(layer, 0.0, (q, k, v, weights))[0]
 
-  depth = shapes.SIZES[_SIZE.value][0]
   keys = jax.random.split(jax.random.key(0), 4)
   inputs = [
       jax.random.normal(key, (depth, *where.segment_ids.shape, count, size))

@@ -93,7 +93,7 @@ def make_decode(model, batch_prompts, group):
   def compile_for(length):
     return jax.jit(sampling.make_sampler(
         model, group_size=group, max_completion_length=length,
-        eos_ids=(shapes.EOS_ID,), pad_id=shapes.PAD_ID, temperature=1.0,
+        eos_ids=(shapes.end_id(0),), pad_id=shapes.PAD_ID, temperature=1.0,
         num_stages=FLAGS.stages,
     ))
 
@@ -123,7 +123,7 @@ def make_learn(model):
   """(seconds of an update, operations, 0 bytes), when called."""
   config = model.config
   programs, state, scored, key = learner_lib.make_programs(
-      model, [(0, FLAGS.microbatches_of_floor)]
+      model, [(0, FLAGS.microbatches_of_floor)], mean=0
   )
   [program] = programs.values()
   rows, length = scored.rollout.token_mask.shape

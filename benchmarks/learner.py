@@ -26,12 +26,13 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks import shapes
+from benchmarks.peers import work
 from configs import default
 from dppo_jax import main as main_lib
 from dppo_jax import sharding
 from dppo_jax.types import ScoredRollout
 
-_SIZE = flags.DEFINE_enum('size', 'tiny', ['tiny', 'small'], 'Of the model.')
+_SIZE = flags.DEFINE_enum('size', 'tiny', list(work.SIZES), 'Of the model.')
 _PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts of 32 tokens.')
 _GROUP = flags.DEFINE_integer('group', 8, 'Completions of each.')
 _LENGTH = flags.DEFINE_integer('length', 64, 'Longest completion.')
@@ -65,11 +66,11 @@ def make_config(
   return config
 
 
-def make_programs(model, layouts):
+def make_programs(model, layouts, *, mean: float):
   """What learns in each layout, and what they are called with."""
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, expert=1)
   tokenizer = types.SimpleNamespace(
-      eos_token_id=shapes.EOS_ID, pad_token_id=shapes.PAD_ID
+      eos_token_id=shapes.end_id(mean), pad_token_id=shapes.PAD_ID
   )
 
   def make_program(layout):
@@ -100,7 +101,9 @@ def measure() -> dict:
   layouts = [(0, int(x)) for x in _MICRO.value]
   layouts += [(0, int(x), True) for x in _SHARED.value]
   layouts += [tuple(map(int, x.split(':'))) for x in _PACKED.value]
-  programs, state, scored, key = make_programs(model, layouts)
+  programs, state, scored, key = make_programs(
+      model, layouts, mean=_MEAN.value
+  )
 
   def run(layout):
     start = time.perf_counter()

@@ -26,9 +26,10 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks import shapes
+from benchmarks.peers import work
 from dppo_jax import sampling
 
-_SIZE = flags.DEFINE_enum('size', 'tiny', ['tiny', 'small'], 'Of the model.')
+_SIZE = flags.DEFINE_enum('size', 'tiny', list(work.SIZES), 'Of the model.')
 _PROMPTS = flags.DEFINE_integer('prompts', 64, 'Prompts of 32 tokens.')
 _GROUP = flags.DEFINE_integer('group', 8, 'Completions of each.')
 _LENGTH = flags.DEFINE_integer('length', 64, 'Longest completion.')
@@ -51,8 +52,8 @@ def measure() -> dict:
   def compile_for(num_slots, num_halvings):
     sampler = sampling.make_sampler(
         model, group_size=_GROUP.value, max_completion_length=_LENGTH.value,
-        eos_ids=(shapes.EOS_ID,), pad_id=shapes.PAD_ID, temperature=1.0,
-        num_slots=num_slots, num_halvings=num_halvings,
+        eos_ids=(shapes.end_id(_MEAN.value),), pad_id=shapes.PAD_ID,
+        temperature=1.0, num_slots=num_slots, num_halvings=num_halvings,
     )
     return jax.jit(sampler).lower(params, prompts, keys).compile()
 

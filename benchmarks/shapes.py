@@ -6,47 +6,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.peers import work
 from dppo_jax.models import causal_lm
 from dppo_jax.models import layers
 from dppo_jax.models import llama
 from dppo_jax.types import Prompts
 
-PROMPT_LENGTH = 32
-EOS_ID, PAD_ID = 1, 0
-# layers, width, heads, key heads, inner width, vocabulary
-SIZES = {
-    'tiny': (4, 128, 4, 2, 384, 512),
-    'small': (8, 512, 8, 4, 1408, 8192),
-}
+PROMPT_LENGTH = work.PROMPT_LENGTH
+EOS_ID, PAD_ID = work.EOS_ID, work.PAD_ID
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometric(causal_lm.CausalLM):
+class Stopping(causal_lm.CausalLM):
   """Ends a completion with the same probability after every token."""
 
   stop: float = 0.0  # 0 never ends one.
 
   def head(self, params, hidden):
+    """With the logit of the end token that makes it so likely.
+
+    Logits of random weights are normal, of one scale everywhere: the sum of
+    their exponentials is nearly the same for all tokens, and not computed.
+    """
     logits = super().head(params, hidden)
-    others = logits.at[..., EOS_ID].set(-jnp.inf)
-    if not self.stop:
-      return others
-    odds = np.log(self.stop / (1 - self.stop))
-    end = jax.nn.logsumexp(others, axis=-1) + odds
-    return logits.at[..., EOS_ID].set(end)
+    end = -np.inf
+    if self.stop:
+      variance = causal_lm.INIT_SCALE**2 * self.config.hidden_size
+      odds = self.stop / (1 - self.stop)
+      end = np.log(odds * (self.config.vocab_size - 1)) + variance / 2
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(ids == EOS_ID, jnp.float32(end), logits)
 
 
-def make_model(size: str, *, mean: float) -> Geometric:
-  """A Llama of some size, without parameters; mean 0 for no end."""
-  depth, width, heads, key_heads, inner, vocab = SIZES[size]
-  config = layers.ModelConfig(
-      model_type='llama', vocab_size=vocab, hidden_size=width,
-      intermediate_size=inner, num_hidden_layers=depth,
-      num_attention_heads=heads, num_key_value_heads=key_heads,
-      head_dim=width // heads, rope_theta=10_000.0, rms_norm_eps=1e-6,
+def architecture(size: work.Size) -> layers.ModelConfig:
+  """Of a Llama."""
+  return layers.ModelConfig(
+      model_type='llama', vocab_size=size.vocab, hidden_size=size.width,
+      intermediate_size=size.inner, num_hidden_layers=size.layers,
+      num_attention_heads=size.heads, num_key_value_heads=size.key_heads,
+      head_dim=size.width // size.heads, rope_theta=10_000.0, rms_norm_eps=1e-6,
       tie_word_embeddings=True, max_position_embeddings=4096,
   )
-  return Geometric(config, llama, stop=1 / mean if mean else 0.0)
+
+
+def make_model(size: str, *, mean: float) -> causal_lm.CausalLM:
+  """A Llama of some size, without parameters; see `end_id` for mean 0."""
+  config = architecture(work.SIZES[size])
+  if not mean:
+    return causal_lm.CausalLM(config, llama)
+  return Stopping(config, llama, stop=1 / mean)
+
+
+def end_id(mean: float) -> int:
+  """The token that ends a completion; with mean 0 what no token is.
+
+  So what decodes a fixed length need not hide the end token in its logits,
+  which no real model does.
+  """
+  return EOS_ID if mean else -1
 
 
 def make_prompts(num_prompts: int, vocab: int) -> Prompts:
@@ -56,7 +73,7 @@ def make_prompts(num_prompts: int, vocab: int) -> Prompts:
   return Prompts(jnp.asarray(tokens), jnp.ones(tokens.shape, bool))
 
 
-def make_inputs(model: Geometric, num_prompts: int):
+def make_inputs(model: causal_lm.CausalLM, num_prompts: int):
   """Parameters, prompts and the key that draws completions, always the same.
 
   By `sampling.row_keys` of that key, so every script that asks for as many

@@ -20,7 +20,7 @@ import pytest
 import tiny_model
 import whole_step
 
-from benchmarks.peers import ours
+from benchmarks import shapes
 
 FILE = pathlib.Path(__file__).with_name('program_facts.json')
 SIZES = {
@@ -82,7 +82,7 @@ def executables(case):
   if 'sampling__num_slots' in options:
     options = options | {'sampling__num_slots': 8}
   model = tiny_model.MODEL
-  model = ours.Stopping(model.config, model.family, stop=0.9)
+  model = shapes.Stopping(model.config, model.family, stop=0.9)
   config, mesh, _ = whole_step.make_small(model, **options)
   program = whole_step.make_program(config, mesh, model)
   steps = whole_step.take_steps(config, mesh, program, tiny_model.params())

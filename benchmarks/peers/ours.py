@@ -10,7 +10,6 @@ it is as large as its completions would be at their longest.
 """
 
 import argparse
-import dataclasses
 import itertools
 import pathlib
 import sys
@@ -21,9 +20,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 # ruff: noqa: E402
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import shapes
 from benchmarks.peers import work
 from configs import default
 from dppo_jax import checks
@@ -31,52 +30,9 @@ from dppo_jax import main as main_lib
 from dppo_jax import memory
 from dppo_jax import sharding
 from dppo_jax import train_step as train_step_lib
-from dppo_jax.models import causal_lm
-from dppo_jax.models import layers
 from dppo_jax.models import llama
 from dppo_jax.types import Prompts
 from dppo_jax.types import ScoredRollout
-
-
-@dataclasses.dataclass(frozen=True)
-class Stopping(causal_lm.CausalLM):
-  """Ends a completion with the same probability after every token."""
-
-  stop: float = 0.0
-
-  def head(self, params, hidden):
-    """With the logit of the end token that makes it so likely.
-
-    Logits of random weights are normal, of one scale everywhere: the sum of
-    their exponentials is nearly the same for all tokens, and not computed.
-    """
-    logits = super().head(params, hidden)
-    end = -np.inf
-    if self.stop:
-      variance = causal_lm.INIT_SCALE**2 * self.config.hidden_size
-      odds = self.stop / (1 - self.stop)
-      end = np.log(odds * (self.config.vocab_size - 1)) + variance / 2
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    return jnp.where(ids == work.EOS_ID, jnp.float32(end), logits)
-
-
-def make_model(size: work.Size, stop: float) -> Stopping:
-  """The architecture, without parameters."""
-  config = layers.ModelConfig(
-      model_type='llama',
-      vocab_size=size.vocab,
-      hidden_size=size.width,
-      intermediate_size=size.inner,
-      num_hidden_layers=size.layers,
-      num_attention_heads=size.heads,
-      num_key_value_heads=size.key_heads,
-      head_dim=size.width // size.heads,
-      rope_theta=10_000.0,
-      rms_norm_eps=1e-6,
-      tie_word_embeddings=True,
-      max_position_embeddings=4096,
-  )
-  return Stopping(config, llama, stop=stop)
 
 
 def make_config(
@@ -131,8 +87,9 @@ class Run:
   def __init__(self, args: argparse.Namespace, **setting):
     config = make_config(args, **setting)
     size = work.SIZES[args.size]
-    model = make_model(size, work.STOP[args.lengths]).replace(
-        unrolls_layers=config.model.unroll_layers
+    model = shapes.Stopping(
+        shapes.architecture(size), llama, stop=work.STOP[args.lengths],
+        unrolls_layers=config.model.unroll_layers,
     )
     mesh = sharding.make_mesh(**config.mesh)
     self._rows = sharding.batch(mesh)
