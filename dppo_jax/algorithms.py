@@ -109,7 +109,7 @@ def _cppo(soft: bool) -> Algorithm:
   return Algorithm(
       source=f'{_CPPO} Eq. 8 to 10, dense models (0.15, budget 0.015, w 0.8)'
       + (', App. C' if soft else ''),
-      keeps='all, those beyond a limit weighed down by min(1, 1/x)'
+      keeps='all, those moving out beyond a limit weighed down by min(1, 1/x)'
       if soft
       else 'unless moving out and w D > d or its prefix sum above budget',
       weight='g r' if soft else 'r',

@@ -310,6 +310,85 @@ def _check_dual(config):
       )
 
 
+def _check_price(config):
+  """What lowers a constraint must be what the multiplier hears of.
+
+  The loss weighs a token as the normalizer says, E[c] counts each token once,
+  or each sequence: where these differ, long sequences are braked more, or less,
+  than the price says.
+  """
+  if config.loss.name != 'r2vpo' or config.loss.per != 'batch':
+    return
+  ratio, normalizer = config.loss.ratio, config.normalizer.name
+  fitting = ('constant', 'token_mean', 'sequence_sum')
+  if ratio == 'geometric':
+    fitting = ('sequence_mean',)
+  if normalizer not in fitting:
+    raise ValueError(
+        f'config.normalizer.name={normalizer!r} and '
+        f'config.loss.ratio={ratio!r} of r2vpo do not go together: the '
+        'constraint would be lowered by other weights than it is measured by. '
+        f'Use normalizer.name={" or ".join(fitting)}.'
+    )
+
+
+# Rules that drop nothing where a threshold is infinite.
+_NEED_A_THRESHOLD = (
+    'minimal', 'relaxed', 'sequence_ratio', 'sequence_divergence',
+    'cumulative_prefix',
+)
+
+
+def _check_method(config):
+  """Parts of an algorithm that would silently do something else together."""
+  rule = config.trust_region.name
+  if config.divergence.name == 'none' and rule in _NEED_A_THRESHOLD:
+    raise ValueError(
+        f'config.trust_region.name={rule!r} drops what is beyond a threshold, '
+        "and config.divergence.name='none' has none: it would drop nothing. "
+        'Use a divergence with a threshold (ratio_gap, for example), or '
+        "trust_region.name='outward'."
+    )
+  extras = config.extras
+  if extras.kl_coefficient < 0:
+    raise ValueError(
+        f'config.extras.kl_coefficient={extras.kl_coefficient} must be 0 (no '
+        'penalty) or more.'
+    )
+  if extras.kl_coefficient and extras.kl_where == 'loss':
+    if extras.kl_estimator == 'k1':
+      raise ValueError(
+          "config.extras.kl_estimator='k1' in the loss holds nothing back: the "
+          "mean of its gradient is 0. Use k2, k3 or full, or kl_where='reward'."
+      )
+  _check_price(config)
+  _check_spread(config)
+
+
+def _check_spread(config):
+  """Who relies on groups whose rewards differ, and on whole batches."""
+  name = config.advantage.name
+  if name == 'raw':
+    for field, value in (
+        ('drop_groups_without_spread', config.drop_groups_without_spread),
+        ('num_groups', config.num_groups),
+        ('replay.capacity', config.replay.capacity),
+    ):
+      if value:
+        raise ValueError(
+            f'config.{field}={value} passes over groups whose rewards are all '
+            "equal, and with config.advantage.name='raw' these teach "
+            'something, too; use another advantage, or '
+            f'{field}={type(value)(0)}.'
+        )
+  if name == 'batch_zscore' and config.replay.capacity:
+    raise ValueError(
+        f'config.replay.capacity={config.replay.capacity} leaves rows empty '
+        "while it fills, and config.advantage.name='batch_zscore' would count "
+        'them in the deviation of the batch; use group_zscore, or capacity=0.'
+    )
+
+
 def microbatch_choices(config: Any, *, num_batch_shards: int) -> list[int]:
   """Values of learner.num_microbatches that `check` takes, from the smallest.
 
@@ -462,6 +541,7 @@ def _check_shards(config, num_row_shards, num_sampler_shards):
 def _check_parts(config, num_batch_shards, num_row_shards):
   """What parts of mini-batches ask of all else, and all else of them."""
   _check_dual(config)
+  _check_method(config)
   _check_packing(config)
   _check_sharing(config, num_batch_shards, num_row_shards)
   _check_replay(config, num_batch_shards)

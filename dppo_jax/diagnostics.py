@@ -151,7 +151,7 @@ def _mask_metrics(stats, masked, gap, threshold):
       'mask/outside': masked_mean(outside, mask),
       'mask/coming_back': masked_mean(coming_back, mask),
       'mask/bad_updates_kept': masked_mean(bad & ~masked, mask),
-      'mask/zero_gradient': masked_mean(masked | (advantages == 0), mask),
+      'mask/zero_gradient': masked_mean(stats.gradient_weight == 0, mask),
   }
 
 

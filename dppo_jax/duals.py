@@ -70,7 +70,8 @@ def fixed(*, multiplier: float = 0.04, limit: float = 0.02) -> Dual:
 
   Args:
     multiplier: lambda. 0.04 is what public toy versions of R2VPO use.
-    limit: largest allowed E[c]; only reported.
+    limit: largest allowed E[c]; only reported, but for `per='sequence'`, where
+      it says which sequences are braked.
   """
   return _make(
       lambda dual, u: dual,

@@ -54,7 +54,7 @@ def make_learner(
   Returns:
     `learn(state, scored, key) -> (state, token stats [U, ...], metrics)`; the
     key is consumed. An update whose loss, gradient or new parameters are not
-    finite is skipped and counted.
+    finite is skipped and counted; one in which no token counts is none.
   """
   accumulate = _make_accumulate(
       weighted_loss, trainable, num_microbatches, arrange, place
@@ -76,22 +76,27 @@ def make_learner(
     # twice: to choose between two states, both would have to be there.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     finite &= _all_finite(changed()[0])
+    # Where no token counts, moments and decay would still move parameters.
+    taken = finite & jnp.any(stats.token_mask)
     params, opt_state = jax.lax.cond(
-        finite, changed, lambda: (state.params, state.opt_state)
+        taken, changed, lambda: (state.params, state.opt_state)
     )
-    choose = lambda new, old: jnp.where(finite, new, old)
+    choose = lambda new, old: jnp.where(taken, new, old)
     new_dual, dual_metrics = _constrain(dual, state.dual, stats)
     new_state = state._replace(
         params=params,
         opt_state=opt_state,
-        policy_version=state.policy_version + finite,
-        nonfinite_in_a_row=jnp.where(finite, 0, state.nonfinite_in_a_row + 1),
+        policy_version=state.policy_version + taken,
+        nonfinite_in_a_row=jnp.where(
+            taken, 0, state.nonfinite_in_a_row + ~finite
+        ),
         dual=jax.tree.map(choose, new_dual, state.dual),
     )
     metrics = {
-        'loss': jnp.where(finite, loss, 0.0),
-        'optimizer/grad_norm': jnp.where(finite, norm, 0.0),
+        'loss': jnp.where(taken, loss, 0.0),
+        'optimizer/grad_norm': jnp.where(taken, norm, 0.0),
         'optimizer/skipped': ~finite,
+        'optimizer/updates': taken,
         'optimizer/learning_rate': optimizer.schedule(state.policy_version),
         **sizes,
         **dual_metrics,
@@ -201,9 +206,16 @@ def _constrain(dual, state, stats):
   overall, _ = duals.violation(
       stats.constraint, stats.age, limit=dual.limit, by_age=False
   )
+  # What the tokens of the update paid.
+  weights = stats.constraint.weights
+  paid = duals.multiplier_at(
+      state, jnp.broadcast_to(stats.age, weights.shape)
+  )
+  total = jnp.sum(weights)
   metrics = {
       'constraint/violation': overall[0],
-      'dual/multiplier': jnp.mean(state.multiplier),
+      'dual/multiplier': jnp.sum(paid * weights)
+      / jnp.where(total > 0, total, 1.0),
   }
   if dual.by_age:
     metrics |= {

@@ -418,7 +418,7 @@ def make_program(
   )
   arrange = _make_arrange(config, mesh)
   learn = _make_learner(config, spread, method, trainable, arrange, place)
-  replay = _make_replay(config, spread, arrange)
+  replay = _make_replay(config, spread, method, arrange)
 
   def init(params, key, key_adapters):
     params, frozen = trainable.split(params, key_adapters)
@@ -613,7 +613,7 @@ def _make_arrange(config: Any, mesh: Any) -> packing.ArrangeFn:
 
 
 def _make_replay(
-    config: Any, model: CausalLM, arrange: packing.ArrangeFn
+    config: Any, model: CausalLM, method: Method, arrange: packing.ArrangeFn
 ) -> replay_lib.Replay | None:
   sizes, settings = config.learner, config.replay
   return replay_lib.make_replay(
@@ -631,6 +631,7 @@ def _make_replay(
           prompt_length=_unpredicted(config),
           arrange=arrange,
       ),
+      shaping_fn=method.shaping_fn,
   )
 
 

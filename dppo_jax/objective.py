@@ -173,15 +173,16 @@ def make_prepare_fn(
   def prepare(state, scored, products=()):
     rollout = scored.rollout
     lengths = jnp.sum(rollout.token_mask, axis=-1)
-    if mask_truncated:
-      ended = ~rollout.truncated[:, None]
-      rollout = rollout._replace(token_mask=rollout.token_mask & ended)
     rewards = shaping_fn(scored.rewards, lengths)
     rollout, rewards, replayed = _choose_groups(
         ScoredRollout(rollout, rewards, scored.replayed),
         num_groups=num_groups,
         group_size=group_size,
     )
+    sampled = rollout
+    if mask_truncated:
+      ended = ~rollout.truncated[:, None]
+      rollout = rollout._replace(token_mask=rollout.token_mask & ended)
     if drop_groups_without_spread:
       rollout = rollout._replace(
           token_mask=shaping.without_groups_without_spread(
@@ -189,12 +190,16 @@ def make_prepare_fn(
           )
       )
     rows, mask = packing.rows_of(rollout), rollout.token_mask
-    reference_logprobs = references(state, rows)
     if extras.needs_reference and extras.kl_where == 'reward':
+      # Also of what is masked, which the others of a group are compared with.
+      reference_logprobs = references(state, packing.rows_of(sampled))
       estimate = _sampled_kl(
-          extras, mask, rollout.behaviour_logprobs, reference_logprobs
+          extras, sampled.token_mask, sampled.behaviour_logprobs,
+          reference_logprobs,
       )
       rewards -= extras.kl_coefficient * jnp.sum(estimate, axis=-1)
+    else:
+      reference_logprobs = references(state, rows)
     advantages = advantage_fn(rewards)[:, None]
     anchored = Anchor(rollout.behaviour_logprobs, rollout.record)
     if anchor == 'recomputed':

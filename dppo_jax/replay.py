@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dppo_jax import registry
+from dppo_jax import shaping
 from dppo_jax.types import PyTree
 from dppo_jax.types import ScoredRollout
 
@@ -48,13 +49,14 @@ def make_replay(
     max_age: int,
     num_updates: int,
     logprobs_fn: Callable[[PyTree, Any], jax.Array],
+    shaping_fn: shaping.ShapingFn,
 ) -> Replay | None:
   """A replay buffer, or None without capacity.
 
-  A group may be drawn if its rewards differ (others teach nothing) and no
-  update of the step would see it at an age above `max_age`. Where fewer may be
-  drawn than are asked for, the rest are rows in which no token counts: shapes
-  never change, so nothing is compiled again while the buffer fills.
+  A group may be drawn if its shaped rewards differ (others teach nothing) and
+  no update of the step would see it at an age above `max_age`. Where fewer may
+  be drawn than are asked for, the rest are rows in which no token counts:
+  shapes never change, so nothing is compiled again while the buffer fills.
 
   Args:
     capacity: S, rollouts kept; 0 for no buffer.
@@ -66,6 +68,7 @@ def make_replay(
     max_age: in optimizer updates.
     num_updates: of one step.
     logprobs_fn: (params, rollout) -> [B, T], only called for 'ess'.
+    shaping_fn: of rewards; kept are those that the verifier gave.
   """
   if not capacity:
     return None
@@ -80,7 +83,10 @@ def make_replay(
 
   def eligible(buffer, version):
     """Which groups may be drawn. [S, N]."""
-    groups = buffer.scored.rewards.reshape(capacity, -1, group_size)
+    scored = buffer.scored
+    lengths = jnp.sum(scored.rollout.token_mask, axis=-1)
+    rewards = jax.vmap(shaping_fn)(scored.rewards, lengths)
+    groups = rewards.reshape(capacity, -1, group_size)
     spread = jnp.max(groups, axis=-1) > jnp.min(groups, axis=-1)
     sampled_by = buffer.scored.rollout.policy_version[:, ::group_size]
     last_age = version + num_updates - 1 - sampled_by

@@ -125,7 +125,7 @@ def make_halves(
     new_state, stats, metrics = learn(state, pool, key)
     if replay is not None:
       new_state = new_state._replace(replay=replay.push(state.replay, scored))
-    metrics = {name: _over_updates(name, x) for name, x in metrics.items()}
+    metrics = _over_updates(metrics)
     metrics |= replay_metrics
     metrics |= diagnostics.token_metrics(stats, threshold=threshold)
     metrics |= diagnostics.rollout_metrics(
@@ -252,8 +252,18 @@ def _moving(state: TrainState) -> TrainState:
   return state._replace(frozen=(), reference=(), products=())
 
 
-def _over_updates(name: str, values: jax.Array) -> jax.Array:
-  """[U] -> []: counts add up, the rest is averaged."""
-  if name == 'optimizer/skipped':
-    return jnp.sum(values)
-  return jnp.mean(values)
+def _over_updates(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """[U] -> []: counts add up, the rest is averaged.
+
+  What an update that was not taken has no value of is averaged over the others.
+  """
+  count = jnp.maximum(jnp.sum(metrics['optimizer/updates']), 1)
+
+  def of(name, values):
+    if name in ('optimizer/skipped', 'optimizer/updates'):
+      return jnp.sum(values)
+    if name in ('loss', 'optimizer/grad_norm'):
+      return jnp.sum(values) / count
+    return jnp.mean(values)
+
+  return {name: of(name, values) for name, values in metrics.items()}

@@ -8,10 +8,13 @@ import jax
 import pytest
 
 from configs import default
+from dppo_jax import advantages
 from dppo_jax import algorithms
 from dppo_jax import checks
 from dppo_jax import main
+from dppo_jax import normalizers
 from dppo_jax import tasks
+from dppo_jax import trust_regions
 
 CONFIGS = sorted(
     path.stem
@@ -575,6 +578,68 @@ def test_the_oldest_data_that_can_be_learned_from_are_accepted():
 def test_a_constraint_and_its_price_go_together(algorithm, change, message):
   config = default.get_config(algorithm)
   config.dual.name = change['dual']
+  with nothing_compiles(), pytest.raises(ValueError, match=message):
+    main.build(config)
+
+
+@pytest.mark.parametrize('ratio, normalizer, fitting', [
+    ('geometric', 'constant', 'sequence_mean'),
+    ('geometric', 'token_mean', 'sequence_mean'),
+    ('token', 'sequence_mean', 'constant or token_mean or sequence_sum'),
+    ('sequence', 'sequence_mean', 'constant or token_mean or sequence_sum'),
+    ('token', 'prompt_mean', 'constant or token_mean or sequence_sum'),
+])
+def test_a_constraint_is_lowered_by_the_weights_it_is_measured_by(
+    ratio, normalizer, fitting
+):
+  config = default.get_config('r2vpo')
+  config.loss.ratio = ratio
+  config.normalizer = normalizers.config(normalizer)
+  with nothing_compiles(), pytest.raises(
+      ValueError, match=f"normalizer.name='{normalizer}' and config.loss.ratio="
+      f"'{ratio}' of r2vpo do not go together.* Use normalizer.name={fitting}."
+  ):
+    main.build(config)
+  for name in fitting.split(' or '):
+    config.normalizer = normalizers.config(name)
+    checks.check(config, num_batch_shards=1)
+
+
+@pytest.mark.parametrize('algorithm, change, message', [
+    ('cispo', {'trust_region': 'sequence_ratio'}, "'sequence_ratio' drops what "
+     "is beyond a threshold, and config.divergence.name='none' has none"),
+    ('pg_is', {'trust_region': 'cumulative_prefix'}, 'would drop nothing'),
+])
+def test_a_rule_that_needs_a_threshold_has_one(algorithm, change, message):
+  config = default.get_config(algorithm)
+  config.trust_region = trust_regions.config(change['trust_region'])
+  with nothing_compiles(), pytest.raises(ValueError, match=message):
+    main.build(config)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'extras.kl_coefficient': -0.1}, 'kl_coefficient=-0.1 must be 0'),
+    ({'extras.kl_coefficient': 0.1, 'extras.kl_estimator': 'k1'},
+     "kl_estimator='k1' in the loss holds nothing back.* Use k2, k3 or full"),
+])
+def test_a_penalty_that_holds_nothing_back_is_refused(change, message):
+  refused(message, **change)
+
+
+@pytest.mark.parametrize('advantage, change, message', [
+    ('raw', {'drop_groups_without_spread': True}, 'use another advantage, or '
+     'drop_groups_without_spread=False'),
+    ('raw', {'num_groups': 8}, 'or num_groups=0'),
+    ('raw', {'replay.capacity': 2}, 'or replay.capacity=0'),
+    ('batch_zscore', {'replay.capacity': 2}, 'leaves rows empty while it '
+     'fills.*use group_zscore, or capacity=0'),
+])
+def test_advantages_that_do_not_go_with_the_choice_of_groups_are_refused(
+    advantage, change, message
+):
+  config = default.get_config()
+  config.advantage = advantages.config(advantage)
+  config.update_from_flattened_dict(change)
   with nothing_compiles(), pytest.raises(ValueError, match=message):
     main.build(config)
 

@@ -60,7 +60,9 @@ def make_stats(fill=0.0, threshold=0.15):
       age=jnp.zeros(mask.shape, jnp.int32),
       surrogate=padded(PI / MU * ADVANTAGES, fill),
       capped=padded(np.array([0, 0, 0, 1, 0, 0]), fill),
-      gradient_weight=padded(np.abs(PI / MU * ADVANTAGES), fill),
+      gradient_weight=jnp.where(
+          region, padded(np.abs(PI / MU * ADVANTAGES), fill), 0.0
+      ),
       weights=padded(np.full(6, 1 / 6), fill),
   )
 
@@ -85,6 +87,15 @@ def test_shares_of_masked_tokens_by_hand():
   }
   for name, value in expected.items():
     assert metrics[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_token_that_only_the_constraint_moves_has_a_gradient():
+  stats = make_stats()
+  held_back = stats._replace(gradient_weight=jnp.where(
+      stats.advantages == 0, 2.0, stats.gradient_weight
+  ))
+  got = metrics_of(held_back)['mask/zero_gradient']
+  assert got == pytest.approx(2 / 6)  # 0 and 4; 5 has no advantage.
 
 
 def test_a_bad_update_inside_the_region_is_kept():

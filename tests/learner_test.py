@@ -11,6 +11,7 @@ import tiny_model
 
 from dppo_jax import divergences
 from dppo_jax import duals
+from dppo_jax import learner
 from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import objective
@@ -482,6 +483,37 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(scored):
   np.testing.assert_allclose(rates, [0, 0.005, 0.005, 0.005, 0.005])
 
 
+def test_an_update_in_which_no_token_counts_moves_nothing(scored):
+  adamw = optim.build('adamw', total_updates=9, learning_rate=0.01)
+  state, _, _ = learn(scored, state=state_of(adamw), optimizer=adamw)
+  silent = scored._replace(rollout=scored.rollout._replace(
+      token_mask=jnp.zeros_like(scored.rollout.token_mask)
+  ))
+  state = state._replace(nonfinite_in_a_row=jnp.int32(2))
+  after, _, metrics = learn(
+      silent, state=state, optimizer=adamw, num_minibatches=2
+  )
+  tiny_model.assert_trees_equal(after.params, state.params)
+  tiny_model.assert_trees_equal(after.opt_state, state.opt_state)
+  assert int(after.policy_version) == 1 and int(after.nonfinite_in_a_row) == 2
+  assert not metrics['optimizer/updates'].any()
+  assert not metrics['optimizer/skipped'].any()
+
+
+def test_what_is_averaged_over_updates_is_of_those_that_were_taken():
+  metrics = {
+      'loss': jnp.asarray([1.0, 3.0, 0.0]),
+      'optimizer/grad_norm': jnp.asarray([2.0, 4.0, 0.0]),
+      'optimizer/updates': jnp.asarray([True, True, False]),
+      'optimizer/skipped': jnp.asarray([False, False, True]),
+      'learner/sampled_share': jnp.asarray([0.5, 0.5, 0.2]),
+  }
+  got = train_step._over_updates(metrics)
+  assert got['loss'] == 2 and got['optimizer/grad_norm'] == 3
+  assert got['optimizer/updates'] == 2 and got['optimizer/skipped'] == 1
+  assert got['learner/sampled_share'] == pytest.approx(0.4)
+
+
 # The squares of the second are infinite.
 @pytest.mark.parametrize('rate', [float('inf'), 1e38])
 def test_weights_that_a_finite_gradient_makes_infinite_are_not_taken(
@@ -687,6 +719,20 @@ def test_a_skipped_update_leaves_the_dual_as_it_is():
   state, _, metrics = learn_fn(start, worse, KEY)
   assert metrics['optimizer/skipped'].all()
   tiny_model.assert_trees_equal(state.dual, start.dual)
+
+
+def test_the_multiplier_that_is_told_is_what_the_tokens_paid():
+  rule = duals.build('projected_ascent', limit=0.05, by_age=True)
+  (_, stats, _), *_ = constrained()
+  stats = jax.tree.map(lambda x: x[0], stats)
+  state = rule.init()
+  state = state._replace(multiplier=state.multiplier.at[0].set(3.0))
+  young = stats._replace(age=jnp.zeros_like(stats.age))
+  for those, expected in (
+      (young, 3.0), (young._replace(age=young.age + 1), 0.04)
+  ):
+    _, metrics = learner._constrain(rule, state, those)
+    np.testing.assert_allclose(metrics['dual/multiplier'], expected, rtol=1e-5)
 
 
 def test_micro_batches_move_the_dual_as_the_whole_mini_batch_does():

@@ -17,6 +17,7 @@ from dppo_jax import duals
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import replay
+from dppo_jax import shaping
 from dppo_jax import sharding
 from dppo_jax import train_step
 from dppo_jax.types import Rollout
@@ -59,6 +60,7 @@ def make_replay(**options):
       'max_age': 10**6,
       'num_updates': 1,
       'logprobs_fn': None,
+      'shaping_fn': shaping.build('unshaped'),
       **options,
   })
 
@@ -166,6 +168,24 @@ def test_only_groups_with_spread_are_replayed():
     assert sorted(groups_of(mixed)) == [(0, 2), (0, 6)]
     assert metrics['replay/groups'] == 2  # Three were asked for.
     assert not mixed.rewards[ROWS + 2 * G:].any()
+
+
+def test_spread_of_replayed_groups_is_that_of_their_shaped_rewards():
+  # Of four groups of equal rewards, one has completions of two lengths.
+  scored = scored_of(0, rewards=[1] * ROWS)
+  mask = scored.rollout.token_mask.at[2, 1:].set(False)
+  scored = scored._replace(rollout=scored.rollout._replace(token_mask=mask))
+  for name, options, expected in (
+      ('unshaped', {}, []), ('overlong', {'horizon': T, 'buffer': 1}, [(0, 2)]),
+  ):
+    buffers = make_replay(
+        capacity=1, shaping_fn=shaping.build(name, **options)
+    )
+    mixed, metrics = tiny_model.jit(buffers.mix)(
+        filled(buffers, scored), scored_of(1), state_at(0), jax.random.key(0)
+    )
+    assert metrics['replay/groups'] == len(expected)
+    assert groups_of(mixed) == expected
 
 
 def many_draws(buffers, buffer, state, count):

@@ -19,6 +19,7 @@ from dppo_jax import packing
 from dppo_jax import replay
 from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
+from dppo_jax import shaping
 from dppo_jax import sharding
 from dppo_jax import target
 from dppo_jax import train_step
@@ -387,7 +388,7 @@ def make_step(mesh, *, with_buffer, dtype='bfloat16', num_minibatches=1):
     buffer = replay.make_replay(
         capacity=2, num_groups=tiny_model.NUM_PROMPTS, sampling='uniform',
         group_size=tiny_model.GROUP_SIZE, max_age=32, num_updates=1,
-        logprobs_fn=None,
+        logprobs_fn=None, shaping_fn=shaping.build('unshaped'),
     )
     start = start._replace(replay=buffer.init(
         train_step.blank(rollout_fn, start, tiny_model.prompts())

@@ -451,6 +451,26 @@ def test_masked_truncated_completions_have_the_length_they_were_sampled_with():
   close(batch.advantages[2, 0], -0.25)
 
 
+def test_masked_truncated_completions_are_compared_with_their_own_kl():
+  # Off the reward, also where the completion itself teaches nothing.
+  extras = objective.Extras(kl_coefficient=1.0, kl_where='reward')
+  _, target, reference, _ = policies()
+  state = types.SimpleNamespace(
+      params=table(target), reference=table(reference)
+  )
+  found = []
+  for mask_truncated in (False, True):
+    prepare, _ = make_objective(
+        mask_truncated=mask_truncated, extras=extras,
+        advantage_fn=advantages.build('group_mean', group_size=GROUP_SIZE),
+    )
+    found.append(np.array(prepare(state, truncated_rows()).advantages))
+  whole, masked = found
+  assert np.abs(whole[3]).max() > 0.1
+  whole[3] = 0
+  close(masked, whole)
+
+
 def test_truncated_completions_count_where_they_are_not_masked():
   prepare, _ = make_objective()
   state = types.SimpleNamespace(params=None, reference=())
