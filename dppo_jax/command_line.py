@@ -6,6 +6,7 @@ import logging as python_logging
 import os
 import pathlib
 import re
+import runpy
 import signal
 import sys
 from typing import Any
@@ -17,9 +18,18 @@ import jax
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
+from dppo_jax import advantages
 from dppo_jax import algorithms
+from dppo_jax import divergences
+from dppo_jax import duals
+from dppo_jax import losses
 from dppo_jax import maintenance
+from dppo_jax import normalizers
+from dppo_jax import optim
 from dppo_jax import processes
+from dppo_jax import shaping
+from dppo_jax import tasks
+from dppo_jax import trust_regions
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Config file, for example configs/tv_topk.py.'
@@ -48,6 +58,19 @@ _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
     'others end.',
     lower_bound=1,
 )
+
+# Sections of a config whose options are those of what `name` says.
+_NAMED = {
+    'advantage': advantages,
+    'divergence': divergences,
+    'dual': duals,
+    'loss': losses,
+    'normalizer': normalizers,
+    'optimizer': optim,
+    'shaping': shaping,
+    'task': tasks,
+    'trust_region': trust_regions,
+}
 
 # What a shell reports for a process that SIGTERM ended: it did not finish.
 EXIT_INTERRUPTED = 128 + signal.SIGTERM
@@ -97,8 +120,8 @@ def run(body: Callable[[Any, str | None], bool]) -> None:
   """Runs `body(config, workdir)` and turns expected errors into one line."""
 
   def parse(argv):
-    _make_configs_importable(argv)
     with _one_line_errors(Exception):
+      _make_configs_importable(argv)
       return flags.FLAGS(argv)
 
   def main(argv):
@@ -130,26 +153,51 @@ def run(body: Callable[[Any, str | None], bool]) -> None:
 
 def _make_configs_importable(argv: list[str]) -> None:
   """Config files import `configs.default`, wherever the program is started."""
+  given = []
   for argument, following in zip(argv, [*argv[1:], '']):
     name, _, value = argument.lstrip('-').partition('=')
     if name == 'config':
-      path = pathlib.Path((value or following).partition(':')[0]).resolve()
+      given.append(value or following)
+      path = pathlib.Path(given[-1].partition(':')[0]).resolve()
       folders = path.parent, *path.parent.parents
       named = [x for x in folders if x.name == 'configs']
       sys.path.append(str((named or folders)[0].parent))
+  if len(given) > 1:
+    raise ValueError(f'--config is given {len(given)} times: {given}.')
 
 
 def _config_from_flags() -> Any:
-  """The config; --config.algorithm=NAME takes the row NAME, then the flags."""
+  """The config; a name brings its own options, then the flags.
+
+  --config.algorithm=NAME takes the row NAME, --config.divergence.name=NAME the
+  options and defaults of that divergence: those of another would be refused, or
+  be what nobody asked for, as its threshold.
+  """
   config = _CONFIG.value
   changed = config_flags.get_override_values(flags.FLAGS['config'])
+  before = _config_as_written()
+  new = {}
   if 'algorithm' in changed:
+    new = dict(algorithms.config(config.algorithm))
+  for section, registry in _NAMED.items():
+    name = changed.get(f'{section}.name')
+    if name and name != new.get(section, before[section])['name']:
+      new[section] = registry.config(name)
+  if new:
     with config.unlocked():
-      for name, value in algorithms.config(config.algorithm).items():
+      for name, value in new.items():
         config[name] = value
     config.lock()
     config.update_from_flattened_dict(changed)
   return config
+
+
+def _config_as_written() -> Any:
+  """Of the file, without flags."""
+  filename = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, colon, argument = filename.partition(':')
+  get_config = runpy.run_path(path)['get_config']
+  return get_config(argument) if colon else get_config()
 
 
 @contextlib.contextmanager
@@ -179,9 +227,31 @@ def _one_line(error: Exception) -> str:
     return f'Unknown config field {typo[2]!r}. Did you mean {typo[1]!r}?'
   if re.fullmatch(r'\W*\w+\W*', message):
     name = re.sub(r'\W', '', message)
-    return f'Unknown config field {name!r}. configs/default.py lists them all.'
+    given = [x.lstrip('-').partition('=')[0] for x in sys.argv[1:]]
+    [name, *_] = [
+        x.removeprefix('config.') for x in given
+        if x.startswith('config.') and x.endswith(f'.{name}')
+    ] or [name]
+    return (
+        f'Unknown config field {name!r}. configs/default.py lists them all; '
+        'options of another algorithm or task come with a config that has it, '
+        'configs/default.py:NAME or configs/jsonl.py.'
+    )
   if unknown := re.match(r'Key "(.*?)" does not exist', message):
     return f'Unknown config field {unknown[1]!r} for this algorithm or task.'
+  if 'get_config() takes 0 positional arguments' in message:
+    return (
+        'This config takes no :NAME behind its path; use '
+        'configs/default.py:NAME, or --config.algorithm=NAME.'
+    )
+  if whole := re.search(
+      r'flag --config\.([\w.]+)=(\S+): Failed to parse .* as a ConfigDict',
+      message,
+  ):
+    return (
+        f'config.{whole[1]} holds several options and is not {whole[2]!r}; use '
+        f'--config.{whole[1]}.name={whole[2]}, or a config that has it.'
+    )
   if 'Failed loading config file' in message:
     missing = re.search(r"No such file or directory: '(.*)'", message)
     if missing:

@@ -104,6 +104,11 @@ def train(
     del run  # Its state is donated to the first step.
     stack.callback(logbook.flush)
     first = int(state.step) + 1
+    if first > config.total_steps:
+      logging.warning(
+          '%s has taken %d steps, and config.total_steps=%d asks for no more: '
+          'nothing is learned.', workdir, first - 1, config.total_steps,
+      )
     bar = stack.enter_context(Progress(
         config.total_steps, first, is_main_process=processes.is_main()
     ))

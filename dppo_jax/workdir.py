@@ -49,6 +49,7 @@ FREE = (
     'scoring.num_workers',
     'scoring.timeout_s',
 )
+_MOST_NAMED = 4  # Settings that differ, in one message.
 # Not with learner.reuse_forward, as a checkpoint holds what the sampler kept.
 _SHAPE_WHAT_IS_KEPT = (
     'model.attention',
@@ -83,11 +84,23 @@ def check(
   if path.exists():
     ours = to_json(config)
     theirs, flat = _flatten(_read(path)), _flatten(ours)
-    if name := _changed(theirs, flat, ours, only):
+    if names := _changed(theirs, flat, ours, only):
+      changes = ', '.join(
+          f'{name} was {theirs.get(name)!r} and is {flat.get(name)!r} now'
+          for name in names[:_MOST_NAMED]
+      )
+      if more := names[_MOST_NAMED:]:
+        changes += f', and {len(more)} more'
+      if names == ['total_steps']:
+        way_out = (
+            f'Its learning rate ends with the run, by optimizer.schedule='
+            f'{flat["optimizer.schedule"]!r}: to train on, start another from '
+            f"--config.model.name={folder / 'model'} in another --workdir, or "
+            'use constant from the start.'
+        )
       raise ValueError(
           f'Work directory {str(folder)!r} belongs to a different config: '
-          f'{name} was {theirs.get(name)!r} and is {flat.get(name)!r} now. '
-          f'{way_out}'
+          f'{changes}. {way_out}'
       )
 
 
@@ -220,8 +233,8 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
   )
 
 
-def _changed(theirs, ours, nested, only) -> str | None:
-  """The first setting that must be the same and is not."""
+def _changed(theirs, ours, nested, only) -> list[str]:
+  """The settings that must be the same and are not."""
   free = set(FREE)
   # A decaying schedule ends with the run, so the run's end is part of it.
   if nested['optimizer'].get('schedule', 'constant') != 'constant':
@@ -230,12 +243,11 @@ def _changed(theirs, ours, nested, only) -> str | None:
     free -= set(_SHAPE_WHAT_IS_KEPT)
   if nested['extras']['router_balance']:  # A mean over the parts.
     free.discard('learner.num_microbatches')
-  for name in sorted(theirs.keys() | ours.keys()):
-    if name in free or name.startswith('run.') or not name.startswith(only):
-      continue
-    if theirs.get(name) != ours.get(name):
-      return name
-  return None
+  return [
+      name for name in sorted(theirs.keys() | ours.keys())
+      if name not in free and name.startswith(only)
+      and not name.startswith('run.') and theirs.get(name) != ours.get(name)
+  ]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:

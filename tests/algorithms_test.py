@@ -286,7 +286,7 @@ def slopes_of_cases(name, **options):
 
 
 def test_every_row_has_its_closed_form():
-  assert list(ROWS) == algorithms.names()
+  assert list(ROWS) == algorithms.names(), 'add a row to ROWS, in order'
 
 
 @each_row

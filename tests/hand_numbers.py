@@ -1,9 +1,10 @@
 """Numbers computed by hand, at least one for everything that has a name.
 
 `conformance_test.py` checks them and fails for a name without one, so this is
-the only test file that a new divergence, loss, advantage, normaliser, dual
-or algorithm must touch. Probabilities go in, as a table of the whole vocabulary
-or of the sampled token alone (the rest is then one other token).
+the only test file that a new divergence, loss, advantage, normaliser or dual
+must touch; a row of algorithms also has its closed form in algorithms_test.py.
+Probabilities go in, as a table of the whole vocabulary or of the sampled token
+alone (the rest is then one other token).
 """
 
 import math

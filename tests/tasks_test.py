@@ -576,6 +576,13 @@ def test_a_position_of_another_run_is_refused():
     iterator(numbered(10), num_prompts=5).set_state(state)
   with pytest.raises(ValueError, match='num_rows=10, now it is 11'):
     iterator(numbered(11)).set_state(state)
+  for field in ('prompt', 'answer'):
+    rows = numbered(10)
+    rows[7][field] = '5'
+    with pytest.raises(ValueError, match='with rows=.* data of config.task'):
+      iterator(rows).set_state(state)
+  del state['rows']  # Of a run from before there was one.
+  iterator(rows).set_state(state)
 
 
 class Counted:

@@ -79,6 +79,22 @@ def test_another_config_is_refused_without_touching_the_directory(tmp_path):
     workdir.check(tmp_path, config_with(seed=1))
 
 
+def test_all_settings_that_differ_are_named(tmp_path):
+  workdir.prepare(tmp_path, default.get_config())
+  with pytest.raises(ValueError, match='group_size was 8 and is 4 now, seed '
+                     'was 0 and is 1 now. Choose another'):
+    workdir.check(tmp_path, config_with(seed=1, group_size=4))
+  with pytest.raises(ValueError, match=', and [0-9]+ more. Choose another'):
+    workdir.check(tmp_path, default.get_config('r2vpo'))
+
+
+def test_who_wants_to_train_on_hears_why_not_and_how(tmp_path):
+  workdir.prepare(tmp_path, default.get_config())
+  with pytest.raises(ValueError, match="optimizer.schedule='linear'.*start "
+                     f'another from --config.model.name={tmp_path}/model'):
+    workdir.check(tmp_path, config_with(total_steps=200))
+
+
 def test_another_algorithm_is_refused(tmp_path):
   workdir.prepare(tmp_path, default.get_config())
   with pytest.raises(ValueError, match="algorithm was 'dppo_topk_tv' and is "

@@ -39,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _write(
     directories: Sequence[str], output: str | None, title: str | None
 ) -> Path:
+  if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
+    raise ValueError(
+        f'--output={output} must be a file in a folder that is there, for '
+        'example compare.html.'
+    )
   found = [run for each in directories for run in groups.find(Path(each))]
   if len(found) == 1:
     return one_run.write_report(found[0], output=output, title=title)

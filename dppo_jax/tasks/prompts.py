@@ -5,6 +5,7 @@ same position. P is always `max_prompt_length`: one shape, one compilation.
 """
 
 from collections.abc import Callable, Sequence
+import hashlib
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -341,12 +342,13 @@ class PromptIterator:
       'max_prompt_length': max_prompt_length,
       'add_special_tokens': add_special_tokens,
     }
-    self._check_all(source)
+    digest = self._check_all(source)
     # What the order depends on; a position means nothing without it.
     self._identity = {
       'num_rows': len(source),
       'num_prompts': num_prompts,
       'seed': seed,
+      'rows': digest,
     }
     # Batches of numbers of rows: who does not hold a row does not read it.
     rows = grain.MapDataset.range(len(source))
@@ -360,11 +362,18 @@ class PromptIterator:
     # The position before a batch that was read ahead, and the batch.
     self._ahead: tuple[dict[str, Any], PromptBatch] | None = None
 
-  def _check_all(self, rows: base.Source) -> None:
+  def _check_all(self, rows: base.Source) -> str:
+    """That all prompts fit; a digest of them and of answers that are texts."""
+    digest = hashlib.sha256()
     for start in range(0, len(rows), _CHECK_AT_ONCE):
       stop = min(start + _CHECK_AT_ONCE, len(rows))
-      texts = [rows[i]['prompt'] for i in range(start, stop)]
-      encode(texts, self._tokenizer, **self._encoding)
+      some = [rows[i] for i in range(start, stop)]
+      encode([row['prompt'] for row in some], self._tokenizer, **self._encoding)
+      for row in some:
+        answer = row['answer']
+        answer = answer if isinstance(answer, str) else None
+        digest.update(repr((row['prompt'], answer)).encode())
+    return digest.hexdigest()[:16]
 
   def __iter__(self) -> 'PromptIterator':
     return self
@@ -408,11 +417,12 @@ class PromptIterator:
       ValueError: the iterator that returned it had other rows or options.
     """
     for name, value in self._identity.items():
-      if state[name] != value:
+      # Older states have no digest.
+      if state.get(name, value) != value:
         raise ValueError(
           f'The data position was saved with {name}={state[name]}, now it is '
-          f'{value}; the same batches cannot follow. Keep {name} or start a '
-          'new run.'
+          f'{value}; the same batches cannot follow. Keep {name}, that is the '
+          "data of config.task, or start a new run in another --workdir."
         )
     self._batches.set_state(state['position'])
     self._ahead = None

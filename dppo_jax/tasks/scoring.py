@@ -23,6 +23,8 @@ ScoreFn = Callable[[str, str], float]
 # Bounded, because int() refuses more than 4300 digits with an exception, and a
 # policy that repeats itself does write them.
 _ANSWER = re.compile(r'####\s*(-?[0-9]{1,1000})\s*\Z')
+# Reward; a larger one is infinite in float32.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def answer_after_hashes(completion: str, answer: str) -> float:
@@ -167,8 +169,9 @@ class Scorer:
     _, errors, crashes = new
     if errors + crashes == count > 0:
       raise ValueError(
-        f'The verifier failed on all {count} completions of a batch; the last '
-        f'time: {self._last_failure}.'
+        f'The verifier of config.task failed on all {count} completions of a '
+        f'batch; the last time: {self._last_failure}. Call it by hand on such '
+        'a completion and answer (samples.jsonl has some).'
       )
     return np.array(rewards, np.float32)
 
@@ -192,12 +195,12 @@ class Scorer:
     except Exception as error:
       self._count(error, answer)
       return 0.0
-    if not isinstance(reward, numbers.Real | np.bool_) or not np.isfinite(
-      reward
+    if not isinstance(reward, numbers.Real | np.bool_) or not (
+      abs(float(reward)) <= _LARGEST
     ):
       raise ValueError(
-        f'The reward is {reward!r} for answer {answer!r}; '
-        'a score function must return a finite number.'
+        f'The reward is {reward!r} for answer {answer!r}; the verifier of '
+        'config.task must return a number that is finite in float32.'
       )
     return float(reward)
 
