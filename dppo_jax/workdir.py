@@ -92,8 +92,8 @@ def check(
       if more := names[_MOST_NAMED:]:
         changes += f', and {len(more)} more'
       if names == ['total_steps']:
-        way_out = (
-            f'Its learning rate ends with the run, by optimizer.schedule='
+        way_out += (
+            ' Its learning rate ends with the run, by optimizer.schedule='
             f'{flat["optimizer.schedule"]!r}: to train on, start another from '
             f"--config.model.name={folder / 'model'} in another --workdir, or "
             'use constant from the start.'
