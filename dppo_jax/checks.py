@@ -10,7 +10,9 @@ from typing import Any
 
 from dppo_jax import halvings
 from dppo_jax import lora
+from dppo_jax import normalizers
 from dppo_jax import registry
+from dppo_jax import trust_regions
 from dppo_jax.models import attention_kernels
 from dppo_jax.models import quantization
 from dppo_jax.models.causal_lm import REMAT
@@ -320,10 +322,11 @@ def _check_price(config):
   if config.loss.name != 'r2vpo' or config.loss.per != 'batch':
     return
   ratio, normalizer = config.loss.ratio, config.normalizer.name
-  fitting = ('constant', 'token_mean', 'sequence_sum')
-  if ratio == 'geometric':
-    fitting = ('sequence_mean',)
-  if normalizer not in fitting:
+  alike = 'sequences' if ratio == 'geometric' else 'tokens'
+  if normalizers.counts_alike(normalizer) != alike:
+    fitting = [
+        x for x in normalizers.names() if normalizers.counts_alike(x) == alike
+    ]
     raise ValueError(
         f'config.normalizer.name={normalizer!r} and '
         f'config.loss.ratio={ratio!r} of r2vpo do not go together: the '
@@ -332,17 +335,10 @@ def _check_price(config):
     )
 
 
-# Rules that drop nothing where a threshold is infinite.
-_NEED_A_THRESHOLD = (
-    'minimal', 'relaxed', 'sequence_ratio', 'sequence_divergence',
-    'cumulative_prefix',
-)
-
-
 def _check_method(config):
   """Parts of an algorithm that would silently do something else together."""
   rule = config.trust_region.name
-  if config.divergence.name == 'none' and rule in _NEED_A_THRESHOLD:
+  if config.divergence.name == 'none' and trust_regions.needs_threshold(rule):
     raise ValueError(
         f'config.trust_region.name={rule!r} drops what is beyond a threshold, '
         "and config.divergence.name='none' has none: it would drop nothing. "

@@ -256,14 +256,21 @@ def _one_line(error: Exception) -> str:
     missing = re.search(r"No such file or directory: '(.*)'", message)
     if missing:
       return f'There is no file {missing[1]!r}. Configs are in configs/.'
+  if unknown := re.match(r"Unknown command line flag '\w+\.(\S+)'$", message):
+    return f'{message}. Settings of a config are --config.{unknown[1]}=VALUE.'
   if '--config must have a value' in message:
     return 'Which config? For example --config=configs/tv_topk.py.'
   return message
 
 
 def default_workdir() -> str:
-  """runs/tv_topk for --config=configs/tv_topk.py."""
+  """runs/tv_topk for --config=configs/tv_topk.py.
+
+  runs/default-grpo for configs/default.py:grpo, and runs/tv_topk-grpo where
+  --config.algorithm=grpo is beside it: that is no run of tv_topk.
+  """
   filename = config_flags.get_config_filename(flags.FLAGS['config'])
   path, _, argument = filename.partition(':')
-  name = pathlib.Path(path).stem + (f'-{argument}' if argument else '')
-  return str(pathlib.Path('runs', name))
+  changed = config_flags.get_override_values(flags.FLAGS['config'])
+  names = pathlib.Path(path).stem, argument, changed.get('algorithm')
+  return str(pathlib.Path('runs', '-'.join(filter(None, names))))

@@ -12,6 +12,7 @@ was left out.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,21 @@ config = register.config
 NormalizerFn = Callable[[jax.Array], jax.Array]
 
 
+def _alike(what: str) -> Callable[..., Any]:
+  """Says of a normalizer what counts the same throughout a rollout."""
+
+  def mark(factory):
+    factory.counts_alike = what
+    return factory
+
+  return mark
+
+
+def counts_alike(name: str) -> str:
+  """'tokens', 'sequences' whatever their length, or '' if it is neither."""
+  return getattr(register.factory(name), 'counts_alike', '')
+
+
 def _count(rows: jax.Array) -> jax.Array:
   """Rows [R, T] with anything in them, 1 at least. [] float32."""
   count = jnp.sum(jnp.any(rows, axis=-1))
@@ -34,6 +50,7 @@ def _count(rows: jax.Array) -> jax.Array:
 
 
 @register
+@_alike('tokens')
 def constant(*, horizon: int) -> NormalizerFn:
   """Token sum over a constant horizon, mean over sequences.
 
@@ -50,6 +67,7 @@ def constant(*, horizon: int) -> NormalizerFn:
 
 
 @register
+@_alike('tokens')
 def token_mean() -> NormalizerFn:
   """Mean over all sampled tokens of the rollout (DAPO, arXiv:2503.14476)."""
 
@@ -60,6 +78,7 @@ def token_mean() -> NormalizerFn:
 
 
 @register
+@_alike('sequences')
 def sequence_mean() -> NormalizerFn:
   """Mean over the tokens of a sequence, then over sequences (GRPO)."""
 
@@ -72,6 +91,7 @@ def sequence_mean() -> NormalizerFn:
 
 
 @register
+@_alike('tokens')
 def sequence_sum() -> NormalizerFn:
   """Token sum, then mean over sequences: Eq. 12 of arXiv:2602.04879 as it is.
 

@@ -87,6 +87,7 @@ def make_replay(
     lengths = jnp.sum(scored.rollout.token_mask, axis=-1)
     rewards = jax.vmap(shaping_fn)(scored.rewards, lengths)
     groups = rewards.reshape(capacity, -1, group_size)
+    # A NaN has none, or its update would be skipped again and again.
     spread = jnp.max(groups, axis=-1) > jnp.min(groups, axis=-1)
     sampled_by = buffer.scored.rollout.policy_version[:, ::group_size]
     last_age = version + num_updates - 1 - sampled_by

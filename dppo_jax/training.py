@@ -434,6 +434,12 @@ def _evaluate(
   )
   logbook.add_samples(step, 'test', **samples)
   logging.info('step %d: %s', step, json.dumps(metrics))
+  if metrics['eval/truncated'] == 1:
+    logging.warning(
+        'No held-out completion of step %d ended within '
+        'config.max_completion_length, so all earn 0; raise it, or say by '
+        'config.stop what ends one.', step,
+    )
 
 
 def _save(checkpoints, parts, step, state, backlog, logbook) -> None:

@@ -43,6 +43,20 @@ class RegionInputs(NamedTuple):
 RegionFn = Callable[[RegionInputs], jax.Array]
 
 
+def _by_threshold(factory: Callable[..., RegionFn]) -> Callable[..., RegionFn]:
+  """Marks a rule that drops nothing where the threshold is infinite.
+
+  Not `outward`, which says so in the rows of algorithms without a region.
+  """
+  factory.needs_threshold = True
+  return factory
+
+
+def needs_threshold(name: str) -> bool:
+  """Whether the rule called `name` does nothing with divergence 'none'."""
+  return getattr(register.factory(name), 'needs_threshold', False)
+
+
 def _limit(inputs: RegionInputs) -> jax.Array:
   """The threshold that holds for a token, by the sign of its advantage."""
   low, high = divergences.low_high(inputs.threshold)
@@ -76,6 +90,7 @@ def outward() -> RegionFn:
 
 
 @register
+@_by_threshold
 def minimal() -> RegionFn:
   """Drops only what lowers a token by `threshold` or more: A < 0, pi < mu.
 
@@ -94,6 +109,7 @@ def minimal() -> RegionFn:
 
 
 @register
+@_by_threshold
 def relaxed(*, alpha: float = 0.1, side: str = 'both') -> RegionFn:
   """`outward`, but a token with mu < alpha is never dropped.
 
@@ -161,6 +177,7 @@ def band(*, lowest: float = 0.5, highest: float = 5.0) -> RegionFn:
 
 
 @register
+@_by_threshold
 def sequence_ratio() -> RegionFn:
   """PPO's clip on the geometric mean of a sequence's ratios (GSPO).
 
@@ -183,6 +200,7 @@ def sequence_ratio() -> RegionFn:
 
 
 @register
+@_by_threshold
 def sequence_divergence(*, statistic: str = 'max') -> RegionFn:
   """Drops a sequence whose divergence, largest or mean, is above the threshold.
 
@@ -205,6 +223,7 @@ def sequence_divergence(*, statistic: str = 'max') -> RegionFn:
 
 
 @register
+@_by_threshold
 def cumulative_prefix(
     *, budget: float = 0.015, smallest_weight: float = 0.8, soft: bool = False
 ) -> RegionFn:

@@ -585,9 +585,9 @@ def test_a_constraint_and_its_price_go_together(algorithm, change, message):
 @pytest.mark.parametrize('ratio, normalizer, fitting', [
     ('geometric', 'constant', 'sequence_mean'),
     ('geometric', 'token_mean', 'sequence_mean'),
-    ('token', 'sequence_mean', 'constant or token_mean or sequence_sum'),
-    ('sequence', 'sequence_mean', 'constant or token_mean or sequence_sum'),
-    ('token', 'prompt_mean', 'constant or token_mean or sequence_sum'),
+    ('token', 'sequence_mean', 'constant or sequence_sum or token_mean'),
+    ('sequence', 'sequence_mean', 'constant or sequence_sum or token_mean'),
+    ('token', 'prompt_mean', 'constant or sequence_sum or token_mean'),
 ])
 def test_a_constraint_is_lowered_by_the_weights_it_is_measured_by(
     ratio, normalizer, fitting

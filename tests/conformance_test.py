@@ -504,6 +504,14 @@ def test_region_keeps_everything_of_equal_policies(name):
 
 
 @each_region
+def test_region_that_says_it_needs_a_threshold_drops_nothing_without(name):
+  inputs = random_region_inputs(threshold=np.inf)
+  keeps_all = bool(jnp.all(trust_regions.build(name)(inputs) == 1))
+  # `outward` without a threshold is what algorithms without a region have.
+  assert keeps_all == (trust_regions.needs_threshold(name) or name == 'outward')
+
+
+@each_region
 @pytest.mark.parametrize('spoiler', [np.nan, np.inf, -np.inf])
 def test_region_and_its_gradient_do_not_see_padding(name, spoiler):
   clean = random_region_inputs(threshold=0.5)
@@ -730,6 +738,22 @@ def test_normalizer_weighs_a_group_by_itself_in_vmap(name):
       jnp.stack([normalizer(mask) for mask in masks]),
       rtol=1e-6,
   )
+
+
+@each_normalizer
+def test_normalizer_counts_alike_what_it_says_it_does(name):
+  options = {'horizon': 4, 'group_size': 2}
+  known = normalizers.register.required(name)
+  normalizer = normalizers.build(name, **{x: options[x] for x in known})
+  # Groups of 1 and 3 tokens, and of 2 and none.
+  mask = jnp.arange(4)[None] < jnp.asarray([[1], [3], [2], [0]])
+  weights = np.asarray(normalizer(mask))
+  alike = lambda x: len(np.unique(x[x > 0].round(6))) == 1
+  found = [
+      what for what, x in
+      (('tokens', weights), ('sequences', weights.sum(-1))) if alike(x)
+  ]
+  assert ''.join(found) == normalizers.counts_alike(name)
 
 
 @each_normalizer

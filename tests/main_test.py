@@ -17,7 +17,9 @@ import subprocess
 import sys
 import textwrap
 
+from absl import flags
 import jax
+from ml_collections import config_flags
 import numpy as np
 import pytest
 import tiny_model
@@ -839,6 +841,8 @@ def test_a_malformed_row_is_named_by_file_and_line(cli, data, tmp_path):
     ({'config': 'default.py:grpoo'}, "'grpoo'. Did you mean 'grpo'"),
     ({'divergence.k': 455}, 'k=455 .* vocabulary of 454 tokens'),
     ({'model.name': './nowhere'}, "Model './nowhere' does not exist"),
+    ({'model.name': __file__}, 'is a file that does not end in .*give the fol'),
+    ({'model.nmae': 'embedded'}, "config field 'nmae'. Did you mean 'name'"),
     ({'config': '/nowhere/config.py'}, '/nowhere/config.py'),
     ({'task.chat_template': True}, 'tokenizer of this model has no chat templ'),
     ({'task.verifier': '/nowhere/own.py:f'}, 'no file /nowhere/own.py'),
@@ -851,6 +855,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 ):
   done = cli(workdir=tmp_path / 'run', **arguments)
   assert_one_line_error(done, message)
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+def test_the_default_directory_is_that_of_the_algorithm(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  for arguments, expected in (
+      (['--config=configs/tv_topk.py'], 'runs/tv_topk'),
+      (['--config=configs/default.py:grpo'], 'runs/default-grpo'),
+      (['--config=configs/tv_topk.py', '--config.algorithm=grpo'],
+       'runs/tv_topk-grpo'),
+  ):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file('config', flag_values=values)
+    monkeypatch.setattr(command_line.flags, 'FLAGS', values)
+    monkeypatch.setattr(sys, 'argv', ['main', *arguments])
+    values(sys.argv)
+    assert command_line.default_workdir() == expected
 
 
 @pytest.mark.slow

@@ -378,6 +378,8 @@ def test_jsonl_files_must_be_given_exist_differ_and_hold_rows(tmp_path):
     build(good, empty)
   with pytest.raises(FileNotFoundError, match='nowhere.jsonl'):
     build(good, str(tmp_path / 'nowhere.jsonl'))
+  with pytest.raises(FileNotFoundError, match='is a folder; give a file in it'):
+    build(good, str(tmp_path))
   with pytest.raises(ValueError, match="Did you mean 'exact'"):
     tasks.build('jsonl', train_path=good, test_path=good, scorer='exakt')
 
@@ -428,10 +430,11 @@ def test_rewards_are_float32_in_the_order_of_the_completions():
       scorer.score(['a', 'b'], ['a'])
 
 
-def test_a_reward_that_is_not_finite_names_the_answer():
+def test_a_reward_that_is_not_finite_names_completion_and_answer():
   scorer = scoring.Scorer(lambda completion, answer: float(answer))
-  with pytest.raises(ValueError, match="nan for answer 'nan'"):
-    scorer.score(['', ''], ['1', 'nan'])
+  message = "nan for completion 'b' and answer 'nan'"
+  with pytest.raises(ValueError, match=message):
+    scorer.score(['a', 'b'], ['1', 'nan'])
 
 
 def awkward(completion, answer):
@@ -504,7 +507,8 @@ def test_a_prompt_that_is_too_long_or_empty_is_named():
 
 def test_a_long_prompt_is_found_before_training_starts():
   source = numbered(50) + [{'prompt': '123456789', 'answer': '1'}]
-  with pytest.raises(ValueError, match='has 9 tokens'):
+  with pytest.raises(ValueError, match="^1 of 51 to learn from are too long, "
+                     "the longest: prompt '123456789' has 9 tokens"):
     iterator(source)
 
 

@@ -10,6 +10,7 @@ import tiny_model
 from configs import default
 from dppo_jax import main
 from dppo_jax import tracing
+from dppo_jax import trainable
 from dppo_jax import training
 from dppo_jax import workdir
 
@@ -95,6 +96,23 @@ def test_without_a_checkpoint_the_start_is_left_alone(tmp_path):
     with pytest.raises(FileNotFoundError, match='holds no checkpoint yet'):
       training.latest_state(config, parts, tmp_path)
   assert not any(deleted(parts.state))
+
+
+@pytest.mark.parametrize('share, heard', [(1.0, True), (0.99, False)])
+def test_who_never_ends_within_the_limit_is_told_what_it_costs(
+    caplog, share, heard
+):
+  parts = types.SimpleNamespace(
+      trainable=trainable.EVERYTHING,
+      evaluate_fn=lambda params: ({'eval/truncated': share}, {}),
+  )
+  quiet = types.SimpleNamespace(
+      add_scalars=lambda *_: None, add_samples=lambda *_, **__: None
+  )
+  training._evaluate(parts, types.SimpleNamespace(params=()), quiet, 7)
+  said = 'No held-out completion of step 7 ended' in caplog.text
+  assert said == heard
+  assert ('config.max_completion_length' in caplog.text) == heard
 
 
 def test_a_run_too_short_for_its_trace_says_so(tmp_path, caplog):

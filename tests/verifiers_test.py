@@ -196,7 +196,7 @@ def test_a_verifier_may_fail_on_the_whole_part_of_one_process():
 def test_a_reward_is_a_finite_number(reward):
   scorer = scoring.Scorer(lambda completion, answer: reward)
   with pytest.raises(ValueError, match=re.escape(
-      f"reward is {reward!r} for answer 'a'"
+      f"reward is {reward!r} for completion '' and answer 'a'"
   )):
     scorer.score([''], ['a'])
 

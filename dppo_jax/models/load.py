@@ -142,6 +142,12 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir() or (folder.is_file() and _is_gguf(folder)):
     return folder
+  if folder.is_file():
+    raise FileNotFoundError(
+        f'Model {str(name)!r} is a file that does not end in '
+        f'{gguf_file.SUFFIX!r}; give the folder that holds config.json, '
+        'weights and tokenizer, or a GGUF file.'
+    )
   if file := _in_package(str(name)):
     return file
   looks_like_hub_name = (

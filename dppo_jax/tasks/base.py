@@ -9,6 +9,7 @@ choice here:
 """
 
 from collections.abc import Callable
+import pathlib
 from typing import Any, NamedTuple, Protocol
 
 from dppo_jax import registry
@@ -53,6 +54,19 @@ class Task(NamedTuple):
   score: Callable[[str, str], float]
   chat: Chat | None = None  # None: prompts are continued as they are.
   drop_long_prompts: bool = False  # False: one that is too long is an error.
+
+
+def require_file(path: pathlib.Path) -> None:
+  """Raises a FileNotFoundError if there is none, or a folder in its place."""
+  if path.is_dir():
+    raise FileNotFoundError(f'{path} is a folder; give a file in it.')
+  if not path.is_file():
+    raise FileNotFoundError(f'There is no file {path}.')
+
+
+def shown(text: str) -> str:
+  """In quotes, and of a long one as much as a message has room for."""
+  return repr(text if len(text) <= 60 else f'{text[:57]}...')
 
 
 def is_conversation(value: Any) -> bool:

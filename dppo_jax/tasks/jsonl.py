@@ -81,11 +81,10 @@ def read(path: str, *, score: scoring.ScoreFn) -> list[dict[str, Any]]:
     a list of {'prompt': str or messages, 'answer': str}.
 
   Raises:
-    FileNotFoundError: no such file.
+    FileNotFoundError: no such file, or a folder.
     ValueError: a malformed row, or no row at all.
   """
-  if not _path(path).is_file():
-    raise FileNotFoundError(f'There is no file {path}.')
+  base.require_file(_path(path))
   rows = []
   for number, line in enumerate(_path(path).read_bytes().splitlines(), 1):
     if line.strip():

@@ -129,11 +129,9 @@ def _drop_long(
   kept = []
   for start in range(0, len(rows), _CHECK_AT_ONCE):
     part = rows[start : start + _CHECK_AT_ONCE]
-    ids = tokenizer(
-        [row['prompt'] for row in part],
-        verbose=False,
-        add_special_tokens=add_special_tokens,
-    )['input_ids']
+    ids = _tokenize(
+        [row['prompt'] for row in part], tokenizer, add_special_tokens
+    )
     kept += [
         row
         for row, row_ids in zip(part, ids, strict=True)
@@ -150,6 +148,16 @@ def _drop_long(
         len(rows) - len(kept), len(rows), split, max_prompt_length,
     )
   return kept
+
+
+def _tokenize(
+  texts: Sequence[str], tokenizer: Any, add_special_tokens: bool
+) -> list[list[int]]:
+  if not texts:
+    return []
+  return tokenizer(
+    list(texts), verbose=False, add_special_tokens=add_special_tokens
+  )['input_ids']
 
 
 def encode(
@@ -176,11 +184,7 @@ def encode(
   Raises:
     ValueError: a prompt has more than P tokens, or none.
   """
-  rows = []
-  if texts:
-    rows = tokenizer(
-      list(texts), verbose=False, add_special_tokens=add_special_tokens
-    )['input_ids']
+  rows = _tokenize(texts, tokenizer, add_special_tokens)
   shape = (len(rows), max_prompt_length)
   tokens = np.full(shape, tokenizer.pad_token_id, np.int32)
   mask = np.zeros(shape, bool)
@@ -195,16 +199,52 @@ def _check_length(text: str, length: int, limit: int, source_name: str):
   if 0 < length <= limit:
     return
   prefix = f'{source_name}: ' if source_name else ''
-  shown = repr(text if len(text) <= 60 else text[:57] + '...')
   if length == 0:
     raise ValueError(
-      f'{prefix}prompt {shown} has no tokens; there is nothing to continue.'
+      f'{prefix}prompt {base.shown(text)} has no tokens; there is nothing to '
+      'continue.'
     )
   raise ValueError(
-    f'{prefix}prompt {shown} has {length} tokens, more than '
-    f'max_prompt_length={limit}; raise config.max_prompt_length or shorten '
-    'the prompt.'
+    f'{prefix}prompt {base.shown(text)} has {length} tokens, more than '
+    f'max_prompt_length={limit}; raise config.max_prompt_length, shorten the '
+    'prompt, or leave it out with config.task.drop_long_prompts=True, if the '
+    'task has that.'
   )
+
+
+def _check_lengths(
+  rows: base.Source,
+  tokenizer: Any,
+  *,
+  max_prompt_length: int,
+  add_special_tokens: bool,
+) -> None:
+  """Refuses prompts of no tokens or too many, and says of how many."""
+  num_long, longest = 0, ('', 1)
+  for start in range(0, len(rows), _CHECK_AT_ONCE):
+    stop = min(start + _CHECK_AT_ONCE, len(rows))
+    texts = [rows[i]['prompt'] for i in range(start, stop)]
+    ids = _tokenize(texts, tokenizer, add_special_tokens)
+    for text, length in zip(texts, map(len, ids), strict=True):
+      if not length:
+        _check_length(text, length, max_prompt_length, 'To learn from')
+      num_long += length > max_prompt_length
+      longest = max(longest, (text, length), key=lambda x: x[1])
+  _check_length(
+    *longest,
+    max_prompt_length,
+    f'{num_long:,} of {len(rows):,} to learn from are too long, the longest',
+  )
+
+
+def _digest(rows: base.Source) -> str:
+  """Tells prompts from others, and answers that are texts."""
+  digest = hashlib.sha256()
+  for i in range(len(rows)):
+    answer = rows[i]['answer']
+    answer = answer if isinstance(answer, str) else None
+    digest.update(repr((rows[i]['prompt'], answer)).encode())
+  return digest.hexdigest()[:16]
 
 
 def end_ids(
@@ -342,13 +382,13 @@ class PromptIterator:
       'max_prompt_length': max_prompt_length,
       'add_special_tokens': add_special_tokens,
     }
-    digest = self._check_all(source)
+    _check_lengths(source, tokenizer, **self._encoding)
     # What the order depends on; a position means nothing without it.
     self._identity = {
       'num_rows': len(source),
       'num_prompts': num_prompts,
       'seed': seed,
-      'rows': digest,
+      'rows': _digest(source),
     }
     # Batches of numbers of rows: who does not hold a row does not read it.
     rows = grain.MapDataset.range(len(source))
@@ -361,19 +401,6 @@ class PromptIterator:
     )
     # The position before a batch that was read ahead, and the batch.
     self._ahead: tuple[dict[str, Any], PromptBatch] | None = None
-
-  def _check_all(self, rows: base.Source) -> str:
-    """That all prompts fit; a digest of them and of answers that are texts."""
-    digest = hashlib.sha256()
-    for start in range(0, len(rows), _CHECK_AT_ONCE):
-      stop = min(start + _CHECK_AT_ONCE, len(rows))
-      some = [rows[i] for i in range(start, stop)]
-      encode([row['prompt'] for row in some], self._tokenizer, **self._encoding)
-      for row in some:
-        answer = row['answer']
-        answer = answer if isinstance(answer, str) else None
-        digest.update(repr((row['prompt'], answer)).encode())
-    return digest.hexdigest()[:16]
 
   def __iter__(self) -> 'PromptIterator':
     return self

@@ -20,6 +20,7 @@ import pathlib
 from typing import Any
 
 from dppo_jax import registry
+from dppo_jax.tasks import base
 
 _PARQUET_ROWS = 1_000  # Read at once.
 
@@ -120,8 +121,7 @@ def _tfds(name, config, split, data_dir):
 def _file(name, config, split, data_dir):
   del config, split, data_dir
   path = pathlib.Path(name).expanduser()
-  if not path.is_file():
-    raise FileNotFoundError(f'There is no file {path}.')
+  base.require_file(path)
   if path.suffix == '.parquet':
     parquet = _package('pyarrow.parquet', 'parquet')
     try:

@@ -17,6 +17,7 @@ from absl import logging
 import numpy as np
 
 from dppo_jax import registry
+from dppo_jax.tasks import base
 
 ScoreFn = Callable[[str, str], float]
 
@@ -160,8 +161,8 @@ class Scorer:
     calls = self._calls(list(zip(completions, answers, strict=True)))
     before = self._counts()
     rewards = [
-      self._reward(call, answer)
-      for call, answer in zip(calls, answers, strict=True)
+      self._reward(call, *pair)
+      for call, *pair in zip(calls, completions, answers, strict=True)
     ]
     new = [now - then for now, then in zip(self._counts(), before)]
     *new, count = self._total(np.array([*new, len(rewards)], np.int32)).tolist()
@@ -188,23 +189,26 @@ class Scorer:
       for pair in pairs
     ]
 
-  def _reward(self, call: Callable[[], float], answer: str) -> float:
+  def _reward(
+    self, call: Callable[[], float], completion: str, answer: str
+  ) -> float:
     """One reward; 0 for what goes wrong, which is counted."""
     try:
       reward = call()
     except Exception as error:
-      self._count(error, answer)
+      self._count(error, completion, answer)
       return 0.0
     if not isinstance(reward, numbers.Real | np.bool_) or not (
       abs(float(reward)) <= _LARGEST
     ):
       raise ValueError(
-        f'The reward is {reward!r} for answer {answer!r}; the verifier of '
-        'config.task must return a number that is finite in float32.'
+        f'The reward is {reward!r} for completion {base.shown(completion)} '
+        f'and answer {base.shown(answer)}; the verifier of config.task must '
+        'return a number that is finite in float32.'
       )
     return float(reward)
 
-  def _count(self, error: Exception, answer: str) -> None:
+  def _count(self, error: Exception, completion: str, answer: str) -> None:
     if self._pool is not None:
       import pebble  # Needed by pools only.
 
@@ -217,8 +221,9 @@ class Scorer:
         return
     if not self.errors:
       logging.warning(
-        'The verifier raised an error for answer %r, which earns 0; further '
-        'ones are only counted, in verifier/errors.', answer, exc_info=error,
+        'The verifier raised an error for completion %s and answer %s, which '
+        'earns 0; further ones are only counted, in verifier/errors.',
+        base.shown(completion), base.shown(answer), exc_info=error,
       )
     self.errors += 1
     self._last_failure = f'{type(error).__name__}: {error}'
