@@ -19,6 +19,7 @@ from dppo_jax import sampling
 from dppo_jax import sharding
 from dppo_jax.tasks.prompts import PromptBatch
 from dppo_jax.tasks.verify import VerifyFn
+from dppo_jax.types import Prompts
 from dppo_jax.types import PyTree
 
 
@@ -54,24 +55,75 @@ def summarize(rewards: np.ndarray) -> dict[str, float]:
   return metrics
 
 
+class Program(NamedTuple):
+  """What of held-out evaluation is compiled."""
+
+  # (params, prompts, keys) -> tokens, mask, truncated; from `make_sample`.
+  sample: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+  # From shapes of the learner's parameters that have shardings.
+  lower: Callable[[PyTree], jax.stages.Lowered]
+  # Those shapes -> the shapes of the parameters where they are sampled with.
+  there: Callable[[PyTree], PyTree]
+  copies: bool  # Whether these are copies.
+  apart: bool  # Whether they are on other devices.
+
+
 class Evaluation(NamedTuple):
   """Held-out evaluation of parameters on the learner's mesh."""
 
   run: Callable[[PyTree], tuple[dict[str, float], dict[str, Any]]]
-  # From shapes of the parameters that have shardings.
-  lower: Callable[[PyTree], jax.stages.Lowered]
-  # Shapes -> those of the parameters where they are sampled with.
-  there: Callable[[PyTree], PyTree]
-  copies: bool  # Whether these are copies.
-  apart: bool  # Whether they are on other devices.
+  program: Program
 
   def __call__(self, params: PyTree) -> tuple[dict[str, float], dict[str, Any]]:
     return self.run(params)
 
 
+def make_sample(
+    sampler: Callable[..., sampling.Completions], mesh: Any = None
+) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+  """A jitted (params, prompts [N, P], keys [N * k]) -> what is sampled.
+
+  Args:
+    sampler: from `sampling.make_sampler`, with group_size = k.
+    mesh: whose devices share the rows.
+
+  Returns:
+    of it, tokens [N * k, L] and their mask, and truncated [N * k].
+  """
+
+  @functools.partial(
+      jax.jit, out_shardings=None if mesh is None else sharding.batch(mesh)
+  )
+  def sample(params, prompts, keys):
+    completions = sampler(params, prompts, keys)
+    return completions.tokens, completions.mask, completions.truncated
+
+  return sample
+
+
+def abstract_inputs(
+    *, num_prompts: int, num_samples: int, prompt_length: int, mesh: Any
+) -> tuple[Prompts, Any]:
+  """Shapes of the prompts and keys that `make_evaluate_fn` calls with."""
+  size = _padded(num_prompts, mesh)
+  place = lambda dtype: jax.ShapeDtypeStruct(
+      (size, prompt_length), dtype, sharding=sharding.batch(mesh)
+  )
+  keys = jax.eval_shape(
+      lambda: sampling.row_keys(jax.random.key(0), size * num_samples)
+  )
+  return Prompts(place(np.int32), place(bool)), keys
+
+
+def _padded(num_prompts: int, mesh: Any) -> int:
+  """The next multiple of the devices that share rows."""
+  shards = sharding.num_row_shards(mesh)
+  return -(-num_prompts // shards) * shards
+
+
 def make_evaluate_fn(
     *,
-    sampler: Callable[..., sampling.Completions],
+    sample: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
     batch: PromptBatch,
     num_samples: int,
     verify: VerifyFn,
@@ -84,7 +136,7 @@ def make_evaluate_fn(
   their parameters only.
 
   Args:
-    sampler: from `sampling.make_sampler`, with group_size = num_samples.
+    sample: from `make_sample`, of the same mesh.
     batch: N prompts and their answers.
     num_samples: completions per prompt.
     verify: completions to texts and rewards.
@@ -95,14 +147,11 @@ def make_evaluate_fn(
   Returns:
     `evaluate_fn(params) -> (metrics, samples)`; samples are lists `prompts`,
     `completions`, `answers` and `rewards`, in the order of the prompts: of this
-    process's rows, which are all N * num_samples if there is no other. And
-    `evaluate_fn.lower(params)`, its program, lowered.
+    process's rows, which are all N * num_samples if there is no other.
   """
-  prompts, rows, own = batch.prompts, None, np.arange(len(batch.texts))
+  prompts, own = batch.prompts, np.arange(len(batch.texts))
   if mesh is not None:
-    rows = sharding.batch(mesh)
-    shards = sharding.num_row_shards(mesh)
-    size = -(-len(own) // shards) * shards
+    rows, size = sharding.batch(mesh), _padded(len(own), mesh)
     padded = jax.tree.map(
         lambda x: np.resize(x, (size, *x.shape[1:])), prompts
     )
@@ -114,11 +163,6 @@ def make_evaluate_fn(
       for values in (batch.texts, batch.answers)
   )
   own = processes.of_groups(own, num_samples)
-
-  @functools.partial(jax.jit, out_shardings=rows)
-  def sample(params, prompts, keys):
-    completions = sampler(params, prompts, keys)
-    return completions.tokens, completions.mask, completions.truncated
 
   def evaluate_fn(params):
     tokens, mask, truncated = processes.rows_of(
@@ -141,7 +185,6 @@ def make_evaluate_fn(
         'rewards': rewards,
     }
 
-  evaluate_fn.lower = lambda params: sample.lower(params, prompts, keys)
   return evaluate_fn
 
 

@@ -17,8 +17,12 @@ from absl import logging
 import jax
 
 from dppo_jax import checks
+from dppo_jax import evaluate
 from dppo_jax import memory
 from dppo_jax import processes
+from dppo_jax import trainable as trainable_lib
+from dppo_jax.types import PyTree
+from dppo_jax.types import TrainState
 
 # 'arguments', 'temporary', 'results' and 'total' of `memory.of_step`, in bytes
 # per device; empty where XLA does not tell.
@@ -116,14 +120,58 @@ def _compile(lowered, what, ways) -> jax.stages.Compiled:
 
 
 def check_evaluation(
+    program: evaluate.Program,
+    config: Any,
+    *,
+    trainable: trainable_lib.Trainable,
+    state: TrainState,
+    pending: PyTree,
+    mesh: Any,
+    limit: int | None,
+) -> tuple[int, int]:
+  """Raises a ValueError if held-out evaluation does not fit beside a run.
+
+  Args:
+    program: of the evaluation.
+    config: of the run.
+    trainable: what makes a policy of its state.
+    state: of which the policy is evaluated; shapes will do.
+    pending: rollouts that wait meanwhile, or their shapes.
+    mesh: of the learner.
+    limit: see above.
+
+  Returns:
+    bytes per device that it needs, and that the run holds beside it.
+  """
+  params = trainable_lib.placed_policy(
+      trainable, state.params, state.frozen, mesh
+  )
+  merged, shared = trainable is not trainable_lib.EVERYTHING, 0
+  if program.apart:
+    held = 0  # But for what is sampled with meanwhile, below.
+  else:
+    held = sum(memory.by_kind(state, pending).values())
+    if merged and program.copies:
+      held += memory.per_device(params)
+    elif not merged and not program.copies:
+      shared = memory.per_device(params)
+  if config.mode == 'split' and config.staleness:  # The sampler goes on.
+    held += memory.per_device(program.there(params))
+  needed = check_beside(
+      program.lower(params), config, limit=limit, held=held, shared=shared
+  )
+  return needed, held
+
+
+def check_beside(
     lowered: jax.stages.Lowered,
     config: Any,
     *,
     limit: int | None,
     held: int,
     shared: int,
-) -> None:
-  """Raises a ValueError if held-out evaluation does not fit beside a run.
+) -> int:
+  """Raises a ValueError if what evaluates does not fit beside what is held.
 
   Args:
     lowered: its program.
@@ -131,6 +179,9 @@ def check_evaluation(
     limit: see above.
     held: bytes per device that are there while it runs.
     shared: of them, those that are arguments of the program.
+
+  Returns:
+    bytes per device that it needs beside them; 0 where XLA does not tell.
   """
   ways = lambda: _for_evaluation(config)
   try:
@@ -140,15 +191,16 @@ def check_evaluation(
   sizes = _largest(sizes)
   if isinstance(sizes, Refused):
     raise sizes
-  if limit is None or not sizes:
-    return
+  if not sizes:
+    return 0
   needed = sizes['total'] - shared
-  if held + needed > limit:
+  if limit is not None and held + needed > limit:
     raise ValueError(
         f'Held-out evaluation needs {memory.readable(needed)} on each device '
         f'beside the {memory.readable(held)} of a run, and there are '
         f'{memory.readable(limit)}. To lower it: {_joined(ways())}.'
     )
+  return needed
 
 
 def make_program(

@@ -136,7 +136,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       place=lambda x: processes.place(x, rows, config.num_prompts),
       add_special_tokens=task.chat is None,
   )
-  evaluate_fn = _make_evaluate_fn(
+  evaluate_fn = _make_evaluation(
       config, mesh, model, tokenizer, task, verify, key_eval
   )
   program, compile_s = fitting.make_program(
@@ -684,7 +684,13 @@ def _make_learner(
   )
 
 
-def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
+def evaluation_program(
+    config: Any, mesh: Any, model: CausalLM, tokenizer: Any
+) -> evaluate.Program:
+  """What held-out evaluation compiles. Needs no weights, and no devices.
+
+  Of the tokenizer only what tells ends is looked at, see `end_ids`.
+  """
   settings = config.eval
   sampling_mesh = _sampling_mesh(config, mesh)
   _, whole = _with_attention(config, mesh, model)
@@ -701,21 +707,14 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
       num_slots=settings.num_slots // sharding.num_row_shards(sampling_mesh),
       num_stages=num_stages(config, mesh, model),
   )
-  [batch] = evaluation_batches(
-      task.test,
-      tokenizer,
-      num_prompts=settings.num_prompts,
-      max_prompt_length=config.max_prompt_length,
-      add_special_tokens=task.chat is None,
+  sample = evaluate.make_sample(
+      sharding.by_rows(sampler, sampling_mesh, head_dim=model.config.head_dim),
+      sampling_mesh,
   )
-  evaluate_fn = evaluate.make_evaluate_fn(
-      sampler=sharding.by_rows(
-          sampler, sampling_mesh, head_dim=model.config.head_dim
-      ),
-      batch=batch,
+  inputs = evaluate.abstract_inputs(
+      num_prompts=settings.num_prompts,
       num_samples=settings.num_samples,
-      verify=verify,
-      key=key,
+      prompt_length=config.max_prompt_length,
       mesh=sampling_mesh,
   )
 
@@ -726,15 +725,40 @@ def _make_evaluate_fn(config, mesh, model, tokenizer, task, verify, key):
         sharding.placed, params, sharding.of_params(params, sampling_mesh)
     )
 
-  return evaluate.Evaluation(
-      run=lambda params: evaluate_fn(
-          sharding.bring(params, mesh=mesh, sampling_mesh=sampling_mesh)
-      ),
-      lower=lambda params: evaluate_fn.lower(there(params)),
+  return evaluate.Program(
+      sample=sample,
+      lower=lambda params: sample.lower(there(params), *inputs),
       there=there,
       copies=mesh != sampling_mesh,
       apart=sharding.apart(mesh, sampling_mesh),
   )
+
+
+def _make_evaluation(
+    config: Any, mesh: Any, model: CausalLM, tokenizer: Any, task: Any,
+    verify: Any, key: jax.Array,
+) -> evaluate.Evaluation:
+  settings, sampling_mesh = config.eval, _sampling_mesh(config, mesh)
+  [batch] = evaluation_batches(
+      task.test,
+      tokenizer,
+      num_prompts=settings.num_prompts,
+      max_prompt_length=config.max_prompt_length,
+      add_special_tokens=task.chat is None,
+  )
+  program = evaluation_program(config, mesh, model, tokenizer)
+  evaluate_fn = evaluate.make_evaluate_fn(
+      sample=program.sample,
+      batch=batch,
+      num_samples=settings.num_samples,
+      verify=verify,
+      key=key,
+      mesh=sampling_mesh,
+  )
+  bring = functools.partial(
+      sharding.bring, mesh=mesh, sampling_mesh=sampling_mesh
+  )
+  return evaluate.Evaluation(lambda params: evaluate_fn(bring(params)), program)
 
 
 def _build(module: Any, section: Any, **known) -> Any:

@@ -63,6 +63,9 @@ _MEAN_LENGTH = flags.DEFINE_integer(
 # Scopes of the step; the last is the loop within the second.
 PHASES = ('learn', 'sample', 'decode')
 
+# Which token ends a completion changes nothing of what it costs.
+_TOKENIZER = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)
+
 # With no TPU in sight libtpu would search for one, ask a metadata server, write
 # logs and let only one process in; none of it matters to its compiler.
 _COMPILER_ONLY = {
@@ -113,6 +116,9 @@ class Plan(NamedTuple):
   phases: list[roofline.Phase]
   unknown_loops: int  # Counted once.
   compile_s: float
+  # Compiles held-out evaluation: the bytes that it needs, and those that the
+  # run holds beside it; a ValueError if it does not fit.
+  evaluate: Callable[[], tuple[int, int]]
 
   @property
   def seconds(self) -> float:
@@ -198,8 +204,6 @@ def make_plan(
       **main.row_shards(config, mesh),
   )
   method = main.make_method(config)
-  # Which token ends a completion changes nothing of what it costs.
-  tokenizer = types.SimpleNamespace(eos_token_id=0, pad_token_id=0)
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.stop = ()
@@ -207,7 +211,10 @@ def make_plan(
 
   def make(config):
     made['config'] = config
-    return main.make_program(config, mesh, method, model, tokenizer)
+    made['program'] = main.make_program(
+        config, mesh, method, model, _TOKENIZER
+    )
+    return made['program']
 
   def lower(program):
     made['arguments'] = main.abstract_arguments(made['config'], mesh, program)
@@ -222,6 +229,21 @@ def make_plan(
         config, make, lower, limit=topology.chip.memory, num_batch_shards=shards
     )
     return _count(topology, mesh, model, made, mean_length, compile_s)
+
+
+def _evaluate(topology, mesh, model, made) -> tuple[int, int]:
+  """See `Plan.evaluate`."""
+  config, (state, scored, _) = made['config'], made['arguments']
+  with platforms.traced_for('tpu'):
+    return fitting.check_evaluation(
+        main.evaluation_program(config, mesh, model, _TOKENIZER),
+        config,
+        trainable=made['program'].trainable,
+        state=state,
+        pending=[scored] * (1 + config.staleness),
+        mesh=mesh,
+        limit=topology.chip.memory,
+    )
 
 
 class _Kept:
@@ -324,6 +346,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
       ),
       unknown_loops=len(unknown),
       compile_s=compile_s,
+      evaluate=functools.partial(_evaluate, topology, mesh, model, made),
   )
 
 
@@ -554,6 +577,32 @@ def _axes(mesh: dict[str, int]) -> str:
   return ' '.join(split) or 'one device'
 
 
+def with_room_to_evaluate(
+    plans: list[Plan], say: Callable[[str], None] = print
+) -> tuple[Plan, str]:
+  """The first plan beside whose run held-out evaluation fits, and a line of it.
+
+  Args:
+    plans: at least one, the best first.
+    say: takes a line for each that is passed over.
+
+  Raises:
+    ValueError: there is none.
+  """
+  for place, plan in enumerate(plans, 1):
+    try:
+      needed, held = plan.evaluate()
+    except ValueError as error:
+      if place == len(plans):
+        raise
+      say(f'{_axes(plan.mesh)}: {error}')
+      continue
+    return plan, (
+        f'  evaluation   {_bytes(needed)} beside the {_bytes(held)} of a run: '
+        'it fits, too.'
+    )
+
+
 def describe(plan: Plan) -> Iterator[str]:
   """The plan, line by line."""
   chip, config = plan.chip, plan.config
@@ -652,6 +701,8 @@ def run(config: Any, workdir: str | None) -> bool:
         f'{", ".join(CHIPS)}.'
     )
   jax.config.update('jax_platforms', 'cpu')  # It only compiles.
+  # Without a device nothing can be read back.
+  jax.config.update('jax_enable_compilation_cache', False)
   topology = make_topology(_TOPOLOGY.value)
   model = main.architecture(config, *load.read_sizes(config.model.name))
   start = time.perf_counter()
@@ -664,8 +715,10 @@ def run(config: Any, workdir: str | None) -> bool:
     print('\n'.join(table(plans)))
   else:
     plans = [make_plan(config, topology, model, **options)]
-  print('\n'.join(describe(plans[0])))
-  print(assumptions(plans[0]))
+  plan, evaluation = with_room_to_evaluate(plans)
+  print('\n'.join(describe(plan)))
+  print(evaluation)
+  print(assumptions(plan))
   print(
       f'jax {jax.__version__}, libtpu {metadata.version("libtpu")}; '
       f'{sum(plan.compile_s for plan in plans):,.0f} s of compilation in '

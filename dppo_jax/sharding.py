@@ -508,6 +508,11 @@ def placed(x: Any, where: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
+def shapes(tree: PyTree) -> PyTree:
+  """Of arrays, or of their shapes, with where they are."""
+  return jax.tree.map(lambda x: placed(x, x.sharding), tree)
+
+
 def of_params(tree: PyTree, mesh) -> PyTree:
   """Shardings of a tree whose paths end like those of the parameters.
 

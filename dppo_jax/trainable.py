@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax import lora
+from dppo_jax import sharding
 from dppo_jax.models import weights
 from dppo_jax.types import PyTree
 
@@ -66,6 +67,18 @@ EVERYTHING = Trainable(
     merge=_first,
     start=_first,
 )
+
+
+def placed_policy(
+    trainable: Trainable, params: PyTree, frozen: PyTree, mesh: Any
+) -> PyTree:
+  """Shapes of the policy, with where it will be on the learner's mesh."""
+  if trainable is EVERYTHING:
+    return sharding.shapes(params)
+  shapes = jax.eval_shape(trainable.merge, params, frozen)
+  return jax.tree.map(
+      sharding.placed, shapes, sharding.of_params(shapes, mesh)
+  )
 
 
 def make_trainable(

@@ -241,7 +241,7 @@ def _restore(config, parts, checkpoints, blank):
   """
   start, frozen = parts.state, parts.state.frozen
   # Not arrays, of which the start's are deleted before others are read.
-  wanted = _shapes(_checkpointed(config, start, blank))
+  wanted = sharding.shapes(_checkpointed(config, start, blank))
   restored = checkpoints.restore_latest(
       wanted,
       when_found=lambda: jax.tree.map(
@@ -361,24 +361,14 @@ def check_evaluation(
     state: of which the policy is evaluated.
     pending: rollouts that wait meanwhile, or their shapes.
   """
-  evaluation, params = parts.evaluate_fn, _shapes_of_policy(parts, state)
-  merged, shared = parts.trainable is not trainable_lib.EVERYTHING, 0
-  if evaluation.apart:
-    held = 0  # But for what is sampled with meanwhile, below.
-  else:
-    held = sum(memory.by_kind(state, pending).values())
-    if merged and evaluation.copies:
-      held += memory.per_device(params)
-    elif not merged and not evaluation.copies:
-      shared = memory.per_device(params)
-  if config.mode == 'split' and config.staleness:  # The sampler goes on.
-    held += memory.per_device(evaluation.there(params))
   fitting.check_evaluation(
-      evaluation.lower(params),
+      parts.evaluate_fn.program,
       config,
+      trainable=parts.trainable,
+      state=state,
+      pending=pending,
+      mesh=parts.mesh,
       limit=memory.limit(),
-      held=held,
-      shared=shared,
   )
 
 
@@ -386,27 +376,12 @@ def policy(parts: Parts, state: TrainState) -> Any:
   """The parameters of the policy: the state's own, or merged with the rest."""
   if parts.trainable is trainable_lib.EVERYTHING:
     return state.params  # A compiled function would copy them.
-  where = jax.tree.map(lambda x: x.sharding, _shapes_of_policy(parts, state))
+  shapes = trainable_lib.placed_policy(
+      parts.trainable, state.params, state.frozen, parts.mesh
+  )
+  where = jax.tree.map(lambda x: x.sharding, shapes)
   merge = jax.jit(parts.trainable.merge, out_shardings=where)
   return merge(state.params, state.frozen)
-
-
-def _shapes(tree):
-  """Of arrays, with where they are."""
-  return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      tree,
-  )
-
-
-def _shapes_of_policy(parts, state):
-  """Where it will be, too."""
-  if parts.trainable is trainable_lib.EVERYTHING:
-    return _shapes(state.params)
-  shapes = jax.eval_shape(parts.trainable.merge, state.params, state.frozen)
-  return jax.tree.map(
-      sharding.placed, shapes, sharding.of_params(shapes, parts.mesh)
-  )
 
 
 def _note_samples(

@@ -76,7 +76,7 @@ def evaluation():
 
   prompts = tiny_model.prompts(3)
   evaluate_fn = evaluate.make_evaluate_fn(
-      sampler=tiny_model.make_sampler(group_size=2),
+      sample=evaluate.make_sample(tiny_model.make_sampler(group_size=2)),
       batch=PromptBatch(prompts, ['a', 'b', 'c'], ['1', '2', '3']),
       num_samples=2,
       verify=verify,

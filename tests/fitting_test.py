@@ -293,7 +293,7 @@ def evaluation_refused(limit, held=0, shared=0, **changes):
   lowered = jax.jit(lambda x: jax.numpy.outer(x, x)).lower(
       jax.ShapeDtypeStruct((1000,), 'float32')
   )  # 4 kB become 4 MB.
-  fitting.check_evaluation(
+  fitting.check_beside(
       lowered, config_with(**changes), limit=limit, held=held, shared=shared
   )
 

@@ -12,6 +12,7 @@ import sys
 
 from flax import nnx
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -441,7 +442,12 @@ def tiny_config(**changes):
 
 @pytest.fixture(scope='module')
 def topology():
-  return plan_lib.make_topology('v5e:2x2')
+  # Without a device nothing can be read back.
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # Or it remembers that there is one.
+  yield plan_lib.make_topology('v5e:2x2')
+  jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope='module')
@@ -565,6 +571,43 @@ def test_a_plan_prints_what_it_knows(plan):
 
 
 @needs_libtpu
+@pytest.mark.slow
+def test_a_plan_has_room_for_evaluation_or_says_what_is_missing(topology, plan):
+  needed, held = plan.evaluate()
+  # A device holds what lasts, and parameters count once.
+  assert held == sum(plan.lasting.values())
+  assert needed > 0
+  _, line = plan_lib.with_room_to_evaluate([plan])
+  assert f'{held / 1e3:.2f} kB of a run: it fits' in line
+  # More completions than can stand on a device beside a run of 16.
+  many = tiny_config(**{'eval.num_prompts': 512, 'eval.num_samples': 64})
+  total = plan.sizes['total'] + 10**6
+  small = topology._replace(chip=topology.chip._replace(memory=total))
+  tight = plan_lib.make_plan(many, small, tiny_model.MODEL)
+  with pytest.raises(ValueError, match='Held-out evaluation needs .* beside .*'
+                     'To lower it: set config.eval.num_slots'):
+    tight.evaluate()
+
+
+def test_the_best_plan_is_the_best_that_can_evaluate():
+  told = iter([refuse, lambda *_: (10**9, 2 * 10**9), refuse])
+  answer = lambda ask: lambda: ask('no room')
+  plans = [
+      plan_lib.Plan(
+          None, None, {'data': 2**place}, None, {}, {}, {}, [], 0, 1.0,
+          answer(ask),
+      )
+      for place, ask in enumerate(told)
+  ]
+  said = []
+  found, line = plan_lib.with_room_to_evaluate(plans, said.append)
+  assert found is plans[1] and said == ['one device: no room']
+  assert '1.00 GB beside the 2.00 GB of a run: it fits' in line
+  with pytest.raises(ValueError, match='no room'):
+    plan_lib.with_room_to_evaluate(plans[2:], said.append)
+
+
+@needs_libtpu
 def test_what_cannot_last_is_refused_before_it_is_compiled(topology):
   small = topology._replace(chip=topology.chip._replace(memory=1000))
   with pytest.raises(ValueError, match='lasts from step to step'):
@@ -586,7 +629,7 @@ def fake_search(monkeypatch, seconds, config=None, **options):
     work = roofline.Phase('learn', 197e12 * seconds(mesh, number), 0, 0, {})
     return plan_lib.Plan(
         config, chips.CHIPS['v5e'], mesh, None, {}, {}, {'total': 1}, [work],
-        0, 1.0,
+        0, 1.0, lambda: pytest.fail('not asked for'),
     )
 
   monkeypatch.setattr(plan_lib, 'make_plan', make_plan)

@@ -42,14 +42,14 @@ def shares(rows, key):
   name = small.HERE / 'model'
   model, tokenizer = load.from_pretrained(name), load.load_tokenizer(name)
   verify = make_verify_fn(tokenizer, Scorer(arithmetic.score))
-  sampler = sampling.make_sampler(
+  sample = evaluate.make_sample(sampling.make_sampler(
       model.replace(params=None),
       group_size=SAMPLES,
       max_completion_length=20,
       eos_ids=prompts.end_ids(tokenizer),
       pad_id=tokenizer.pad_token_id,
       temperature=1.0,
-  )
+  ))
   for number in itertools.count():
     part = rows[number * AT_A_TIME : (number + 1) * AT_A_TIME]
     if len(part) < AT_A_TIME:
@@ -58,7 +58,7 @@ def shares(rows, key):
         part, tokenizer, num_prompts=AT_A_TIME, max_prompt_length=4
     )
     _, samples = evaluate.make_evaluate_fn(
-        sampler=sampler,
+        sample=sample,
         batch=batch,
         num_samples=SAMPLES,
         verify=verify,
