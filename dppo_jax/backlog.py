@@ -7,6 +7,7 @@ one while the device learns from an older one.
 
 import collections
 from collections.abc import Callable, Sequence
+import time
 from typing import Any, NamedTuple
 
 from dppo_jax.types import Rollout
@@ -32,6 +33,7 @@ class Backlog:
     self._ready: collections.deque[ScoredRollout] = collections.deque()
     self._waiting: tuple[Rollout, Any] | None = None
     self._newest: Scored | None = None
+    self._seconds = 0.0
 
   def push(self, rollout: Rollout, batch: Any) -> None:
     """Takes a rollout that is not scored yet."""
@@ -50,7 +52,9 @@ class Backlog:
       return
     rollout, batch = self._waiting
     self._waiting = None
+    start = time.perf_counter()
     scored, texts = self._score(rollout, batch)
+    self._seconds += time.perf_counter() - start
     self._newest = Scored(batch, texts, scored)
     self._ready.append(scored)
 
@@ -58,6 +62,11 @@ class Backlog:
     """The rollout that was pushed last."""
     self.score()
     return self._newest
+
+  def take_seconds(self) -> dict[str, float]:
+    """Spent on scoring since the last call, as a metric."""
+    seconds, self._seconds = self._seconds, 0.0
+    return {'time/verifier_s': seconds}
 
   def get_state(self) -> list[ScoredRollout]:
     """Everything under way, scored, oldest first."""

@@ -90,7 +90,7 @@ class Checkpoints:
       self,
       abstract_arrays: PyTree,
       *,
-      when_found: Callable[[], None] = lambda: None,
+      when_found: Callable[[int, dict[str, Any]], None] = lambda *_: None,
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
     """Restores the newest good checkpoint, bit for bit.
 
@@ -100,8 +100,8 @@ class Checkpoints:
       abstract_arrays: pytree of `jax.ShapeDtypeStruct` or arrays, as saved.
         Arrays come back with these shardings, whatever they had when saved;
         on the first local device where none is given.
-      when_found: called once there is a checkpoint that fits, before there is
-        an array of it: time to make room.
+      when_found: called with step and host once there is a checkpoint that
+        fits, before there is an array of it: time to refuse it, or make room.
 
     Returns:
       (step, arrays, host), or None if nothing was ever saved.
@@ -122,7 +122,7 @@ class Checkpoints:
       raise ValueError(f'Checkpoint {self._path(step)} is of another model or'
                        f' config: {error}') from None
     plain = {k: _plain_target(v) for k, v in wanted.items() if v.size}
-    when_found()
+    when_found(step, contents['host'])
     restored = self._orbax.restore(self._path(step), args=_Restore(plain))
     leaves = [_finish(restored.get(k), v) for k, v in wanted.items()]
     treedef = jax.tree.structure(abstract_arrays)

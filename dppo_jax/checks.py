@@ -499,6 +499,13 @@ def _check_sizes(config):
   batch = num_completions(config)
   updates = config.learner.num_minibatches
   parts = updates * _equal_parts(config)
+  tokens = batch * (config.max_prompt_length + config.max_completion_length)
+  if tokens >= 2**31:
+    raise ValueError(
+        f'{batch} completions of up to {tokens // batch} tokens, prompts '
+        f'included, are {tokens} tokens, and they are counted in 31 bits; '
+        'lower num_prompts, group_size or max_completion_length.'
+    )
   beside = f' and {replayed} replayed' if count > config[groups] else ''
   sizes = (
       f'config.{groups}={config[groups]}{beside} times '

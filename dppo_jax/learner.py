@@ -20,6 +20,31 @@ from dppo_jax.types import PyTree
 from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
 
+# Of an update that was not taken there is none.
+_OF_TAKEN = (
+    'loss', 'optimizer/grad_norm', 'constraint/violation', 'dual/multiplier'
+)
+_COUNTS = ('optimizer/skipped', 'optimizer/updates')
+
+
+def over_updates(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """What `learn` tells of each update [U], of all together [].
+
+  Counts add up, the rest is averaged: over the updates that were taken, where
+  others have no value.
+  """
+  taken = metrics['optimizer/updates']
+  count = jnp.maximum(jnp.sum(taken), 1)
+
+  def of(name, values):
+    if name in _COUNTS:
+      return jnp.sum(values)
+    if name in _OF_TAKEN:
+      return jnp.sum(jnp.where(taken, values, 0.0)) / count
+    return jnp.mean(values)
+
+  return {name: of(name, values) for name, values in metrics.items()}
+
 
 def make_learner(
     *,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dppo_jax import diagnostics
 from dppo_jax import duals
+from dppo_jax import learner
 from dppo_jax import replay as replay_lib
 from dppo_jax import sharding
 from dppo_jax import trainable as trainable_lib
@@ -125,7 +126,7 @@ def make_halves(
     new_state, stats, metrics = learn(state, pool, key)
     if replay is not None:
       new_state = new_state._replace(replay=replay.push(state.replay, scored))
-    metrics = _over_updates(metrics)
+    metrics = learner.over_updates(metrics)
     metrics |= replay_metrics
     metrics |= diagnostics.token_metrics(stats, threshold=threshold)
     metrics |= diagnostics.rollout_metrics(
@@ -250,20 +251,3 @@ def blank(
 def _moving(state: TrainState) -> TrainState:
   """Without what never changes, which a conditional would copy."""
   return state._replace(frozen=(), reference=(), products=())
-
-
-def _over_updates(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """[U] -> []: counts add up, the rest is averaged.
-
-  What an update that was not taken has no value of is averaged over the others.
-  """
-  count = jnp.maximum(jnp.sum(metrics['optimizer/updates']), 1)
-
-  def of(name, values):
-    if name in ('optimizer/skipped', 'optimizer/updates'):
-      return jnp.sum(values)
-    if name in ('loss', 'optimizer/grad_norm'):
-      return jnp.sum(values) / count
-    return jnp.mean(values)
-
-  return {name: of(name, values) for name, values in metrics.items()}

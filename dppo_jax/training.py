@@ -112,6 +112,7 @@ def train(
     bar = stack.enter_context(Progress(
         config.total_steps, first, is_main_process=processes.is_main()
     ))
+    owed = False  # Whether a checkpoint is due that was not saved yet.
     tracer = stack.enter_context(contextlib.closing(Tracer(
         workdir / 'profile',
         num_steps=config.profile_steps if processes.is_main() else 0,
@@ -144,12 +145,17 @@ def train(
       if step % config.eval.every == 0 or last:
         _note_samples(parts, logbook, step, backlog.newest())
         _evaluate(parts, state, logbook, step)
-      logbook.add_scalars(step, parts.scorer.take_counts())
+      logbook.add_scalars(
+          step, parts.scorer.take_counts() | backlog.take_seconds()
+      )
       stopping = should_stop(step)
-      due = step % config.checkpoint_every == 0 or last or stopping
-      if due and healthy:
+      owed |= step % config.checkpoint_every == 0 or last or stopping
+      if owed and healthy:
         logbook.flush()  # A checkpoint never knows more than the log.
         _save(checkpoints, parts, step, state, backlog, logbook)
+        owed = False
+      if owed and (last or stopping):
+        _warn_of_unsaved(step, checkpoints)
       if stopping:
         logging.warning('Stopped by a signal; the same command continues.')
         return False
@@ -201,7 +207,7 @@ def _start(
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(parts, logbook, 0, backlog.newest())
     _evaluate(parts, state, logbook, 0)
-    logbook.add_scalars(0, parts.scorer.take_counts())
+    logbook.add_scalars(0, parts.scorer.take_counts() | backlog.take_seconds())
     logbook.flush()
   return _Run(state, backlog, logbook)
 
@@ -242,21 +248,22 @@ def _restore(config, parts, checkpoints, blank):
   start, frozen = parts.state, parts.state.frozen
   # Not arrays, of which the start's are deleted before others are read.
   wanted = sharding.shapes(_checkpointed(config, start, blank))
-  restored = checkpoints.restore_latest(
-      wanted,
-      when_found=lambda: jax.tree.map(
-          lambda x: x.delete(), start._replace(frozen=(), products=())
-      ),
-  )
+
+  def when_found(step, host):
+    if host['frozen'] != trainable_lib.fingerprint(frozen):
+      raise ValueError(
+          f'config.model.name={config.model.name!r} has other weights than '
+          f'when the checkpoint of step {step} was saved, and a checkpoint '
+          'does not hold what is frozen. Use the same model, or another '
+          '--workdir.'
+      )
+    parts.prompts.check_state(host['prompts'])
+    jax.tree.map(lambda x: x.delete(), start._replace(frozen=(), products=()))
+
+  restored = checkpoints.restore_latest(wanted, when_found=when_found)
   if restored is None:
     return None
   step, arrays, host = restored
-  if host['frozen'] != trainable_lib.fingerprint(frozen):
-    raise ValueError(
-        f'config.model.name={config.model.name!r} has other weights than when '
-        f'the checkpoint of step {step} was saved, and a checkpoint does not '
-        'hold what is frozen. Use the same model, or another --workdir.'
-    )
   state = arrays['state']._replace(frozen=frozen)
   return step, arrays | {'state': state}, host
 
@@ -443,8 +450,7 @@ def _check_finite(
   in_a_row = int(metrics['optimizer/nonfinite_in_a_row'])
   if in_a_row < config.max_nonfinite_updates:
     return in_a_row == 0
-  saved = checkpoints.latest_step()
-  kept = 'none was saved before' if saved is None else f'step {saved} is kept'
+  kept = _kept(checkpoints)
   raise FloatingPointError(
       f'{in_a_row} updates in a row had a loss, gradient or parameters that '
       f'are not finite, up to step {step}; all were skipped. Checkpoint: '
@@ -452,6 +458,19 @@ def _check_finite(
       'config.optimizer.learning_rate or a finite config.loss.ratio_cap, or '
       'raise config.max_nonfinite_updates to go on.'
   )
+
+
+def _warn_of_unsaved(step: int, checkpoints: Checkpoints) -> None:
+  logging.warning(
+      'Step %d is not saved, as its last update was skipped; it was not finite.'
+      ' Checkpoint: %s.', step, _kept(checkpoints),
+  )
+
+
+def _kept(checkpoints: Checkpoints) -> str:
+  checkpoints.wait()
+  saved = checkpoints.latest_step()
+  return 'none was saved before' if saved is None else f'step {saved} is kept'
 
 
 def write_model(

@@ -87,3 +87,14 @@ def test_its_state_is_everything_under_way_scored_oldest_first(queue, verifier):
   assert [other.pop().rollout for _ in range(4)] == [1, 2, 3, 4]
   assert 9 not in verifier.seen
   assert len(queue.get_state()) == 3  # Reading a state does not change it.
+
+
+def test_all_that_the_verifier_takes_is_told_once(monkeypatch, queue, verifier):
+  clock = iter([10.0, 12.0, 20.0, 23.0])
+  monkeypatch.setattr(backlog.time, 'perf_counter', lambda: next(clock))
+  queue.push(1, 'batch')
+  queue.push(2, 'batch')  # Scores the first.
+  queue.score()
+  assert queue.take_seconds() == {'time/verifier_s': 5.0}
+  queue.score()
+  assert queue.take_seconds() == {'time/verifier_s': 0.0}

@@ -439,6 +439,15 @@ def test_a_sequence_fits_the_models_positions():
   )
 
 
+def test_more_tokens_than_an_index_counts_are_refused():
+  refused(
+      '16384 completions of up to 131072 tokens, prompts included, are '
+      '2147483648 tokens, and they are counted in 31 bits; lower num_prompts',
+      num_prompts=2048, group_size=8, max_prompt_length=2,
+      max_completion_length=131070,
+  )
+
+
 def test_a_prompt_that_is_longer_than_the_limit_is_named():
   config = default.get_config()
   config.max_prompt_length = 3

@@ -504,14 +504,21 @@ def test_what_is_averaged_over_updates_is_of_those_that_were_taken():
   metrics = {
       'loss': jnp.asarray([1.0, 3.0, 0.0]),
       'optimizer/grad_norm': jnp.asarray([2.0, 4.0, 0.0]),
+      'constraint/violation': jnp.asarray([0.01, 0.03, -0.04]),
+      'dual/multiplier': jnp.asarray([0.2, 0.2, 0.0]),
+      'by_age/0/multiplier': jnp.asarray([0.1, 0.2, 0.3]),
       'optimizer/updates': jnp.asarray([True, True, False]),
       'optimizer/skipped': jnp.asarray([False, False, True]),
       'learner/sampled_share': jnp.asarray([0.5, 0.5, 0.2]),
   }
-  got = train_step._over_updates(metrics)
+  got = learner.over_updates(metrics)
   assert got['loss'] == 2 and got['optimizer/grad_norm'] == 3
   assert got['optimizer/updates'] == 2 and got['optimizer/skipped'] == 1
   assert got['learner/sampled_share'] == pytest.approx(0.4)
+  # What no token of an update paid is not what tokens pay.
+  assert got['constraint/violation'] == pytest.approx(0.02)
+  assert got['dual/multiplier'] == pytest.approx(0.2)
+  assert got['by_age/0/multiplier'] == pytest.approx(0.2)  # Of the state.
 
 
 # The squares of the second are infinite.

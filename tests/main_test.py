@@ -171,12 +171,14 @@ def test_every_step_has_its_metrics(finished):
         'entropy/mean', 'loss', 'mask/negative', 'mask/positive',
         'mismatch/prob_gap_mean', 'optimizer/grad_norm', 'reward/mean',
         'time/learn_s', 'time/sample_s', 'time/score_s', 'time/step_s',
-        'tokens/s',
+        'time/verifier_s', 'tokens/s',
     ):
       assert math.isfinite(row[name]), name
     assert row['time/step_s'] == pytest.approx(
         sum(row[f'time/{part}_s'] for part in ('learn', 'sample', 'score'))
     )
+    # Nothing goes on meanwhile.
+    assert 0 < row['time/verifier_s'] <= row['time/score_s']
     assert row['on_policy/log_ratio_max'] < 1e-5
     assert row['on_policy/divergence_max'] < 1e-5
     assert row['policy/version'] == 4 * row['step']
@@ -420,6 +422,8 @@ def test_a_finished_run_is_left_as_it_is(cli, finished, copied):
   assert done.returncode == 0, done.stderr[-3000:]
   assert f'has taken {STEPS} steps' in done.stderr
   assert_same_run(copied, finished)
+  for name in ('scatter.json', 'masked_tokens.json'):
+    assert (copied / name).read_text() == (finished / name).read_text()
   assert metrics_lib.read(copied) == metrics_lib.read(finished)
   assert checkpoints(copied) == checkpoints(finished)
 
@@ -660,6 +664,26 @@ def test_a_base_that_has_changed_is_named(cli, tmp_path):
   done = cli(workdir=workdir, **options)
   assert_one_line_error(
       done, 'model.name=.* has other weights than when .* step 1 was saved'
+  )
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_own_rows_only(cli, tmp_path):
+  row = lambda i: json.dumps({'prompt': f'{i}+{i}=', 'answer': 2 * i})
+  rows = [row(i) for i in range(9)]
+  train, test = tmp_path / 'train.jsonl', tmp_path / 'test.jsonl'
+  train.write_text('\n'.join(rows))
+  test.write_text('\n'.join(rows))
+  options = {
+      'task.train_path': train, 'task.test_path': test, 'total_steps': 1,
+      'config': 'jsonl.py', 'workdir': tmp_path / 'run',
+  }
+  done = cli(**options)
+  assert done.returncode == 0, done.stderr[-3000:]
+  train.write_text('\n'.join(rows[::-1]))
+  done = cli(**options)
+  assert_one_line_error(
+      done, 'data position was saved with rows=.* start a new run in another'
   )
 
 

@@ -98,6 +98,28 @@ def test_without_a_checkpoint_the_start_is_left_alone(tmp_path):
   assert not any(deleted(parts.state))
 
 
+@pytest.mark.slow
+def test_a_save_that_a_skipped_update_forbids_is_made_up_for(
+    tmp_path, monkeypatch, caplog
+):
+  config = default.get_config()
+  config.update_from_flattened_dict(
+      SMALL | {'total_steps': 5, 'checkpoint_every': 2, 'keep_checkpoints': 9}
+  )
+  monkeypatch.setattr(
+      training, '_check_finite',
+      lambda config, step, *_: step not in (2, 5),  # Whether it was taken.
+  )
+  with tiny_model.quick_compilation():
+    training.train(
+        config, main.build(config), tmp_path, should_stop=lambda step: False
+    )
+  kept = sorted(int(x.name) for x in (tmp_path / 'checkpoints').iterdir())
+  assert kept == [3, 4]
+  assert 'Step 5 is not saved, as its last update was skipped' in caplog.text
+  assert 'Checkpoint: step 4 is kept' in caplog.text
+
+
 @pytest.mark.parametrize('share, heard', [(1.0, True), (0.99, False)])
 def test_who_never_ends_within_the_limit_is_told_what_it_costs(
     caplog, share, heard

@@ -441,8 +441,14 @@ class PromptIterator:
       state: what `get_state` returned.
 
     Raises:
-      ValueError: the iterator that returned it had other rows or options.
+      ValueError: see `check_state`.
     """
+    self.check_state(state)
+    self._batches.set_state(state['position'])
+    self._ahead = None
+
+  def check_state(self, state: dict[str, Any]) -> None:
+    """Raises a ValueError if who returned it had other rows or options."""
     for name, value in self._identity.items():
       # Older states have no digest.
       if state.get(name, value) != value:
@@ -451,5 +457,3 @@ class PromptIterator:
           f'{value}; the same batches cannot follow. Keep {name}, that is the '
           "data of config.task, or start a new run in another --workdir."
         )
-    self._batches.set_state(state['position'])
-    self._ahead = None
