@@ -16,9 +16,11 @@ used on purpose: v1 is still called experimental, and reads these files.
 from collections.abc import Callable
 import concurrent.futures
 import dataclasses
+import errno
 import functools
 import json
 import logging as python_logging
+import os
 from typing import Any
 import zlib
 
@@ -143,8 +145,21 @@ class Checkpoints:
     return max(self.steps(), default=None)
 
   def wait(self) -> None:
-    """Waits for the save in the background and raises what it raised."""
-    self._orbax.wait_until_finished()
+    """Waits for the save in the background and raises what it raised.
+
+    Raises:
+      OSError: there is no space left.
+    """
+    try:
+      self._orbax.wait_until_finished()
+    except Exception as error:
+      if os.strerror(errno.ENOSPC) not in str(error):
+        raise
+      raise OSError(
+          f'A checkpoint does not fit into {self._directory}: no space is left.'
+          ' Free some, or lower config.keep_checkpoints; the same command goes'
+          ' on from the last one that did.'
+      ) from error
     if self._has_saved and jax.process_index() == 0:
       for step in self.steps()[:-self._keep]:
         self._path(step).rmtree(missing_ok=True)

@@ -59,6 +59,10 @@ def check(
     value = _get(config, name)
     if value < 1:
       raise ValueError(f'config.{name}={value} must be at least 1.')
+  if not 0 <= config.seed < 2**32:
+    raise ValueError(
+        f'config.seed={config.seed} must be between 0 and {2**32 - 1}.'
+    )
   if config.profile_steps < 0:
     raise ValueError(
         f'config.profile_steps={config.profile_steps} must be 0 (none) or more.'

@@ -159,6 +159,10 @@ def _make_configs_importable(argv: list[str]) -> None:
     if name == 'config':
       given.append(value or following)
       path = pathlib.Path(given[-1].partition(':')[0]).resolve()
+      if given[-1] and not path.is_file():
+        raise FileNotFoundError(
+            f'There is no file {str(path)!r}. Configs are in configs/.'
+        )
       folders = path.parent, *path.parent.parents
       named = [x for x in folders if x.name == 'configs']
       sys.path.append(str((named or folders)[0].parent))
@@ -220,9 +224,10 @@ def _one_line(error: Exception) -> str:
   # A KeyError shows its message as a quoted string.
   message = str(error.args[0] if isinstance(error, KeyError) else error)
   if 'Traceback' in message:  # A config file raised: its last line says what.
-    message = message.strip().splitlines()[-1]
+    # The flag library shows it as a quoted string.
+    message = message.replace('\\n', '\n').strip().splitlines()[-1]
     message = re.sub(r'^(\w+\.)*\w*Error: ', '', message)
-  message = ' '.join(message.replace('\\n', ' ').split())
+  message = ' '.join(message.split())
   if typo := re.search(r'Did you mean "(.*)" instead of "(.*?)"', message):
     return f'Unknown config field {typo[2]!r}. Did you mean {typo[1]!r}?'
   if re.fullmatch(r'\W*\w+\W*', message):
@@ -252,10 +257,6 @@ def _one_line(error: Exception) -> str:
         f'config.{whole[1]} holds several options and is not {whole[2]!r}; use '
         f'--config.{whole[1]}.name={whole[2]}, or a config that has it.'
     )
-  if 'Failed loading config file' in message:
-    missing = re.search(r"No such file or directory: '(.*)'", message)
-    if missing:
-      return f'There is no file {missing[1]!r}. Configs are in configs/.'
   if unknown := re.match(r"Unknown command line flag '\w+\.(\S+)'$", message):
     return f'{message}. Settings of a config are --config.{unknown[1]}=VALUE.'
   if '--config must have a value' in message:

@@ -50,12 +50,13 @@ class TokenStats(NamedTuple):
   gradient_weight: jax.Array  # float32, |factor of grad log pi| in the loss
   weights: jax.Array  # float32, of the normalizer
   replayed: PyTree = ()  # bool, from the buffer; () where there is none
+  reference_kl: PyTree = ()  # float32, as estimated; () without a penalty
   constraint: PyTree = ()  # `duals.Constraint`; () where there is none
   router: Router = Router()
 
 
 def token_metrics(
-    stats: TokenStats, *, threshold: Threshold
+    stats: TokenStats, *, threshold: Threshold | None
 ) -> dict[str, jax.Array]:
   """Scalars of the trust region, the mismatch and the ratio.
 
@@ -64,6 +65,9 @@ def token_metrics(
   advantage is in no such share. `on_policy/` looks only at tokens of age 0,
   where both policies have the same parameters: what is left there is the
   training-inference mismatch.
+
+  `mask/outside`, `mask/coming_back` compare tokens with the threshold; None
+  where the rule does not, and they are not there.
 
   What `_telling` computes is there once more for the tokens of each age:
   `mask/fraction` of ages 2 and 3 is `by_age/2-3/mask_fraction`.
@@ -93,6 +97,8 @@ def token_metrics(
   metrics |= _constraint_metrics(stats)
   metrics |= _replay_metrics(stats)
   metrics |= _router_metrics(stats)
+  if not isinstance(stats.reference_kl, tuple):
+    metrics['reference/kl'] = masked_mean(stats.reference_kl, mask)
   fresh = by_age[0]
   return metrics | {
       'ratio/mean': masked_mean(jnp.exp(log_ratio), mask),
@@ -138,20 +144,23 @@ def _telling(stats, chosen, masked, log_ratio, gap, binary_tv):
 
 
 def _mask_metrics(stats, masked, gap, threshold):
-  low, high = divergences.low_high(threshold)
   mask, advantages = stats.token_mask, stats.advantages
-  limit = jnp.where(advantages > 0, high, low)
-  outside = mask & (stats.divergence > limit)
-  coming_back = outside & (advantages * stats.direction < 0)
   bad = (advantages < 0) & (gap <= -0.5)
-  return {
+  metrics = {
       'mask/of_nonzero': masked_mean(masked, mask & (advantages != 0)),
       # Below 1 where a soft rule weighs tokens down.
       'mask/weight_mean': masked_mean(stats.trust_region, mask),
-      'mask/outside': masked_mean(outside, mask),
-      'mask/coming_back': masked_mean(coming_back, mask),
       'mask/bad_updates_kept': masked_mean(bad & ~masked, mask),
       'mask/zero_gradient': masked_mean(stats.gradient_weight == 0, mask),
+  }
+  if threshold is None:
+    return metrics
+  low, high = divergences.low_high(threshold)
+  outside = mask & (stats.divergence > jnp.where(advantages > 0, high, low))
+  coming_back = outside & (advantages * stats.direction < 0)
+  return metrics | {
+      'mask/outside': masked_mean(outside, mask),
+      'mask/coming_back': masked_mean(coming_back, mask),
   }
 
 

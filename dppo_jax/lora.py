@@ -272,7 +272,10 @@ def _chosen(params: PyTree, targets: Sequence[str]) -> dict[str, Any]:
       if path.startswith('layers/') and path.endswith(endings)
   }
   if not chosen:
-    raise ValueError(f'No parameter is one of targets={list(targets)}.')
+    raise ValueError(
+        f'No parameter is one of config.lora.targets={list(targets)}; there '
+        f'may be {", ".join(TARGETS)}.'
+    )
   return chosen
 
 

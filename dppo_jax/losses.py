@@ -66,7 +66,7 @@ def _score_function(
   weight = weight_fn(ratio, advantages) * region
   return -weight * logprobs, {
       'surrogate': ratio * advantages,
-      'capped': (ratio > ratio_cap).astype(jnp.float32),
+      'capped': (keep & (ratio > ratio_cap)).astype(jnp.float32),
       'gradient_weight': jnp.abs(weight),
   }
 
@@ -216,9 +216,10 @@ def r2vpo(
       mini-batch.
     ratio: 'token'; 'sequence', the product over the sequence; or 'geometric',
       its mean per token.
-    per: 'batch', one constraint on the mean over all tokens; or 'sequence', one
-      on each sequence's own mean at the same price: only sequences above the
-      limit are braked, and E[] counts each sequence once.
+    per: 'batch', one constraint on the mean over all tokens; or 'sequence',
+      where only sequences whose own mean is above the limit are braked, and E[]
+      counts each sequence once. The multiplier hears of that mean in both
+      cases: it is held, and 'sequence' chooses who pays for it, at one price.
     stop_at_turning_point: silence tokens beyond it instead of pulling them
       back.
   """
@@ -228,6 +229,13 @@ def r2vpo(
   ):
     if value not in known:
       raise ValueError(registry.unknown(name, value, known))
+
+  if center == 'mean' and per == 'sequence':
+    raise ValueError(
+        "center='mean' and per='sequence' do not go together: the mean ratio "
+        'is that of all sequences, and only some would be braked. Use '
+        "center='one'."
+    )
 
   def loss_fn(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     if inputs.multiplier is None or inputs.limit is None:

@@ -104,7 +104,7 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       **row_shards(config, mesh),
   )
   method = make_method(config)
-  task = _build(tasks, config.task)
+  task = _build(tasks, config, 'task')
   checks.check_verifier(config, may_hang=may_hang(task.score))
   tokenizer = load.load_tokenizer(config.model.name)
   task = prepare(
@@ -452,7 +452,8 @@ def make_program(
       train_step=_make_step(config, mesh)(
           learn=learn,
           rollout_fn=rollout_fn,
-          threshold=method.divergence.threshold,
+          threshold=method.divergence.threshold
+          if trust_regions.limits_tokens(config.trust_region.name) else None,
           group_size=config.group_size,
           vocab_size=model.config.vocab_size,
           state_shardings=shardings,
@@ -580,16 +581,17 @@ def make_method(config: Any) -> Method:
   }
   updates = config.learner.num_epochs * config.learner.num_minibatches
   return Method(
-      divergence=_build(divergences, config.divergence),
-      region_fn=_build(trust_regions, config.trust_region),
-      loss_fn=_build(losses, config.loss),
-      advantage_fn=_build(advantages, config.advantage, **known),
-      shaping_fn=_build(shaping, config.shaping, **known),
-      normalizer=_build(normalizers, config.normalizer, **known),
-      dual=_build(duals, config.dual),
+      divergence=_build(divergences, config, 'divergence'),
+      region_fn=_build(trust_regions, config, 'trust_region'),
+      loss_fn=_build(losses, config, 'loss'),
+      advantage_fn=_build(advantages, config, 'advantage', **known),
+      shaping_fn=_build(shaping, config, 'shaping', **known),
+      normalizer=_build(normalizers, config, 'normalizer', **known),
+      dual=_build(duals, config, 'dual'),
       extras=objective.Extras(**config.extras),
       optimizer=_build(
-          optim, config.optimizer, total_updates=config.total_steps * updates
+          optim, config, 'optimizer',
+          total_updates=config.total_steps * updates
       ),
   )
 
@@ -761,17 +763,21 @@ def _make_evaluation(
   return evaluate.Evaluation(lambda params: evaluate_fn(bring(params)), program)
 
 
-def _build(module: Any, section: Any, **known) -> Any:
+def _build(module: Any, config: Any, section: str, **known) -> Any:
   """Builds what a section of the config names.
 
   `known` are options that no config sets, for factories that require them.
   """
-  options = section.to_dict()
+  options = config[section].to_dict()
   name = options.pop('name')
   required = module.register.required(name)
-  return module.build(
-      name, **options, **{k: v for k, v in known.items() if k in required}
-  )
+  known = {k: v for k, v in known.items() if k in required}
+  try:
+    return module.build(name, **options, **known)
+  except ValueError as error:
+    if 'config.' in str(error):
+      raise
+    raise ValueError(f'config.{section}: {error}') from error
 
 
 def _prompt_shapes(config: Any) -> Prompts:
@@ -783,10 +789,13 @@ def _prompt_shapes(config: Any) -> Prompts:
 
 def train(config: Any, workdir: str) -> bool:
   """Trains until `config.total_steps`; False if a signal ended it before."""
-  with command_line.stop_on_signals() as stop:
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(command_line.stop_on_signals())
     with processes.failing_together():  # Before anything compiles.
       if processes.is_main():
         workdir_lib.check(workdir, config)
+        folder = pathlib.Path(workdir).expanduser()
+        stack.enter_context(workdir_lib.locked(folder))
     parts = build(config)
     return training.train(config, parts, workdir, stop.after)
 

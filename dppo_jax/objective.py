@@ -361,10 +361,16 @@ def make_loss_fn(
         dual and duals.multiplier_at(dual_state, age),
         products=products,
     )
+    reference_kl = ()
     if extras.needs_reference and extras.kl_estimator == 'full':
-      estimate = full_kl(params, rows, reference, target.hidden)
-      estimate = jnp.where(rows.token_mask, estimate, 0.0)
-      total += extras.kl_coefficient * jnp.sum(estimate * batch.weights)
+      reference_kl = full_kl(params, rows, reference, target.hidden)
+      reference_kl = jnp.where(rows.token_mask, reference_kl, 0.0)
+      total += extras.kl_coefficient * jnp.sum(reference_kl * batch.weights)
+    elif extras.needs_reference:
+      reference_kl = _sampled_kl(
+          extras, rows.token_mask, target.logprobs, batch.reference_logprobs
+      )
+    _check_metrics(loss_metrics)
     if extras.router_balance:
       balance = jnp.mean(target.routed.balance)
       total += extras.router_balance * balance * share
@@ -381,12 +387,24 @@ def make_loss_fn(
         age=age,
         weights=batch.weights,
         replayed=batch.replayed,
+        reference_kl=reference_kl,
         router=_router_stats(target.routed, rows.token_mask),
         **loss_metrics,
     )
     return total, jax.lax.stop_gradient(stats)
 
   return weighted_loss
+
+
+def _check_metrics(loss_metrics):
+  """A loss of one's own may have forgotten some, see `types.LossFn`."""
+  for name in ('surrogate', 'capped', 'gradient_weight'):
+    if name not in loss_metrics:
+      raise ValueError(
+          f'The loss returns no metric {name!r}; beside the loss of each token '
+          'it returns surrogate, capped and gradient_weight, of the same shape '
+          '(types.LossFn says what they are).'
+      )
 
 
 def _penalty(extras, target, batch):

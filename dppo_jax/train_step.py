@@ -90,7 +90,7 @@ def make_halves(
     *,
     learn: Callable[..., Any],
     rollout_fn: RolloutFn,
-    threshold: Threshold,
+    threshold: Threshold | None,
     group_size: int,
     vocab_size: int,
     replay: replay_lib.Replay | None = None,
@@ -105,7 +105,8 @@ def make_halves(
   Args:
     learn: from `learner.make_learner`.
     rollout_fn: from `rollout.make_rollout_fn`.
-    threshold: the divergence's, for metrics.
+    threshold: the divergence's, for metrics; None where the rule does not
+      compare tokens with it.
     group_size: G.
     vocab_size: V.
     replay: from `replay.make_replay`; None learns from fresh rollouts alone.

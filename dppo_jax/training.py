@@ -79,7 +79,7 @@ def train(
   Args:
     config: of the run.
     parts: built from it.
-    workdir: of the run; made, or its own.
+    workdir: of the run; made, or its own, which no other run may be in.
     should_stop: asked after every step, whose number it gets, whether to save
       and end; the same answer on all processes.
 
@@ -91,9 +91,7 @@ def train(
     workdir = pathlib.Path(workdir).expanduser()
     with processes.failing_together():
       if processes.is_main():
-        workdir_lib.check(workdir, config)
-        stack.enter_context(workdir_lib.locked(workdir))
-        workdir_lib.prepare(workdir, config)  # Not while another run is there.
+        workdir_lib.prepare(workdir, config)
     checkpoints = Checkpoints(
         workdir / 'checkpoints', keep=config.keep_checkpoints
     )

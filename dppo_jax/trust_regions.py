@@ -52,6 +52,17 @@ def _by_threshold(factory: Callable[..., RegionFn]) -> Callable[..., RegionFn]:
   return factory
 
 
+def _limits_tokens(factory: Callable[..., RegionFn]) -> Callable[..., RegionFn]:
+  """Marks a rule that takes a token for outside if its D is above the limit."""
+  factory.limits_tokens = True
+  return factory
+
+
+def limits_tokens(name: str) -> bool:
+  """Whether being outside is a token's own matter, and D > threshold."""
+  return getattr(register.factory(name), 'limits_tokens', False)
+
+
 def needs_threshold(name: str) -> bool:
   """Whether the rule called `name` does nothing with divergence 'none'."""
   return getattr(register.factory(name), 'needs_threshold', False)
@@ -71,6 +82,7 @@ def _moving_out(inputs: RegionInputs) -> jax.Array:
 
 
 @register
+@_limits_tokens
 def outward() -> RegionFn:
   """Drops a token that is outside the trust region and moving further out.
 
@@ -110,6 +122,7 @@ def minimal() -> RegionFn:
 
 @register
 @_by_threshold
+@_limits_tokens
 def relaxed(*, alpha: float = 0.1, side: str = 'both') -> RegionFn:
   """`outward`, but a token with mu < alpha is never dropped.
 
@@ -136,6 +149,7 @@ def relaxed(*, alpha: float = 0.1, side: str = 'both') -> RegionFn:
 
 
 @register
+@_limits_tokens
 def dual_clip(*, ratio_limit: float = 3.0) -> RegionFn:
   """`outward`, and drops A < 0 tokens whose ratio is above a limit.
 
@@ -171,7 +185,8 @@ def band(*, lowest: float = 0.5, highest: float = 5.0) -> RegionFn:
   @by_token
   def region_fn(inputs: RegionInputs) -> jax.Array:
     log_ratio = inputs.log_ratio
-    return (log_ratio >= jnp.log(lowest)) & (log_ratio <= jnp.log(highest))
+    # A NaN stays, so that its update is skipped and counted.
+    return ~((log_ratio < jnp.log(lowest)) | (log_ratio > jnp.log(highest)))
 
   return region_fn
 
@@ -217,7 +232,7 @@ def sequence_divergence(*, statistic: str = 'max') -> RegionFn:
     value = statistics[statistic](
         inputs.divergence, inputs.token_mask, inputs.segment_ids
     )
-    return value <= _limit(inputs)
+    return ~(value > _limit(inputs))  # A NaN stays, as in `band`.
 
   return region_fn
 

@@ -106,6 +106,11 @@ class LossInputs(NamedTuple):
   limit: float | None = None  # Of the constraint.
 
 
+# Returns the loss of each token, 0 where the mask is False, and of the same
+# shape the metrics `surrogate`, what is maximised of a kept token (ratio *
+# advantage), `capped`, 1 where a ratio was truncated, and `gradient_weight`,
+# |factor of grad log pi|; a loss under a constraint also `constraint`, a
+# `duals.Constraint`.
 LossFn = Callable[[LossInputs], tuple[jax.Array, dict[str, jax.Array]]]
 
 

@@ -68,6 +68,8 @@ def check(
 ) -> None:
   """Raises a ValueError if `prepare` would; makes and writes nothing.
 
+  A run that failed before its first line has nothing that a config belongs to.
+
   Args:
     folder: of a run, which need not exist.
     config: ConfigDict.
@@ -81,7 +83,7 @@ def check(
     )
   folder = pathlib.Path(folder).expanduser()
   path = folder / 'config.json'
-  if path.exists():
+  if path.exists() and not _has_only_failed(folder):
     ours = to_json(config)
     theirs, flat = _flatten(_read(path)), _flatten(ours)
     if names := _changed(theirs, flat, ours, only):
@@ -102,6 +104,14 @@ def check(
           f'Work directory {str(folder)!r} belongs to a different config: '
           f'{changes}. {way_out}'
       )
+
+
+def _has_only_failed(folder: pathlib.Path) -> bool:
+  """Whether a run opened its log here and wrote nothing."""
+  metrics, checkpoints = folder / 'metrics.jsonl', folder / 'checkpoints'
+  if not metrics.is_file() or metrics.stat().st_size:
+    return False
+  return not (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
@@ -138,9 +148,10 @@ def _make(folder: pathlib.Path) -> None:
     probe.write_text('')
     probe.unlink()
   except OSError as error:
+    why = 'there is a file' if folder.is_file() else error.strerror
     raise PermissionError(
-        f'Work directory {str(folder)!r} cannot be written: {error.strerror}. '
-        'Choose another with --workdir.'
+        f'Work directory {str(folder)!r} cannot be written: {why}. Choose '
+        'another with --workdir.'
     ) from error
 
 
@@ -148,12 +159,15 @@ def _make(folder: pathlib.Path) -> None:
 def locked(folder: pathlib.Path) -> Iterator[None]:
   """Holds the directory while a run is in it; two would destroy each other.
 
+  It is made for that, and goes again if nothing else was put into it.
+
   Raises:
     BlockingIOError: another process holds it.
     PermissionError: it cannot be written.
   """
   _make(folder)
-  with open(folder / '.lock', 'w') as file:
+  lock = folder / '.lock'
+  with open(lock, 'w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -161,7 +175,12 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
           f'Another run is working in {str(folder)!r}. Wait for it, stop it, '
           'or choose another directory with --workdir.'
       ) from error
-    yield
+    try:
+      yield
+    finally:
+      if list(folder.iterdir()) == [lock]:
+        lock.unlink()
+        folder.rmdir()
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -439,6 +439,11 @@ def test_a_sequence_fits_the_models_positions():
   )
 
 
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_a_seed_is_a_number_of_32_bits(seed):
+  refused(f'config.seed={seed} must be between 0 and 4294967295', seed=seed)
+
+
 def test_more_tokens_than_an_index_counts_are_refused():
   refused(
       '16384 completions of up to 131072 tokens, prompts included, are '
@@ -470,7 +475,8 @@ def test_an_unknown_name_is_refused_with_what_is_known(section, kind):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'learning_rate': 0.0}, 'learning_rate=0.0 is not positive'),
+    ({'learning_rate': 0.0},
+     'config.optimizer: learning_rate=0.0 is not positive'),
     ({'max_grad_norm': -1.0}, 'max_grad_norm=-1.0 .* use inf for none'),
     ({'schedule': 'cosin'}, "schedule 'cosin'. Did you mean 'cosine'"),
 ])

@@ -504,6 +504,34 @@ def test_region_keeps_everything_of_equal_policies(name):
 
 
 @each_region
+def test_region_hides_no_nan_from_who_counts_skipped_updates(name):
+  clean = random_region_inputs(threshold=0.5)
+  at = clean.token_mask & (clean.advantages != 0)
+  spoil = lambda x: jnp.where(at, jnp.nan, x)
+  with jax.debug_nans(False):
+    region = trust_regions.build(name)(clean._replace(
+        divergence=spoil(clean.divergence),
+        log_ratio=spoil(clean.log_ratio),
+        direction=spoil(clean.direction),
+    ))
+    dropped = region == 0
+  assert not jnp.any(dropped & at)
+
+
+@each_region
+def test_region_that_says_it_limits_tokens_keeps_those_within(name):
+  if not trust_regions.limits_tokens(name):
+    return
+  inputs = random_region_inputs(threshold=0.15)
+  region_fn = trust_regions.build(name)
+  within = inputs.divergence <= 0.15
+  if name == 'dual_clip':  # It drops by the ratio, too.
+    within &= inputs.log_ratio < 0
+  assert jnp.all(region_fn(inputs) | ~within)
+  assert not jnp.all(region_fn(inputs))
+
+
+@each_region
 def test_region_that_says_it_needs_a_threshold_drops_nothing_without(name):
   inputs = random_region_inputs(threshold=np.inf)
   keeps_all = bool(jnp.all(trust_regions.build(name)(inputs) == 1))

@@ -106,6 +106,15 @@ def test_a_bad_update_inside_the_region_is_kept():
   assert metrics['mask/bad_updates_kept'] == pytest.approx(1 / 6)
 
 
+@pytest.mark.parametrize('gap, bad', [(0.49, 0.0), (0.51, 1 / 6)])
+def test_a_bad_update_lowers_a_token_by_a_half_or_more(gap, bad):
+  behaviour = padded(np.log(np.where(MU == 0.9, 0.3 + gap, MU)), 0.0)
+  stats = make_stats(threshold=0.9)._replace(behaviour_logprobs=behaviour)
+  metrics = metrics_of(stats, threshold=0.9)
+  assert metrics['mask/bad_updates'] == pytest.approx(bad)
+  assert metrics['mask/bad_updates_kept'] == pytest.approx(bad)
+
+
 def test_two_thresholds_are_low_for_negative_and_high_for_positive():
   # Low 0.5: token 4 (0.6, A < 0) is outside. High 0.25: of A > 0 only token 3
   # (0.3), which comes back; token 5 (0.3, A = 0) counts as low.

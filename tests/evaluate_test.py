@@ -50,9 +50,9 @@ def test_more_samples_are_needed_than_k():
 
 def test_summary_by_hand():
   # Correct: 2 of 4 and 0 of 4. pass@2 of the first 5/6, pass@4 1.
-  rewards = np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 0.5, 0.0, 0.0]])
+  rewards = np.array([[1.0, 0.0, 1.0, 0.0], [0.0, 0.9, 0.0, 0.0]])
   assert evaluate.summarize(rewards) == {
-      'eval/avg@4': pytest.approx(2.5 / 8),  # Partial credit counts here
+      'eval/avg@4': pytest.approx(2.9 / 8),  # Partial credit counts here
       'eval/pass@1': pytest.approx(2 / 8),  # and not here.
       'eval/pass@2': pytest.approx(5 / 12),
       'eval/pass@4': pytest.approx(1 / 2),

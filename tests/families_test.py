@@ -202,6 +202,42 @@ def test_the_references_tell_each_setting_apart(loaded, name, change):
   assert np.abs(actual[mask] - stored()[f'{name}/untied']).max() > 0.01
 
 
+@pytest.mark.parametrize('truncate', [True, False])
+@pytest.mark.parametrize('theta, context, fast, slow, low, high', [
+    # A ramp inside the head of 16, beyond its 8 waves, and beyond its 15.
+    (1e4, 4096, 32, 1, 2.62, 5.63),
+    (1e2, 4096, 64, 1, 4.03, 11.26),
+    (10.0, 32768, 1024, 1, 5.65, 29.73),
+    # And from before the first wave, as `context` is below 32 turns.
+    (1e4, 64, 32, 1, -1.0, 2.02),
+    (1e4, 16, 32, 2, -2.2, 0.21),
+])
+def test_yarn_keeps_its_ramp_within_the_head(
+    theta, context, fast, slow, low, high, truncate
+):
+  # Sec. 3.2 of arXiv:2309.00071, with ends rounded outwards and cut to 0 and
+  # width - 1, as in its code and in transformers.
+  width, factor = 16, 4.0
+  ends = [
+      width * np.log(context / (turns * 2 * np.pi)) / (2 * np.log(theta))
+      for turns in (fast, slow)
+  ]
+  np.testing.assert_allclose(ends, [low, high], atol=0.01)
+  if truncate:
+    ends = np.floor(ends[0]), np.ceil(ends[1])
+  low, high = max(ends[0], 0), min(ends[1], width - 1)
+  frequencies = theta ** -(np.arange(0, width, 2) / width)
+  ramp = np.clip((np.arange(width // 2) - low) / (high - low), 0, 1)
+  expected = (1 - ramp) * frequencies + ramp * frequencies / factor
+  scaling = rope.YarnScaling(
+      factor, context, beta_fast=fast, beta_slow=slow, truncate=truncate
+  )
+  np.testing.assert_allclose(
+      scaling(jnp.asarray(frequencies, jnp.float32)), expected, rtol=1e-4
+  )
+  assert scaling.magnitude == pytest.approx(1.138629)  # 0.1 ln(4) + 1.
+
+
 SHARDED = """
     import sys
 

@@ -299,6 +299,8 @@ DUALS = {
         ({}, (0.01, -0.01, 5, -0.02), (0.10, 0, 0.16, 0)),
         # The sum is clamped too: 10, then 9.98 - .1.
         ({'initial': 9.99}, (0.02, -0.02), (10, 9.88)),
+        # Nor does it fall below 0, however long there was slack: .02 + .1.
+        ({}, (-0.02,) * 5 + (0.02,), (0,) * 5 + (0.12,)),
     ],
 }
 

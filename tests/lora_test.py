@@ -1,6 +1,7 @@
 """Adapters change what they are put on, alone, and are PEFT's on disk."""
 
 import json
+import math
 import re
 
 from golden import make_family_logits as golden
@@ -49,6 +50,25 @@ def test_new_adapters_change_nothing(model):
   tiny_model.assert_trees_equal(merged, model.params)
   for path, x in weights.flatten(adapters).items():
     assert np.any(x) == path.endswith('/a')
+
+
+@pytest.mark.parametrize('name, inputs', [
+    ('k', 32), ('gate', 32), ('down', 48),
+])
+def test_new_adapters_are_uniform_up_to_1_over_the_root_of_inputs(
+    model, name, inputs
+):
+  # PEFT's kaiming_uniform_(a=sqrt(5)): sqrt(6 / ((1 + 5) inputs)). Outputs are
+  # 16, 48 and 32.
+  adapters = lora.init(
+      model.params, jax.random.key(0), rank=16, targets=[name]
+  )
+  [a] = (x for x in jax.tree.leaves(adapters) if np.any(x))
+  scaled = np.asarray(a) * math.sqrt(inputs)
+  assert 0.98 < scaled.max() <= 1 and -1 <= scaled.min() < -0.98
+  # The deviation of its mean is below .02, of its mean square below .01.
+  assert abs(scaled.mean()) < 0.08
+  assert abs(np.mean(scaled**2) - 1 / 3) < 0.04
 
 
 def test_merging_adds_alpha_over_rank_times_a_b_layer_by_layer(model):

@@ -180,6 +180,18 @@ def test_cap_reports_where_it_acts_and_the_surrogate_is_not_capped():
   np.testing.assert_array_equal(metrics['capped'], [[0, 1, 0]])
 
 
+def test_a_cap_below_one_acts_on_no_token_that_is_dropped():
+  _, metrics = losses.build('policy_gradient', ratio_cap=0.5)(LossInputs(
+      logprobs=hand_numbers.logs([[0.2, 0.4, 0.2, 0.2]]),
+      behaviour_logprobs=hand_numbers.logs([[0.2, 0.4, 0.2, 0.2]]),
+      divergence=jnp.zeros((1, 4)),
+      trust_region=jnp.asarray([[True, False, True, True]]),
+      advantages=jnp.asarray([[1.0, 1.0, 0.0, 1.0]]),
+      token_mask=jnp.asarray([[True, True, True, False]]),
+  ))
+  np.testing.assert_array_equal(metrics['capped'], [[1, 0, 0, 0]])
+
+
 def test_cap_that_is_not_positive_is_refused():
   for cap in (0.0, -1.0, float('nan')):
     with pytest.raises(ValueError, match='ratio_cap=.* is not positive'):
@@ -431,6 +443,7 @@ def test_r2vpo_without_a_dual_says_what_it_needs(told):
 
 
 @pytest.mark.parametrize('options, message', [
+    ({'center': 'mean', 'per': 'sequence'}, "Use center='one'"),
     ({'center': 'mena'}, "Unknown center 'mena'. Did you mean 'mean'"),
     ({'per': 'sequnce'}, "Unknown per 'sequnce'. Did you mean 'sequence'"),
     ({'ratio': 'geometrc'}, "Unknown ratio 'geometrc'. Did you mean 'geom"),

@@ -178,6 +178,8 @@ def test_your_own_verifier_and_another_scorer(tmp_path):
      "row 1: answer '.*#### 1,201' holds nothing for extract='last_boxed'"),
     (GSM8K, {'extract': 'boxed'}, "Unknown extract 'boxed'. Did you mean"),
     ([{'question': 'a', 'answer': True}], {}, 'row 1: answer True must be'),
+    ([{'question': 'a', 'answer': float('nan')}], {}, 'answer nan must be'),
+    ([{'question': 'a', 'answer': float('-inf')}], {}, 'answer -inf must be'),
     ([{'question': 'a', 'answer': ' '}], {}, 'holds nothing'),
     ([{'question': ' ', 'answer': 'a'}], {}, "row 1: question ' ' must be"),
     ([{'question': [{'role': 'user'}], 'answer': 'a'}], {}, 'list of messages'),

@@ -1,4 +1,6 @@
-"""Optimizers: what moments and parameters are kept in, and what that loses."""
+"""Optimizers: their updates, and what moments and parameters are kept in."""
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +79,80 @@ def test_the_first_moment_may_be_kept_in_bfloat16():
 def test_another_dtype_of_the_first_moment_is_refused():
   with pytest.raises(ValueError, match="mu_dtype 'float8'.*bfloat16, float32"):
     optim.build('adamw', total_updates=1, mu_dtype='float8')
+
+
+@pytest.mark.parametrize('schedule, rates', [
+    ('constant', (0, 3, 6, 6, 6, 6, 6)),
+    ('linear', (0, 3, 6, 4.5, 3, 0, 0)),
+    # 3 (1 + cos(pi / 4)) a quarter of the way down.
+    ('cosine', (0, 3, 6, 5.121320, 3, 0, 0)),
+])
+def test_a_schedule_warms_up_and_ends_with_the_run(schedule, rates):
+  options = {'learning_rate': 6.0, 'schedule': schedule}
+  warm = optim.build('adamw', total_updates=12, warmup_updates=4, **options)
+  got = [warm.schedule(n) for n in (0, 2, 4, 6, 8, 12, 20)]
+  np.testing.assert_allclose(got, rates, rtol=1e-6, atol=1e-6)
+  # Without, from its peak on; and a run may be nothing but warm-up.
+  cold = optim.build('adamw', total_updates=8, **options)
+  got = [cold.schedule(n) for n in (0, 2, 4, 8, 16)]
+  np.testing.assert_allclose(got, rates[2:], rtol=1e-6, atol=1e-6)
+  short = optim.build('adamw', total_updates=4, warmup_updates=4, **options)
+  assert [float(short.schedule(n)) for n in (0, 2, 4)] == [0, 3, 6]
+
+
+def adamw_in_numpy(
+    params, gradients, rates, *, b1=0.9, b2=0.999, epsilon=1e-8,
+    weight_decay=0.01, max_grad_norm=1.0,
+):
+  """Algorithm 2 of arXiv:1711.05101 behind a clip, in float64."""
+  params = dict(params)
+  first, second = dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
+  for t, (of_update, rate) in enumerate(zip(gradients, rates), start=1):
+    norm = np.sqrt(sum(np.sum(g**2) for g in of_update.values()))
+    for name, g in of_update.items():
+      g = g * min(1, max_grad_norm / norm)
+      first[name] = b1 * first[name] + (1 - b1) * g
+      second[name] = b2 * second[name] + (1 - b2) * g**2
+      root = np.sqrt(second[name] / (1 - b2**t)) + epsilon
+      step = first[name] / (1 - b1**t) / root
+      if name in ('kernel', 'embedding', 'a', 'b'):
+        step = step + weight_decay * params[name]
+      params[name] = params[name] - rate * step
+  return params
+
+
+@pytest.mark.parametrize('options', [
+    {},
+    {'weight_decay': 0.0, 'max_grad_norm': math.inf},
+    {'b1': 0.6, 'b2': 0.8, 'weight_decay': 0.5, 'max_grad_norm': 2.0},
+    {'epsilon': 0.1},
+])
+def test_updates_are_those_of_adamw_written_out(options):
+  rng = np.random.RandomState(0)
+  draw = lambda size: {
+      name: size * rng.standard_normal(shape)
+      for name, shape in {
+          'kernel': (2, 3, 4), 'embedding': (5, 3), 'a': (3, 2), 'b': (2, 3),
+          'scale': (3,), 'bias': (4,),
+      }.items()
+  }
+  # Norms of about 7 size: of 30, below every clip, and between them.
+  params, gradients = draw(1.0), [draw(size) for size in (4, 0.05, 0.2, 1)]
+  optimizer = optim.build(
+      'adamw', total_updates=4, learning_rate=0.1, schedule='linear', **options
+  )
+  narrow = lambda tree: jax.tree.map(jnp.float32, tree)
+  got = narrow(params)
+  state = optimizer.transformation.init(got)
+  for of_update in gradients:
+    changes, state = optimizer.transformation.update(
+        narrow(of_update), state, got
+    )
+    got = optax.apply_updates(got, changes)
+  expected = adamw_in_numpy(
+      params, gradients, (0.1, 0.075, 0.05, 0.025), **options
+  )
+  for name, x in expected.items():
+    np.testing.assert_allclose(
+        got[name], x, rtol=1e-4, atol=1e-5, err_msg=name
+    )

@@ -13,6 +13,7 @@ import table_model
 import tiny_model
 
 from dppo_jax import algorithms
+from dppo_jax import diagnostics
 from dppo_jax import duals
 from dppo_jax import normalizers
 from dppo_jax import objective
@@ -328,6 +329,29 @@ def test_no_update_of_a_long_run_sees_an_age_above_the_maximum(sampling):
   assert np.min(groups) < 8  # Sometimes fewer may be drawn than asked for.
 
 
+def test_shares_of_what_was_replayed_by_hand():
+  # Two rows, the second from the buffer; the last token was not sampled.
+  nothing = jnp.zeros((1, 2, 3))
+  stats = diagnostics.TokenStats(**{
+      name: nothing for name in diagnostics.TokenStats._fields
+  } | {
+      'token_mask': jnp.asarray([[[1, 1, 1], [1, 1, 0]]], bool),
+      'replayed': jnp.asarray([[[0, 0, 0], [1, 1, 1]]], bool),
+      'gradient_weight': jnp.asarray([[[1.0, 0, 2], [3, 1, 7]]]),
+      'weights': jnp.asarray([[[0.2, 0.2, 0.3], [0.1, 0.4, 0.9]]]),
+      'age': jnp.zeros((1, 2, 3), jnp.int32),
+      'targets': jnp.zeros((1, 2, 3), jnp.int32),
+      'constraint': (),
+      'router': diagnostics.Router(),
+  })
+  metrics = tiny_model.jit(
+      functools.partial(diagnostics.token_metrics, threshold=0.1)
+  )(stats)
+  close(metrics['replay/token_share'], 2 / 5)
+  # .2 + .6 of the fresh row, .3 + .4 of the other.
+  close(metrics['replay/gradient_share'], 0.7 / 1.5)
+
+
 # --- in the compiled step ----------------------------------------------------
 
 
@@ -426,7 +450,9 @@ def test_every_kind_of_row_learns_from_the_same_stale_data(name, by_age):
   for row in rows[1:]:
     assert 1 <= row['replay/groups'] <= 3
     assert row['replay/tokens'] == row['replay/groups'] * G * T
-    assert 0 < row['replay/token_share'] < 1
+    # Beside them, all of the fresh ones.
+    share = row['replay/tokens'] / (row['replay/tokens'] + ROWS * T)
+    close(row['replay/token_share'], share)
     assert 0 < row['replay/gradient_share'] < 1
     # Two updates a step, so 2 or 4 at its start and one more at its end.
     assert 2 <= row['replay/age_mean'] <= row['replay/age_max'] <= 5

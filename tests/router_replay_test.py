@@ -279,6 +279,72 @@ def test_both_anchors_are_those_of_the_replayed_experts(anchor):
     assert divergence.mean() < np.asarray(free.divergence)[mask].mean()
 
 
+def vocabulary(params, rollout, *, replay):
+  """Log-probabilities of all tokens, [B, T, V], in float64."""
+
+  @tiny_model.jit
+  def logits(params, replay):
+    hidden, _ = MODEL.trunk(
+        params,
+        rollout.tokens[:, :-1],
+        positions=rollout.positions[:, :-1],
+        segment_ids=rollout.segment_ids[:, :-1],
+        routing=experts.Routing(replay=replay),
+    )
+    return MODEL.head(params, hidden)
+
+  x = np.asarray(logits(params, replay), np.float64)
+  return x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize('estimator', ['k1', 'full'])
+def test_the_kl_is_to_a_reference_that_takes_its_own_experts(estimator):
+  rollout = sampled(seed=SEED, dtype='bfloat16')
+  state = tiny_model.make_state(params())._replace(reference=near())
+
+  def run(coefficient):
+    extras = objective.Extras(
+        kl_coefficient=coefficient, kl_estimator=estimator
+    )
+    prepare, weighted_loss = tiny_model.make_objective(
+        TOPK_TV, model=MODEL, extras=extras
+    )
+
+    @tiny_model.jit
+    def fn(state):
+      batch = prepare(state, scored_of(rollout))
+      loss, _ = weighted_loss(
+          state.params, batch, state.reference, state.policy_version
+      )
+      return loss, batch.reference_logprobs
+
+    return fn(state)
+
+  (loss, reference_logprobs), (without, _) = run(1.0), run(0.0)
+  mask = np.asarray(rollout.token_mask)
+  targets = np.asarray(rollout.tokens)[:, 1:, None]
+  of_targets = lambda x: np.take_along_axis(x, targets, -1)[..., 0]
+  policy = vocabulary(params(), rollout, replay=rollout.routing)
+
+  def kl(reference):
+    """Mean over the tokens, as token_mean weighs them."""
+    each = of_targets(policy - reference)
+    if estimator == 'full':
+      each = np.sum(np.exp(policy) * (policy - reference), axis=-1)
+    return np.mean(each[mask])
+
+  own, replayed = (
+      vocabulary(near(), rollout, replay=replay)
+      for replay in (None, rollout.routing)
+  )
+  assert abs(kl(own) - kl(replayed)) > 1e-3  # It can be told.
+  np.testing.assert_allclose(loss - without, kl(own), rtol=0, atol=1e-5)
+  if estimator != 'full':
+    np.testing.assert_allclose(
+        reference_logprobs[mask], of_targets(own)[mask], rtol=0, atol=1e-5
+    )
+
+
 def test_disagreement_is_counted_by_token_and_layer():
   rollout = sampled(seed=SEED, dtype='bfloat16')
   _, stats, _ = one_update(rollout, num_microbatches=2)

@@ -225,6 +225,20 @@ def test_reference_kl_as_a_loss_pulls_towards_the_reference(estimator):
     assert np.all(np.sign(at_token)[MASK] == np.sign(x)[MASK])
 
 
+def test_a_loss_that_forgets_a_metric_hears_which():
+  _, weighted_loss = make_objective(
+      loss_fn=lambda inputs: (-inputs.logprobs, {'surrogate': inputs.logprobs})
+  )
+  prepare, _ = make_objective()
+  _, target, _, _ = policies()
+  state = types.SimpleNamespace(params=table(target))
+  with pytest.raises(ValueError, match="The loss returns no metric 'capped'; "
+                     'beside the loss of each token .*types.LossFn'):
+    weighted_loss(
+        table(target), prepare(state, scored()), None, jnp.int32(0)
+    )
+
+
 def test_full_reference_kl_has_the_gradient_of_the_kl():
   # By the logits: pi (ln(pi / reference) - KL).
   extras = objective.Extras(kl_coefficient=0.5, kl_estimator='full')
@@ -255,6 +269,36 @@ def test_reference_kl_as_a_reward_lowers_the_advantage(estimator):
   along = np.eye(VOCABULARY)[np.asarray(tokens)] - np.exp(target)
   expected = -(weight * MASK * rewards[:, None])[..., None] * along
   close(gradient, expected, rtol=1e-3, atol=5e-5)
+
+
+@pytest.mark.parametrize('where, estimator', [
+    ('loss', 'k2'), ('loss', 'k3'), ('loss', 'full'), ('reward', 'k1'),
+])
+def test_the_kl_that_is_penalised_is_measured(where, estimator):
+  prepare, weighted_loss = make_objective(extras=objective.Extras(
+      kl_coefficient=0.5, kl_estimator=estimator, kl_where=where
+  ))
+  _, target, reference, _ = policies()
+
+  @tiny_model.jit
+  def measure(target, reference, scored):
+    state = types.SimpleNamespace(params=target, reference=reference)
+    _, stats = weighted_loss(
+        target, prepare(state, scored), reference, jnp.int32(0)
+    )
+    stats = jax.tree.map(lambda x: x[None], stats)
+    return diagnostics.token_metrics(stats, threshold=None)
+
+  metrics = measure(table(target), table(reference), scored())
+  target, reference = log_softmax(target), log_softmax(reference)
+  x = of_tokens(target) - of_tokens(reference)
+  kl = {
+      'k1': x, 'k2': x * x / 2, 'k3': np.exp(-x) - 1 + x,
+      'full': full_kl(target, reference),
+  }[estimator]
+  close(metrics['reference/kl'], kl[MASK].mean(), rtol=1e-4)
+  # Nor does a rule that compares no token with a threshold tell who is outside.
+  assert 'mask/fraction' in metrics and 'mask/outside' not in metrics
 
 
 @pytest.mark.parametrize('estimator', ['k1', 'k2', 'k3', 'full'])

@@ -348,8 +348,9 @@ def test_jsonl_reads_strings_and_integers(tmp_path):
     ('{"prompt": 3, "answer": "2"}', 'prompt 3 must be a string'),
     ('{"prompt": "", "answer": "2"}', "prompt '' must be"),
     ('{"prompt": "a", "answer": 1.5}', 'answer 1.5 must be'),
-    ('{"prompt": "a", "answer": true}', 'answer True must be'),
-    ('{"prompt": "a", "answer": null}', 'answer None must be'),
+    ('{"prompt": "a", "answer": true}', 'answer true must be .* in quotes'),
+    ('{"prompt": "a", "answer": null}', r'answer null must be .* empty\.$'),
+    ('{"prompt": "a", "answer": " "}', r'answer " " must be .* empty\.$'),
     ('{"prompt": "a", "answer": "Paris"}', "'Paris' does not suit.*exact"),
     (b'{"prompt": "\xff", "answer": "2"}', 'not UTF-8'),
   ],
@@ -382,6 +383,31 @@ def test_jsonl_files_must_be_given_exist_differ_and_hold_rows(tmp_path):
     build(good, str(tmp_path))
   with pytest.raises(ValueError, match="Did you mean 'exact'"):
     tasks.build('jsonl', train_path=good, test_path=good, scorer='exakt')
+
+
+def test_prompts_that_are_learned_and_tested_are_counted_in_a_warning(
+  tmp_path, caplog
+):
+  rows = [
+    {'prompt': prompt, 'answer': i}
+    for i, prompt in enumerate(
+      ['a', 'b', [{'role': 'user', 'content': 'c'}], 'd']
+    )
+  ]
+
+  def warnings(train, test):
+    caplog.clear()
+    paths = [
+      write(tmp_path / name, '\n'.join(map(json.dumps, part)))
+      for name, part in (('a.jsonl', train), ('b.jsonl', test))
+    ]
+    tasks.build('jsonl', train_path=paths[0], test_path=paths[1])
+    return caplog.messages
+
+  [message] = warnings(rows[:3], rows[1:])
+  assert re.match('2 of the 3 prompts of .*b.jsonl are in .*a.jsonl', message)
+  assert 'accuracy on what was learned from says little' in message
+  assert not warnings(rows[:2], rows[2:])
 
 
 # Verifiers.
@@ -447,6 +473,8 @@ def awkward(completion, answer):
     os._exit(3)
   if completion == 'fail':
     raise KeyError(answer)
+  if completion == 'exit':
+    sys.exit()
   return scoring.exact(completion, answer)
 
 
@@ -470,6 +498,34 @@ def test_a_pool_kills_what_hangs_and_counts_it():
       scorer.score(['die'] * 4, ['a'] * 4)
     assert scorer.score(['a'], ['a']) == [1]
   scorer.close()  # Twice does nothing.
+
+
+@pytest.mark.slow
+def test_a_pool_that_fails_on_a_whole_batch_says_how(caplog):
+  with scoring.Scorer(awkward, num_workers=2, timeout_s=1.5) as scorer:
+    # The workers are started, and each kind is logged the first time.
+    rewards = scorer.score(
+      ['a', 'sleep', 'die', 'exit', 'sleep', 'die', 'exit'], ['a', *'123456']
+    )
+    assert rewards.tolist() == [1, 0, 0, 0, 0, 0, 0]
+    assert (scorer.timeouts, scorer.crashes, scorer.errors) == (2, 2, 2)
+    slow, died, left = caplog.messages
+    assert "timeout_s=1.5, for completion 'sleep' and answer '1'" in slow
+    assert 'its process died' in died
+    assert "for completion 'die' and answer '2'" in died
+    assert "SystemExit: , for completion 'exit' and answer '3'" in left
+    with pytest.raises(ValueError, match='on all 3 completions') as error:
+      scorer.score(['exit', 'sleep', 'die'], ['1', '2', '3'])
+    assert '1 took more than config.scoring.timeout_s=1.5' in str(error.value)
+    assert "completion 'die' and answer '3'" in str(error.value)
+    with pytest.raises(ValueError, match='on all 2 completions') as error:
+      scorer.score(['sleep'] * 2, ['1', '2'])
+    assert '2 took more than config.scoring.timeout_s' in str(error.value)
+    with pytest.raises(ValueError, match='on all 2 completions') as error:
+      scorer.score(['exit'] * 2, ['1', '2'])
+    assert 'timeout_s' not in str(error.value)
+    # Of one alone it cannot be told whether the verifier works.
+    assert scorer.score(['sleep'], ['1']) == [0]
 
 
 # Prompts.

@@ -73,16 +73,17 @@ def test_an_evaluation_is_compiled_once(caplog, settings):
   assert whole == (policy is parts.state.params)
 
 
-def test_a_second_run_in_a_directory_changes_nothing_in_it(tmp_path):
+def test_a_second_run_in_a_directory_changes_nothing_in_it(
+    tmp_path, monkeypatch
+):
   config = default.get_config()
   workdir.prepare(tmp_path, config)
   before = (tmp_path / 'config.json').read_bytes()
   config.checkpoint_every = 7  # Which may change between two starts.
-  scorer = types.SimpleNamespace(close=lambda: None)
-  parts = types.SimpleNamespace(scorer=scorer)
+  monkeypatch.setattr(main, 'build', lambda config: pytest.fail('compiled'))
   with workdir.locked(tmp_path):
     with pytest.raises(BlockingIOError, match='Another run is working in'):
-      training.train(config, parts, tmp_path, lambda step: False)
+      main.train(config, str(tmp_path))
   assert (tmp_path / 'config.json').read_bytes() == before
 
 

@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -24,6 +25,10 @@ score = math_verifier.boxed_math
     (r'\boxed{1} or \boxed{2}', '2'),
     (r'\boxed{\frac{1}{2}}', r'\frac{1}{2}'),
     (r'\boxed{ \{1, 2\} }', r'\{1, 2\}'),
+    (r'\boxed{1\\{2}}', r'1\\{2}'),  # A line break, and a brace.
+    (r'\boxed{1\\} {2}', r'1\\'),
+    (r'\boxed{1\\\{2}', r'1\\\{2'),  # A line break, and an escaped brace.
+    (r'\boxed{1\}', None),
     (r'\boxed{\boxed{7}}', '7'),
     (r'\fbox{3}', '3'),
     (r'\boxed {4}', '4'),
@@ -59,6 +64,17 @@ def test_a_long_text_of_open_boxes_is_read_in_linear_time():
     (r'\text{Evelyn}', 'Evelyn'),
     ('(1, 2)', '(1,2)'),
     ('1, 2', '2, 1'),
+    ('10000', r'10\,000'),
+    ('1000000', r'1\,000\,000'),
+    (r'10\,000', r'10\!000'),
+    ('8', '8.'),
+    ('8.', '8'),
+    ('8', '8. '),
+    ('7 or 8', '7 or 8'),  # The answer itself may have alternatives.
+    ('50', r'50\%'),
+    ('0.5', r'50\%'),
+    ('101', '101_2'),
+    ('0<x<1', '(0,1)'),  # But not the other way round: see below.
 ])
 def test_what_is_equal_earns_1(answer, given):
   assert score(rf'So the answer is \boxed{{{given}}}.', answer) == 1
@@ -70,6 +86,11 @@ def test_what_is_equal_earns_1(answer, given):
     ('1, 2', '1'),
     ('7', 'seven'),
     ('7', ''),
+    ('7', '.'),
+    ('8', '8..'),
+    ('78', r'7\\,8'),  # A line break, and a comma.
+    ('78', r'7\, 8'),
+    ('(0,1)', '0<x<1'),
     (r'\frac{1}{2}', r'\frac{1}{2'),
 ])
 def test_what_is_not_equal_earns_0(answer, given):
@@ -85,6 +106,7 @@ def test_what_is_not_equal_earns_0(answer, given):
     '{a}; {b}',
     '{a} {b}',
     r'{a}\quad {b}',
+    r'{a}\,{b}',
     r'{a} \lor {b}',
     r'{a} \vee {b}',
     r'\{{{a}, {b}\}}',
@@ -101,6 +123,16 @@ def test_what_is_not_equal_earns_0(answer, given):
 def test_a_list_of_guesses_earns_nothing_whichever_is_right(list_of):
   for a, b in ((7, 8), (8, 7)):
     assert score(rf'\boxed{{{list_of.format(a=a, b=b)}}}', '8') == 0
+
+
+def test_of_a_thousand_characters_and_more_none_is_read():
+  for zeros, reward in ((999, 1), (1000, 0)):
+    assert score(rf'\boxed{{{"0" * zeros}8}}', '8') == reward
+
+
+def test_the_full_stop_of_a_delimiter_is_not_that_of_a_sentence():
+  half_open = r'\left. x^2 \right.'
+  assert math_verifier._NOT_READ.sub('', half_open) == half_open
 
 
 def test_of_several_boxes_only_the_last_counts():
@@ -166,6 +198,31 @@ def test_an_exception_earns_0_and_is_counted():
   assert (scorer.errors, scorer.crashes, scorer.timeouts) == (1, 0, 0)
 
 
+def exits_on_b(completion, answer):
+  if completion == 'b':
+    sys.exit(0)
+  return completion == answer
+
+
+def test_a_verifier_that_exits_earns_0_and_the_run_goes_on(caplog):
+  scorer = scoring.Scorer(exits_on_b)
+  rewards = scorer.score(['a', 'b', 'b'], ['a', 'b', 'c'])
+  np.testing.assert_array_equal(rewards, [1, 0, 0])
+  assert scorer.take_counts()['verifier/errors'] == 2
+  [message] = caplog.messages  # The first alone.
+  assert "SystemExit: 0, for completion 'b' and answer 'b'" in message
+  with pytest.raises(ValueError, match='all 2 completions.*SystemExit: 0'):
+    scorer.score(['b', 'b'], ['a', 'b'])
+
+
+def test_who_interrupts_the_run_is_obeyed():
+  def interrupted(completion, answer):
+    raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    scoring.Scorer(interrupted).score(['a'], ['a'])
+
+
 def test_counts_are_those_since_the_last_call():
   scorer = scoring.Scorer(fails_on_b)
   for expected in (1, 1):
@@ -177,8 +234,15 @@ def test_counts_are_those_since_the_last_call():
 
 def test_a_verifier_that_fails_on_a_whole_batch_stops_the_run():
   scorer = scoring.Scorer(fails_on_b)
-  with pytest.raises(ValueError, match="all 2 completions.*KeyError: 'x'"):
-    scorer.score(['b', 'b'], ['x', 'x'])
+  message = (
+      "all 2 completions of a batch; the last time it raised KeyError: 'y', "
+      "for completion 'b' and answer 'y'. Call it by hand"
+  )
+  with pytest.raises(ValueError, match=re.escape(message)):
+    scorer.score(['b', 'b'], ['x', 'y'])
+  # One alone says little of the verifier, and none says nothing.
+  np.testing.assert_array_equal(scorer.score(['b'], ['x']), [0])
+  assert scorer.score([], []).shape == (0,)
 
 
 def test_a_verifier_may_fail_on_the_whole_part_of_one_process():
@@ -190,6 +254,12 @@ def test_a_verifier_may_fail_on_the_whole_part_of_one_process():
   scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
   with pytest.raises(ValueError, match='failed on all 4 completions'):
     scorer.score(['b'], ['x'])
+  others = np.array([1, 2, 0, 3])
+  for scored, where in (([], 'in another process'), (['b'], "KeyError: 'x'")):
+    scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
+    with pytest.raises(ValueError, match=f'last time .*{where}') as error:
+      scorer.score(scored, ['x'] * len(scored))
+    assert '1 took more than config.scoring.timeout_s=10' in str(error.value)
 
 
 @pytest.mark.parametrize('reward', [None, '1', float('inf'), 1e40])
@@ -277,6 +347,74 @@ def test_a_verifier_that_cannot_be_imported_is_named(tmp_path):
   (tmp_path / 'broken.py').write_text('1 / 0')
   with pytest.raises(ValueError, match='ZeroDivisionError'):
     own_verifier.load(f'{tmp_path}/broken.py:f')
+  (tmp_path / 'leaves.py').write_text('import sys\nsys.exit("no licence")')
+  message = 'config.task.verifier=.*leaves.*SystemExit: no licence'
+  with pytest.raises(ValueError, match=message) as error:
+    own_verifier.load(f'{tmp_path}/leaves.py:f')
+  assert '\n' not in str(error.value)
+  # Nor is half a module left behind.
+  assert not any(name.startswith('_own_verifier_') and 'broken' in str(module)
+                 for name, module in sys.modules.items())
+
+
+BESIDE = """
+from __future__ import annotations
+import dataclasses
+from json import loads
+import own_words_beside
+
+@dataclasses.dataclass
+class Verdict:
+  reward: float
+
+class Odd(ValueError):
+  pass
+
+def is_right(completion: str, answer: str) -> float:
+  import own_words_used_late
+  if completion == 'boom':
+    raise Odd(own_words_used_late.WORD)
+  return Verdict(own_words_beside.right(completion, answer)).reward
+"""
+
+
+@pytest.fixture
+def file_beside_others(tmp_path, monkeypatch):
+  # As a package has its name, it must not be found in the place of it.
+  (tmp_path / 'json.py').write_text('')
+  (tmp_path / 'own_words_used_late.py').write_text('WORD = "late"')
+  (tmp_path / 'own_words_beside.py').write_text(
+      'def right(completion, answer): return float(completion == answer)'
+  )
+  (tmp_path / 'own_beside.py').write_text(BESIDE)
+  monkeypatch.setattr(sys, 'path', [*sys.path])
+  yield tmp_path / 'own_beside.py'
+  for name in ('own_words_beside', 'own_words_used_late'):
+    sys.modules.pop(name, None)
+
+
+def test_a_file_may_hold_dataclasses_and_import_what_lies_beside_it(
+    file_beside_others
+):
+  verifier = own_verifier.load(f'{file_beside_others}:is_right')
+  assert [verifier(text, '8') for text in ('8', '7')] == [1, 0]
+  with pytest.raises(ValueError, match='late'):
+    verifier('boom', '8')
+  assert sys.path[-1] == str(file_beside_others.parent)
+  assert 'own_beside' not in sys.modules  # It takes nobody's name.
+
+
+@pytest.mark.slow
+def test_what_lies_beside_a_file_is_found_in_workers_too(file_beside_others):
+  verifier = own_verifier.load(f'{file_beside_others}:is_right')
+  sys.path.remove(str(file_beside_others.parent))  # They inherit the list.
+  with scoring.Scorer(verifier, num_workers=1) as scorer:
+    rewards = scorer.score(['8', '7', 'boom'], ['8'] * 3)
+    np.testing.assert_array_equal(rewards, [1, 0, 0])
+    assert scorer.errors == 1
+    # Its classes have the same name there and here.
+    with pytest.raises(ValueError, match='Odd: late'):
+      scorer.score(['boom'] * 2, ['8'] * 2)
 
 
 @pytest.mark.slow

@@ -214,3 +214,37 @@ def test_two_runs_cannot_work_in_one_directory(tmp_path):
         pass
   with workdir.locked(tmp_path):  # Free again.
     pass
+
+
+def test_a_lock_leaves_no_directory_in_which_nothing_was_written(tmp_path):
+  for kept in (False, True):
+    folder = tmp_path / 'run'
+    with workdir.locked(folder):
+      assert folder.is_dir()
+      if kept:
+        (folder / 'config.json').write_text('{}')
+    assert folder.exists() == kept
+
+
+def test_a_run_that_failed_before_its_first_line_holds_nobody_up(tmp_path):
+  workdir.prepare(tmp_path, default.get_config())
+  metrics, checkpoints = tmp_path / 'metrics.jsonl', tmp_path / 'checkpoints'
+  metrics.write_text('')
+  checkpoints.mkdir()
+  workdir.prepare(tmp_path, config_with(seed=1))
+  assert json.loads((tmp_path / 'config.json').read_text())['seed'] == 1
+  (checkpoints / '2').mkdir()
+  with pytest.raises(ValueError, match='seed was 1 and is 2 now'):
+    workdir.prepare(tmp_path, config_with(seed=2))
+  (checkpoints / '2').rmdir()
+  metrics.write_text('{"step": 0}\n')
+  with pytest.raises(ValueError, match='seed was 1 and is 2 now'):
+    workdir.prepare(tmp_path, config_with(seed=2))
+
+
+def test_a_file_in_the_place_of_the_directory_is_named_so(tmp_path):
+  (tmp_path / 'run').write_text('')
+  with pytest.raises(PermissionError, match="run' cannot be written: there is "
+                     'a file. Choose another'):
+    with workdir.locked(tmp_path / 'run'):
+      pass

@@ -187,7 +187,8 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
   path = folder / 'config.json'
   if not path.is_file():
     raise FileNotFoundError(
-        f'{folder} has no config.json; it is not a Hugging Face model folder.'
+        f'{folder} has no config.json; it is not a Hugging Face model folder '
+        '(config.model.name of a run).'
     )
   contents = weights.read_json(path)
   model_type = contents.get('model_type')
@@ -279,7 +280,8 @@ def _read_tokenizer(folder: pathlib.Path) -> Any:
       for file in ('tokenizer.json', 'tokenizer.model', 'vocab.json')
   ):
     raise FileNotFoundError(
-        f'{folder} has no tokenizer.json. Is the folder complete?'
+        f'{folder} has no tokenizer.json. Is the folder complete '
+        '(config.model.name of a run)?'
     )
   try:
     return hf.transformers().AutoTokenizer.from_pretrained(folder)

@@ -36,7 +36,7 @@ PLOTS = (
     ),
     Plot(
         'Held-out accuracy',
-        'avg@k: mean of k attempts. pass@k: one of k is right.',
+        'avg@k: mean reward of k attempts. pass@k: one of k earns 1.',
         {'eval/avg@*': 'avg@*', 'eval/pass@*': 'pass@*'},
         markers=True,
     ),

@@ -3,8 +3,9 @@
 import re
 
 _BOXED = re.compile(r'\\(?:boxed|fbox)\s*\{')
-# An escaped brace is a character of the answer and opens nothing.
-_BRACE = re.compile(r'(?<!\\)[{}]')
+# An escaped brace is a character of the answer and opens nothing; the brace
+# after an escaped backslash, a line break, is a bare one.
+_TOKEN = re.compile(r'\\.|[{}]')
 
 
 def last_boxed(text: str) -> str | None:
@@ -23,8 +24,8 @@ def last_boxed(text: str) -> str | None:
   if start is None:
     return None
   depth = 1
-  for brace in _BRACE.finditer(text, start):
-    depth += 1 if brace[0] == '{' else -1
+  for token in _TOKEN.finditer(text, start):
+    depth += {'{': 1, '}': -1}.get(token[0], 0)
     if not depth:
-      return text[start : brace.start()].strip()
+      return text[start : token.start()].strip()
   return None

@@ -10,6 +10,8 @@ import os
 import pathlib
 from typing import Any
 
+from absl import logging
+
 from dppo_jax.tasks import base
 from dppo_jax.tasks import own_verifier
 from dppo_jax.tasks import scoring
@@ -60,6 +62,13 @@ def jsonl(
     raise ValueError(
       f'train_path and test_path are the same file, {test_path}; '
       'a policy is not tested on what it learned from. Split it in two.'
+    )
+  learned = {json.dumps(row['prompt']) for row in train}  # Some are messages.
+  common = sum(json.dumps(row['prompt']) in learned for row in test)
+  if common:
+    logging.warning(
+      '%d of the %d prompts of %s are in %s too; accuracy on what was learned '
+      'from says little.', common, len(test), test_path, train_path,
     )
   return base.Task(
     train,
@@ -123,9 +132,11 @@ def _row(line: bytes, score: scoring.ScoreFn) -> dict[str, Any]:
       'messages {"role": ..., "content": ...}.'
     )
   if not isinstance(answer, str) or not answer.strip():
+    nothing = answer is None or isinstance(answer, str)
     raise ValueError(
-      f'answer {answer!r} must be an integer or a string that is not empty; '
-      'put it in quotes if it is meant as text.'
+      f'answer {json.dumps(answer)} must be an integer or a string that is not '
+      'empty'
+      + ('.' if nothing else '; put it in quotes if it is meant as text.')
     )
   if own:  # It may raise at will: that is counted while it scores.
     return {'prompt': prompt, 'answer': answer}

@@ -9,6 +9,7 @@ the data set repeats it, and those of the test set are taken out of training.
 """
 
 import hashlib
+from math import isfinite
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -229,11 +230,14 @@ _EXTRACT = {
 
 
 def _answer(value: Any, extract: str) -> str:
-  if isinstance(value, int | float) and not isinstance(value, bool):
-    # 4.0 is the integer 4: a column with a gap in it is read as floats.
-    value = str(int(value) if float(value).is_integer() else value)
+  if isinstance(value, float) and isfinite(value):
+    # 4.0 is the integer 4: a column with a gap in it is read as floats, and the
+    # gap itself as NaN, which is no answer.
+    value = str(int(value) if value.is_integer() else value)
+  elif isinstance(value, int) and not isinstance(value, bool):
+    value = str(value)
   if not isinstance(value, str):
-    raise ValueError(f'answer {value!r} must be a text or a number.')
+    raise ValueError(f'answer {value!r} must be a text or a finite number.')
   answer = _EXTRACT[extract](value)
   if answer is None or not answer.strip():
     shown = value if len(value) <= 60 else '...' + value[-57:]

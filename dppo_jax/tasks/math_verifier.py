@@ -23,6 +23,9 @@ logging.getLogger('math_verify').setLevel(logging.ERROR)
 _MAX_CHARACTERS = 1_000
 # "42 or 43" is no answer, whichever of the two is right.
 _ALTERNATIVES = re.compile(r'\b(?:or|and)\b|\\l?or\b|\\vee', re.IGNORECASE)
+# Spaces in a number, 10\,000, and the full stop of a sentence; that of \right.
+# is a delimiter. math-verify reads neither.
+_NOT_READ = re.compile(r'(?<=\d)\\[,!](?=\d)|(?<!\\right)\.\s*\Z')
 _CONFIG = (math_verify.LatexExtractionConfig(boxed_match_priority=0),)
 
 
@@ -30,8 +33,12 @@ def boxed_math(completion: str, answer: str) -> float:
   r"""1 if the last `\boxed{...}` holds something equal to the answer, else 0.
 
   Equal is what SymPy finds equal: 0.5 and \frac{1}{2}, (x+1)^2 and x^2+2x+1,
-  1,000 and 1000; units behind a number are ignored. Several values are a set,
-  equal only to the same set, so that listing guesses earns nothing.
+  1,000 and 1000 and 1\,000; units behind a number are ignored, and so is one
+  full stop at the end. Several values are a set, equal only to the same set, so
+  that listing guesses earns nothing.
+
+  Two things are left as math-verify has them. 50\% equals both 50 and 0.5. The
+  base of a number is ignored: 101_2 equals 101 and 101_3.
 
   Args:
     completion: any text.
@@ -68,7 +75,7 @@ def _gold(answer: str) -> list:
 def _parse(latex: str) -> list:
   # In a box again, for without one a bare expression is not recognised.
   return math_verify.parse(
-      rf'\boxed{{{latex}}}',
+      rf'\boxed{{{_NOT_READ.sub("", latex)}}}',
       extraction_config=_CONFIG,
       parsing_timeout=None,
       raise_on_error=True,

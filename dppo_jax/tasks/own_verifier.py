@@ -5,14 +5,19 @@ or 'checks.py:is_right', a file, for
 
     def is_right(completion: str, answer: str) -> float:
       return float(answer in completion)
+
+A file may import modules that lie beside it.
 """
 
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pathlib
+import sys
 from typing import Any
 
 
@@ -62,7 +67,7 @@ def _resolve(spec: str) -> tuple[str, Any]:
     source = str(path)
   try:
     module = _import(source)
-  except Exception as error:  # The file may do anything.
+  except (Exception, SystemExit) as error:  # The file may do anything.
     raise ValueError(
         f'config.task.verifier={spec!r} cannot be imported: '
         f'{type(error).__name__}: {error}'
@@ -81,11 +86,21 @@ def _resolve(spec: str) -> tuple[str, Any]:
 def _import(source: str) -> Any:
   if not source.endswith('.py'):
     return importlib.import_module(source)
-  spec = importlib.util.spec_from_file_location(
-      pathlib.Path(source).stem, source
-  )
+  # At the end: a file beside it must not take the place of a package.
+  folder = os.path.dirname(source)
+  if folder not in sys.path:
+    sys.path.append(folder)
+  # Dataclasses and pickle look their module up by its name. The same one in a
+  # worker, and not that of the file, which may be that of a package.
+  name = f'_own_verifier_{hashlib.sha256(os.fsencode(source)).hexdigest()[:16]}'
+  spec = importlib.util.spec_from_file_location(name, source)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  sys.modules[name] = module
+  try:
+    spec.loader.exec_module(module)
+  except BaseException:
+    sys.modules.pop(name, None)
+    raise
   return module
 
 

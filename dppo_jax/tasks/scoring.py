@@ -96,8 +96,9 @@ class Scorer:
   interrupt it. Otherwise each completion has `timeout_s` of its own, counted
   from when a worker takes it up; then the worker is killed and replaced, the
   reward is 0 and `timeouts` goes up by one. A worker that dies on a completion
-  is replaced too, and counted in `crashes`. A verifier that raises earns 0 in
-  both cases, and is counted in `errors`; the first one is logged.
+  is replaced too, and counted in `crashes`. A verifier that raises, or asks to
+  exit, earns 0 in both cases, and is counted in `errors`. The first of each
+  kind is logged.
 
   Workers are spawned, never forked: a fork copies the locks of JAX's threads
   but not the threads. So `score` must be picklable, and a script that makes a
@@ -152,7 +153,8 @@ class Scorer:
 
     Raises:
       ValueError: lengths differ, a reward is not a finite number, or the
-        verifier raised or died on every completion.
+        verifier raised, died or ran out of time on every one of several
+        completions.
     """
     if len(completions) != len(answers):
       raise ValueError(
@@ -160,6 +162,7 @@ class Scorer:
       )
     calls = self._calls(list(zip(completions, answers, strict=True)))
     before = self._counts()
+    self._last_failure = 'in another process'  # If there is none in this one.
     rewards = [
       self._reward(call, *pair)
       for call, *pair in zip(calls, completions, answers, strict=True)
@@ -167,12 +170,18 @@ class Scorer:
     new = [now - then for now, then in zip(self._counts(), before)]
     *new, count = self._total(np.array([*new, len(rewards)], np.int32)).tolist()
     self.timeouts, self.errors, self.crashes = map(sum, zip(before, new))
-    _, errors, crashes = new
-    if errors + crashes == count > 0:
+    # One alone says little: all others of the batch may have been cut off.
+    if sum(new) == count > 1:
+      timeouts = new[0]
       raise ValueError(
         f'The verifier of config.task failed on all {count} completions of a '
-        f'batch; the last time: {self._last_failure}. Call it by hand on such '
-        'a completion and answer (samples.jsonl has some).'
+        f'batch; the last time {self._last_failure}. '
+        + (
+          f'{timeouts} took more than config.scoring.timeout_s='
+          f'{self._timeout_s:g} seconds; raise it if the verifier needs more. '
+          if timeouts else ''
+        )
+        + 'Call it by hand on such a completion and answer.'
       )
     return np.array(rewards, np.float32)
 
@@ -195,7 +204,7 @@ class Scorer:
     """One reward; 0 for what goes wrong, which is counted."""
     try:
       reward = call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # An exit would end the run.
       self._count(error, completion, answer)
       return 0.0
     if not isinstance(reward, numbers.Real | np.bool_) or not (
@@ -208,25 +217,27 @@ class Scorer:
       )
     return float(reward)
 
-  def _count(self, error: Exception, completion: str, answer: str) -> None:
+  def _count(self, error: BaseException, completion: str, answer: str) -> None:
+    kind, what = 'errors', f'it raised {type(error).__name__}: {error}'
     if self._pool is not None:
       import pebble  # Needed by pools only.
 
       if isinstance(error, TimeoutError):
-        self.timeouts += 1
-        return
-      if isinstance(error, pebble.ProcessExpired):
-        self.crashes += 1
-        self._last_failure = f'its process died ({error})'
-        return
-    if not self.errors:
+        kind = 'timeouts'
+        what = f'it took more than config.scoring.timeout_s={self._timeout_s:g}'
+      elif isinstance(error, pebble.ProcessExpired):
+        kind, what = 'crashes', f'its process died ({error})'
+    self._last_failure = (
+      f'{what}, for completion {base.shown(completion)} and answer '
+      f'{base.shown(answer)}'
+    )
+    if not getattr(self, kind):
       logging.warning(
-        'The verifier raised an error for completion %s and answer %s, which '
-        'earns 0; further ones are only counted, in verifier/errors.',
-        base.shown(completion), base.shown(answer), exc_info=error,
+        'The verifier failed: %s, which earns 0. Further %s are only counted, '
+        'in verifier/%s.', self._last_failure, kind, kind,
+        exc_info=error if kind == 'errors' else None,
       )
-    self.errors += 1
-    self._last_failure = f'{type(error).__name__}: {error}'
+    setattr(self, kind, getattr(self, kind) + 1)
 
   def take_counts(self) -> dict[str, float]:
     """What went wrong since the last call, as metrics."""

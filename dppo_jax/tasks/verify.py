@@ -24,7 +24,13 @@ def make_verify_fn(tokenizer: Any, scorer: Any) -> VerifyFn:
   def verify(*, tokens, mask, truncated, answers):
     rows = [row[keep] for row, keep in zip(tokens, mask, strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    rewards = scorer.score(texts, answers)
-    return texts, np.where(truncated, 0.0, rewards).astype(np.float32)
+    ended = ~np.asarray(truncated, bool)
+    rewards = np.zeros(len(texts), np.float32)
+    # Also with nothing to score: processes add up their counts in this call.
+    rewards[ended] = scorer.score(*(
+        [x for x, seen in zip(column, ended, strict=True) if seen]
+        for column in (texts, answers)
+    ))
+    return texts, rewards
 
   return verify
