@@ -1,5 +1,7 @@
 """What the documentation says can be run is run; what it points to exists."""
 
+import ast
+import functools
 import importlib.util
 import os
 import pathlib
@@ -7,8 +9,11 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from dppo_jax import diagnostics
 from dppo_jax import tasks
 from dppo_jax import workdir
 from dppo_jax.tasks import scoring
@@ -17,6 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TRAINER = ROOT / 'docs' / 'use_in_your_trainer.md'
 TASKS = ROOT / 'docs' / 'tasks.md'
 RUNS = ROOT / 'docs' / 'runs.md'
+METRICS = ROOT / 'docs' / 'metrics.md'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 PYTHON = re.compile(r'^```python\n(.*?)^```', re.MULTILINE | re.DOTALL)
@@ -24,6 +30,8 @@ ANY_BLOCK = re.compile(r'^```.*?^```', re.MULTILINE | re.DOTALL)
 # [text](target "title"), ![text](target); the fragment is not looked at.
 LINK = re.compile(r'\]\(([^)#\s]+)')
 IMPORT = re.compile(r'^from (dppo_jax[\w.]*) import (.+)$', re.MULTILINE)
+# A metric in the source, * where its name is put together at run time.
+METRIC = re.compile(r'[a-z_]+(/[a-z0-9_@*]*[a-z0-9_*])+')
 
 # What the README's block takes for granted: [B, T] arrays and logits.
 README_ARRAYS = """
@@ -131,6 +139,44 @@ def test_every_verifier_with_a_name_is_on_the_page():
 def test_what_may_change_between_two_starts_is_on_the_page_of_runs():
   section = RUNS.read_text().partition('## Stop')[2].partition('\n## ')[0]
   assert set(re.findall(r'`([\w.]+)`', section)) == set(workdir.FREE)
+
+
+def metrics_in(module):
+  """What a module writes that looks like the name of a metric."""
+  for node in ast.walk(ast.parse(module.read_text())):
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    text = ''.join(
+        str(x.value) if isinstance(x, ast.Constant) else '*' for x in parts
+    )
+    if METRIC.fullmatch(text):
+      yield text
+
+
+def test_every_metric_is_on_its_page_and_no_other():
+  modules = {x.stem: x for x in (ROOT / 'dppo_jax').glob('*.py')}
+  del modules['memory']  # Names files of Linux.
+  known = {name for x in modules.values() for name in metrics_in(x)}
+  known |= {'loss', *scoring.Scorer(scoring.exact).take_counts()}
+  page = METRICS.read_text()
+  rows = re.findall(r'^\| `([^`]+)` \|', page, re.MULTILINE)
+  assert len(rows) == len(set(rows))
+  assert {re.sub('[A-Z]+|(?<=@)k', '*', x) for x in rows} == known
+  assert set(re.findall(r'`([a-z_]+/[\w@]+)`', page)) <= set(rows)
+
+
+def test_page_says_which_metrics_are_there_by_age():
+  of = functools.partial(jax.ShapeDtypeStruct, (1, 2, 3))
+  stats = dict.fromkeys(diagnostics.TokenStats._fields, of(jnp.float32))
+  stats |= diagnostics.TokenStats._field_defaults | {
+      'targets': of(jnp.int32), 'token_mask': of(bool), 'age': of(jnp.int32)
+  }
+  metrics = jax.eval_shape(
+      functools.partial(diagnostics.token_metrics, threshold=0.2),
+      diagnostics.TokenStats(**stats),
+  )
+  by_age = {x.rpartition('/')[2] for x in metrics if x.startswith('by_age/')}
+  section = METRICS.read_text().partition('## By age')[2].partition('\n## ')[0]
+  assert set(re.findall(r'`([a-z]\w+)`', section)) == by_age - {'tokens'}
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda x: x.stem)
