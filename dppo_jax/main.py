@@ -318,7 +318,13 @@ def _with_attention(
       and packed_attention.pays(config.learner.row_length, sizes)
   )
   if in_stretches:
-    of_rows = functools.partial(packed_attention.in_stretches, sizes)
+    of_rows = functools.partial(
+        packed_attention.in_stretches,
+        sizes,
+        sharding.by_rows_and_heads(
+            learning, num_heads=model.config.num_key_value_heads
+        ),
+    )
   else:
     of_rows = functools.partial(attention.in_xla, parts=parts, split=split)
   of_learner = make('learner', learning, of_rows)

@@ -426,7 +426,9 @@ def _gather(params, specs):
   return jax.tree.map(gather, params, specs)
 
 
-def by_rows_and_heads(mesh, *, axis: int = 2) -> Callable[..., Any]:
+def by_rows_and_heads(
+    mesh, *, axis: int = 2, num_heads: int = 0
+) -> Callable[..., Any]:
   """Attention of each device to its own rows and heads.
 
   For kernels, which XLA does not partition. Within `by_rows`, the rows are
@@ -436,6 +438,8 @@ def by_rows_and_heads(mesh, *, axis: int = 2) -> Callable[..., Any]:
     mesh: whose axes `data` and `fsdp` divide the rows, and `tensor` the heads;
       a row is whole.
     axis: where heads are: 2 of [B, T, H, E], or 1.
+    num_heads: of keys and values; where `tensor` does not divide them, all are
+      on each of its devices. 0 if it does.
 
   Returns:
     `share(attend)`, for an `attend(q, k, v, rows, rest)` of trees with heads, a
@@ -449,7 +453,9 @@ def by_rows_and_heads(mesh, *, axis: int = 2) -> Callable[..., Any]:
       outer = jax.sharding.get_abstract_mesh()
       done = set(outer.manual_axes)
       rows = tuple(axis for axis in BATCH_AXES if axis not in done)
-      heads = P(rows, *[None] * (axis - 1), 'tensor')
+      heads = P(rows)
+      if num_heads % mesh.shape['tensor'] == 0:
+        heads = P(rows, *[None] * (axis - 1), 'tensor')
       return jax.shard_map(
           attend,
           mesh=outer if done else mesh,

@@ -11,6 +11,18 @@ _CALL = re.compile(rf' = (.*?) ({"|".join(_NAMES)})(?:-start)?\(')
 _ARRAY = re.compile(r'[a-z]+\d*\[([\d,]*)\]')
 
 
+def of(hlo):
+  """(name, numbers in its largest array) of each in a program.
+
+  Args:
+    hlo: text of a compiled program.
+  """
+  return [
+      (name, max(map(_size, _ARRAY.findall(shapes))))
+      for shapes, name in _CALL.findall(hlo)
+  ]
+
+
 def in_loops(hlo):
   """(name, numbers in its largest array) of each that a loop calls.
 
@@ -27,9 +39,7 @@ def in_loops(hlo):
   for _ in range(len(bodies)):
     reached |= {name for x in reached for name in called(bodies.get(x, ''))}
   return [
-      (name, max(map(_size, _ARRAY.findall(shapes))))
-      for x in sorted(reached)
-      for shapes, name in _CALL.findall(bodies.get(x, ''))
+      found for x in sorted(reached) for found in of(bodies.get(x, ''))
   ]
 
 

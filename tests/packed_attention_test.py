@@ -6,6 +6,7 @@ B rows, T slots, N stretches, H query heads, K key heads, E width of a head.
 import functools
 
 import attention_test
+import collectives
 import jax
 import jax.numpy as jnp
 import many_devices
@@ -17,6 +18,7 @@ from dppo_jax import decoding
 from dppo_jax import operations
 from dppo_jax import rollout as rollout_lib
 from dppo_jax import sampling
+from dppo_jax import sharding
 from dppo_jax.models import attention
 from dppo_jax.models import packed_attention
 from dppo_jax.models import products
@@ -94,7 +96,7 @@ def walks(sizes, window=None):
   """Steps of each stretch between the farthest slots and the nearest."""
   way = packed_attention.in_stretches(packed_attention.Sizes(*sizes))
   [sight], _ = way(where(), [window], scale=1.0, cap=None)
-  return sight.walks.tolist()
+  return sight.walks.max(axis=0).tolist()
 
 
 def test_a_stretch_walks_to_what_it_sees_and_no_further():
@@ -231,39 +233,53 @@ def test_a_sampler_records_what_whole_rows_attend_to(num_slots):
     )
 
 
-def on_eight_devices():
-  """Prints how far gradients are from those of one device, and how large."""
+def on_eight_devices(num_heads):
+  """Prints how far gradients are from those of one device, and how large.
+
+  And before these, what moves between the devices.
+  """
   twice = lambda x: jnp.concatenate([x, x[::-1]])
   rows = jax.tree.map(twice, where())
   arrays, upstream = inputs()
   arrays, upstream = [twice(x) for x in arrays], twice(upstream)
-  way = packed_attention.in_stretches(packed_attention.Sizes(8, 1, 4))
 
-  def total(q, k, v, rows):
-    [sight], attend_with = way(rows, [None], scale=0.3, cap=None)
-    return jnp.sum(attend_with(sight)(q, k, v)[0] * upstream)
+  def gradient(*share):
+    way = packed_attention.in_stretches(
+        packed_attention.Sizes(8, 1, 4), *share
+    )
 
-  gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
-  mesh = jax.make_mesh(
-      (4, 2), ('data', 'tensor'),
-      axis_types=(jax.sharding.AxisType.Auto,) * 2,
-  )
+    def total(q, k, v, rows):
+      [sight], attend_with = way(rows, [None], scale=0.3, cap=None)
+      return jnp.sum(attend_with(sight)(q, k, v)[0] * upstream)
+
+    return jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+
+  mesh = sharding.make_mesh(data=4, fsdp=1, tensor=2, expert=1)
+  share = sharding.by_rows_and_heads(mesh, num_heads=num_heads)
   put = lambda x, *axes: jax.device_put(
       x, jax.NamedSharding(mesh, jax.P(*axes))
   )
-  placed = [put(x, 'data', None, 'tensor') for x in arrays]
-  spread = gradient(*placed, jax.tree.map(lambda x: put(x, 'data'), rows))
+  heads = 'tensor' if num_heads == 2 else None
+  placed = [put(x, 'data', None, heads) for x in arrays]
+  placed.append(jax.tree.map(lambda x: put(x, 'data'), rows))
+  compiled = gradient(share).lower(*placed).compile()
+  moved = [x for x, _ in collectives.of(compiled.as_text())]
+  print(sorted({*moved} - {'all-reduce'}))
+  spread = compiled(*placed)
   assert len(spread[0].sharding.device_set) == 8
-  for x, y in zip(spread, gradient(*arrays, rows), strict=True):
+  for x, y in zip(spread, gradient()(*arrays, rows), strict=True):
     print(float(jnp.abs(x - y).max()), float(jnp.abs(y).max()))
 
 
 @pytest.mark.several_devices
 @pytest.mark.slow
-def test_rows_and_heads_may_be_spread_over_devices():
-  printed = many_devices.run(
-      'import packed_attention_test as test; test.on_eight_devices()'
+@pytest.mark.parametrize('num_heads', [2, 1])  # 1: not as if they divided.
+def test_rows_and_heads_may_be_spread_over_devices(num_heads):
+  moved, *printed = many_devices.run(
+      'import packed_attention_test as test; '
+      f'test.on_eight_devices({num_heads})'
   )
+  assert moved == '[]'  # A row is met where it is.
   for line in printed:
     difference, largest = map(float, line.split())
     assert difference < 1e-5 and largest > 0.1

@@ -28,6 +28,11 @@ AttendFn = Callable[
 # structure, so that scanned layers select theirs; attend_with(sight) -> attend.
 RowAttention = Callable[..., tuple[list[Any], Callable[[Any], AttendFn]]]
 
+# share(attend) of an attend(q, k, v, rows, rest) -> [B, T, H, E]: each device
+# has its own rows and heads. q, k and v may be trees with heads, `rows` is one
+# of [B, ...], `rest` is for all.
+ShareFn = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
+
 # Rows longer than that never have scores [T, T] of all tokens at once.
 LONG_ROW = 2048
 BLOCK = 512
@@ -36,6 +41,11 @@ BLOCK = 512
 NUM_STRETCHES = 4
 SHORTEST_STRETCH = 128
 NO_WINDOW = 2**30
+
+
+def alone(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """A `ShareFn` of one device."""
+  return attend
 
 
 class Where(NamedTuple):

@@ -9,7 +9,7 @@ Neither can be partitioned by XLA, nor has all that a model may ask for:
 B rows, T tokens, H query heads, K key and value heads, E width of a head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import functools
 from typing import Any, NamedTuple
 
@@ -37,11 +37,6 @@ DECODE_NAMES = ('auto', 'xla', 'triton')
 _BLOCK, _LANES = 512, 128
 # 'auto' has no kernel for shorter rows, which it would fill up. Ours as well.
 SHORT_ROW = 512
-
-# share(attend) of an attend(q, k, v, rows, rest) -> [B, T, H, E]: each device
-# has its own rows and heads. `rows` is a tree of [B, ...], `rest` is for all.
-ShareFn = Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
-
 
 class Asked(NamedTuple):
   """What a kernel would have to do."""
@@ -194,13 +189,8 @@ _NEEDS = {
 }
 
 
-def alone(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-  """A `ShareFn` of one device."""
-  return attend
-
-
 def splash(
-    share: ShareFn = alone, *, interpret: bool = False
+    share: attention.ShareFn = attention.alone, *, interpret: bool = False
 ) -> attention.RowAttention:
   """Splash attention, for TPU.
 
@@ -211,7 +201,7 @@ def splash(
   runs. In return, blocks of it that nobody sees are skipped.
 
   Args:
-    share: see `ShareFn`.
+    share: see `attention.ShareFn`.
     interpret: runs anywhere, slowly, for tests.
   """
 
@@ -306,7 +296,7 @@ def _heads_first(attend):
 
 
 def cudnn(
-    share: ShareFn = alone, *, aligned: bool = False
+    share: attention.ShareFn = attention.alone, *, aligned: bool = False
 ) -> attention.RowAttention:
   """Fused attention of cuDNN, for NVIDIA's GPUs.
 
@@ -315,7 +305,7 @@ def cudnn(
   token sees all that stands before it.
 
   Args:
-    share: see `ShareFn`.
+    share: see `attention.ShareFn`.
     aligned: rows hold one sequence each, from their first slot on, and no
       window `narrows` them. Padding behind it sees it, and is not seen.
   """

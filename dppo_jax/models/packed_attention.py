@@ -63,8 +63,8 @@ def _up_to(number: int, multiple: int) -> int:
 class Sight(NamedTuple):
   """What layers of a window have to know of N stretches."""
 
-  far: jax.Array  # [N, B] int32, the first of the farthest slots.
-  walks: jax.Array  # [N] int32, steps between these and the nearest.
+  far: jax.Array  # [B, N] int32, the first of the farthest slots.
+  walks: jax.Array  # [B, N] int32, steps between these and the nearest.
   window: jax.Array | None  # [] int32, see `LayerKind`; None for none.
 
 
@@ -72,7 +72,9 @@ class _Row(NamedTuple):
   """Rows, of a length that can be cut, and how to attend to them."""
 
   where: attention.Where  # [B, T]
-  sight: Sight
+  far: jax.Array  # [N, B] int32, see `Sight`.
+  walks: jax.Array  # [N] int32, of the row that walks farthest.
+  window: jax.Array | None  # [] int32, see `LayerKind`; None for none.
 
 
 class _Parts(NamedTuple):
@@ -107,12 +109,19 @@ class _Kept(NamedTuple):
   log_sum: jax.Array  # [B, K, H / K, n, 1] float32
 
 
-def in_stretches(sizes: Sizes = Sizes()) -> attention.RowAttention:
+def in_stretches(
+    sizes: Sizes = Sizes(), share: attention.ShareFn = attention.alone
+) -> attention.RowAttention:
   """Attention of packed rows without a kernel, see `attention.in_xla`.
 
   It is right for all rows, and saves nothing where a row is one sequence. What
   a tape holds of attention is not computed again. Short rows are attended to as
   a whole, see `pays`.
+
+  Args:
+    sizes: of a cut.
+    share: see `attention.ShareFn`. Rows are taken apart by number, for
+      which XLA would bring all of them to every device.
   """
 
   def attention_of(where, windows: Sequence[int | None], **scores):
@@ -123,13 +132,19 @@ def in_stretches(sizes: Sizes = Sizes()) -> attention.RowAttention:
     whole = attention.fill_up(where, cut.queries)
     sights = [_look(whole, x, cut) for x in attention.limits_of(windows)]
 
-    def attend_with(sight):
-      options = tuple(scores.items()), cut
+    def of_rows(asking, k, v, rows, window):
+      (q, made), (where, far, walks) = asking, rows
+      row = _Row(where, far.T, jnp.max(walks, axis=0), window)
+      return _attend(tuple(scores.items()), cut, q, k, v, row, made)
 
+    def attend_with(sight):
       def attend(q, k, v, tape=products.no_tape):
         made = tape.attended if tape.attended is not None else ()
-        *inputs, made = attention.fill_up((q, k, v, made), cut.queries)
-        out = _attend(*options, *inputs, _Row(whole, sight), made)
+        *asking, keys, values = attention.fill_up((q, made, k, v), cut.queries)
+        out = share(of_rows)(
+            tuple(asking), keys, values, (whole, sight.far, sight.walks),
+            sight.window,
+        )
         return out[:, : q.shape[1]], (k, v)
 
       return attend
@@ -160,13 +175,13 @@ def _look(where, window, cut) -> Sight:
     seen = jnp.any(seen, axis=1) & (slots < near)  # [B, T]
     far = jnp.minimum(jnp.argmax(seen, axis=-1), length - cut.far)
     between = seen & (slots >= far[:, None] + cut.far)
-    first = jnp.min(jnp.where(between, slots, near))
+    first = jnp.min(jnp.where(between, slots, near), axis=-1)
     return far.astype(jnp.int32), -(-(near - first) // cut.near)
 
   queries = _in_stretches(where, cut)
   count = jnp.arange(len(queries.segment_ids))
   far, steps = _of_all(of_stretch, (count, queries), cut)
-  return Sight(far, steps, window)
+  return Sight(far.T, steps.T, window)
 
 
 def _of_all(fn, stretches: PyTree, cut: Sizes) -> PyTree:
@@ -212,11 +227,11 @@ def _from_near(x: jax.Array, cut: Sizes, axis: int) -> jax.Array:
 
 def _at_once(cache, row, cut) -> _Keys:
   """What all stretches meet at once, the farthest first; N in front."""
-  count, batch = row.sight.far.shape
+  count, batch = row.far.shape
   near = jnp.arange(count)[:, None, None] * cut.queries + jnp.arange(
       -cut.behind * cut.queries, cut.queries
   )[None, None]
-  far = row.sight.far[..., None] + jnp.arange(cut.far)[None, None]
+  far = row.far[..., None] + jnp.arange(cut.far)[None, None]
 
   def of_row(where_from):
     number, start = where_from
@@ -250,8 +265,8 @@ def _at_once(cache, row, cut) -> _Keys:
 
 def _rows_of_stretches(row) -> tuple[jax.Array, jax.Array]:
   """Number of a row, and its farthest slot in a stretch. [N * B] each."""
-  count, batch = row.sight.far.shape
-  return jnp.tile(jnp.arange(batch), count), row.sight.far.ravel()
+  count, batch = row.far.shape
+  return jnp.tile(jnp.arange(batch), count), row.far.ravel()
 
 
 def _slice(x, number, start, size, axis):
@@ -288,7 +303,7 @@ def _keys_of_step(cache, row, index, step, cut) -> tuple[_Keys, jax.Array]:
       x, start, cut.near, axis
   )
   places = (start + jnp.arange(cut.near))[None]
-  far_end = row.sight.far[index][:, None] + cut.far
+  far_end = row.far[index][:, None] + cut.far
   new = (places < end) & (places >= far_end)
   where = jax.tree.map(at(1), row.where)
   return _Keys(
@@ -320,7 +335,7 @@ def _scores(parts: _Parts, keys: _Keys, window, *, scale, cap):
 
 def _walk(row: _Row, body, carry):
   """Runs body(index, step, carry) for every step of every stretch's walk."""
-  walks = row.sight.walks
+  walks = row.walks
   ends = jnp.cumsum(walks)
 
   def step(number, carry):
@@ -361,7 +376,7 @@ def _attend_forward(options, cut, q, k, v, row, made):
         parts.queries, first(made.out), first(made.log_sum[..., None])
     )
     return made.out.astype(q.dtype), (kept, cache, row)
-  options, window = dict(options), row.sight.window
+  options, window = dict(options), row.window
 
   def meet(parts, keys):
     _, _, scores = _scores(parts, keys, window, **options)
@@ -407,7 +422,7 @@ def _attend_backward(options, cut, kept, gradient):
   def meet(stretch, keys):
     """Gradients of queries, [..., E], and of keys and values, [..., E, W]."""
     parts, gradient, mean, log_sum = stretch
-    capped, visible, _ = _scores(parts, keys, row.sight.window, **options)
+    capped, visible, _ = _scores(parts, keys, row.window, **options)
     # Of padding, a tape may hold any sum: no weight is more than 1.
     weights = jnp.exp(jnp.minimum(capped - log_sum, 0.0))
     weights = jnp.where(visible, weights, 0.0)
