@@ -57,6 +57,12 @@ LAYOUTS = {
             'learner__num_halvings': 1,
         },
     ),
+    'packed in stretches': (
+        'qwen3',
+        {'data': 2, 'fsdp': 2, 'tensor': 2},
+        # Long enough for three of them.
+        {'learner__row_length': 192, 'learner__num_microbatches': 2},
+    ),
     'shared prompts': (
         'qwen3', {'data': 2, 'fsdp': 2, 'tensor': 2},
         {'learner__share_prompts': True},

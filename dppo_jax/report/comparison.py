@@ -164,8 +164,7 @@ class _Column(NamedTuple):
 
 _CAPTION = (
     'Mean over seeds, below it the lowest and the highest. Masked: share of '
-    'tokens outside the trust region and moving further out, mean of all '
-    'steps. Minutes: compilation, steps and evaluations.'
+    'tokens that the trust region drops, mean of all steps. Minutes: compilation, steps and evaluations.'
 )
 
 

@@ -50,8 +50,8 @@ PLOTS = (
     ),
     Plot(
         'Masked tokens',
-        'Share of the tokens of that sign of the advantage A that are outside '
-        'the trust region and moving further out.',
+        'Share of the tokens of that sign of the advantage A that the trust '
+        'region drops.',
         {'mask/positive': 'A > 0', 'mask/negative': 'A < 0'},
     ),
     Plot(
