@@ -164,7 +164,8 @@ class _Column(NamedTuple):
 
 _CAPTION = (
     'Mean over seeds, below it the lowest and the highest. Masked: share of '
-    'tokens that the trust region drops, mean of all steps. Minutes: compilation, steps and evaluations.'
+    'tokens that the trust region drops, mean of all steps. Minutes: '
+    'compilation, steps and evaluations.'
 )
 
 
