@@ -200,7 +200,7 @@ TABLE = {
     ),
     'minirl': Algorithm(
         source=f'{_DPPO} App. C.1 (0.2 and 0.28)',
-        keeps=_OUT + ', D = |q - 1|, q against the recomputed anchor',
+        keeps=_OUT + ', D = |pi / q - 1|',
         divergence=_CLIP_HIGHER,
         anchor='recomputed',
     ),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import time
 from typing import Any, NamedTuple
 
+import jax
+
 from dppo_jax.types import Rollout
 from dppo_jax.types import ScoredRollout
 
@@ -52,6 +54,7 @@ class Backlog:
       return
     rollout, batch = self._waiting
     self._waiting = None
+    jax.block_until_ready(rollout)
     start = time.perf_counter()
     scored, texts = self._score(rollout, batch)
     self._seconds += time.perf_counter() - start

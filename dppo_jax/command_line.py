@@ -35,7 +35,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'Config file, for example configs/tv_topk.py.'
 )
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Directory of the run; runs/NAME_OF_CONFIG if not given.'
+    'workdir',
+    None,
+    'Directory of the run; runs/NAME_OF_CONFIG if not given, and -ALGORITHM '
+    'behind it where a flag or :NAME says which.',
 )
 _COORDINATOR = flags.DEFINE_string(
     'coordinator',
@@ -71,6 +74,8 @@ _NAMED = {
     'task': tasks,
     'trust_region': trust_regions,
 }
+
+_WHICH = 'Which config? For example --config=configs/tv_topk.py.'
 
 # What a shell reports for a process that SIGTERM ended: it did not finish.
 EXIT_INTERRUPTED = 128 + signal.SIGTERM
@@ -155,11 +160,13 @@ def _make_configs_importable(argv: list[str]) -> None:
   """Config files import `configs.default`, wherever the program is started."""
   given = []
   for argument, following in zip(argv, [*argv[1:], '']):
-    name, _, value = argument.lstrip('-').partition('=')
+    name, equals, value = argument.lstrip('-').partition('=')
     if name == 'config':
-      given.append(value or following)
+      given.append(value if equals else following)
+      if not given[-1]:
+        raise ValueError(_WHICH)
       path = pathlib.Path(given[-1].partition(':')[0]).resolve()
-      if given[-1] and not path.is_file():
+      if not path.is_file():
         raise FileNotFoundError(
             f'There is no file {str(path)!r}. Configs are in configs/.'
         )
@@ -260,7 +267,7 @@ def _one_line(error: Exception) -> str:
   if unknown := re.match(r"Unknown command line flag '\w+\.(\S+)'$", message):
     return f'{message}. Settings of a config are --config.{unknown[1]}=VALUE.'
   if '--config must have a value' in message:
-    return 'Which config? For example --config=configs/tv_topk.py.'
+    return _WHICH
   return message
 
 
@@ -273,5 +280,6 @@ def default_workdir() -> str:
   filename = config_flags.get_config_filename(flags.FLAGS['config'])
   path, _, argument = filename.partition(':')
   changed = config_flags.get_override_values(flags.FLAGS['config'])
-  names = pathlib.Path(path).stem, argument, changed.get('algorithm')
-  return str(pathlib.Path('runs', '-'.join(filter(None, names))))
+  name = changed.get('algorithm') or argument
+  stem = pathlib.Path(path).stem
+  return str(pathlib.Path('runs', f'{stem}-{name}' if name else stem))

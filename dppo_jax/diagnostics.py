@@ -66,8 +66,8 @@ def token_metrics(
   where both policies have the same parameters: what is left there is the
   training-inference mismatch.
 
-  `mask/outside`, `mask/coming_back` compare tokens with the threshold; None
-  where the rule does not, and they are not there.
+  `mask/outside`, `mask/coming_back` are there only with a threshold; None
+  where a rule does not take a token for outside that is above it.
 
   What `_telling` computes is there once more for the tokens of each age:
   `mask/fraction` of ages 2 and 3 is `by_age/2-3/mask_fraction`.

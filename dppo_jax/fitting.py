@@ -171,7 +171,7 @@ def check_beside(
     held: int,
     shared: int,
 ) -> int:
-  """Raises a ValueError if what evaluates does not fit beside what is held.
+  """Raises a ValueError if an evaluation does not fit beside what is held.
 
   Args:
     lowered: its program.

@@ -218,8 +218,8 @@ def r2vpo(
       its mean per token.
     per: 'batch', one constraint on the mean over all tokens; or 'sequence',
       where only sequences whose own mean is above the limit are braked, and E[]
-      counts each sequence once. The multiplier hears of that mean in both
-      cases: it is held, and 'sequence' chooses who pays for it, at one price.
+      counts each sequence once. In both cases the multiplier follows E[]
+      against the limit; 'sequence' only chooses who pays for it.
     stop_at_turning_point: silence tokens beyond it instead of pulling them
       back.
   """

@@ -697,7 +697,8 @@ def evaluation_program(
 ) -> evaluate.Program:
   """What held-out evaluation compiles. Needs no weights, and no devices.
 
-  Of the tokenizer only what tells ends is looked at, see `end_ids`.
+  Of the tokenizer only `pad_token_id` and what tells ends is looked at, see
+  `end_ids`.
   """
   settings = config.eval
   sampling_mesh = _sampling_mesh(config, mesh)

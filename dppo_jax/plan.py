@@ -231,14 +231,16 @@ def make_plan(
     return _count(topology, mesh, model, made, mean_length, compile_s)
 
 
-def _evaluate(topology, mesh, model, made) -> tuple[int, int]:
+def _evaluate(
+    topology, mesh, model, config, arguments, trainable
+) -> tuple[int, int]:
   """See `Plan.evaluate`."""
-  config, (state, scored, _) = made['config'], made['arguments']
+  state, scored, _ = arguments
   with platforms.traced_for('tpu'):
     return fitting.check_evaluation(
         main.evaluation_program(config, mesh, model, _TOKENIZER),
         config,
-        trainable=made['program'].trainable,
+        trainable=trainable,
         state=state,
         pending=[scored] * (1 + config.staleness),
         mesh=mesh,
@@ -346,7 +348,11 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
       ),
       unknown_loops=len(unknown),
       compile_s=compile_s,
-      evaluate=functools.partial(_evaluate, topology, mesh, model, made),
+      # Not `made`: a search would keep all that it compiled.
+      evaluate=functools.partial(
+          _evaluate, topology, mesh, model, config, made['arguments'],
+          made['program'].trainable,
+      ),
   )
 
 
@@ -721,7 +727,7 @@ def run(config: Any, workdir: str | None) -> bool:
   print(assumptions(plan))
   print(
       f'jax {jax.__version__}, libtpu {metadata.version("libtpu")}; '
-      f'{sum(plan.compile_s for plan in plans):,.0f} s of compilation in '
+      f'{sum(plan.compile_s for plan in plans):,.0f} s of compiling steps in '
       f'{time.perf_counter() - start:,.0f} s ({time.process_time():,.0f} s of '
       f'CPU), {host_peak() / 1e9:.1f} GB of host memory.'
   )

@@ -431,7 +431,8 @@ def by_rows_and_heads(
 ) -> Callable[..., Any]:
   """Attention of each device to its own rows and heads.
 
-  For kernels, which XLA does not partition. Within `by_rows`, the rows are
+  For kernels, which XLA does not partition, and for attention in stretches, for
+  which it would bring all rows to every device. Within `by_rows`, the rows are
   those of the device already.
 
   Args:

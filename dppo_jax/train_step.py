@@ -106,7 +106,7 @@ def make_halves(
     learn: from `learner.make_learner`.
     rollout_fn: from `rollout.make_rollout_fn`.
     threshold: the divergence's, for metrics; None where the rule does not
-      compare tokens with it.
+      take a token for outside that is above it.
     group_size: G.
     vocab_size: V.
     replay: from `replay.make_replay`; None learns from fresh rollouts alone.

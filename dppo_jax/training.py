@@ -15,6 +15,7 @@ from absl import logging
 import jax
 import numpy as np
 
+from dppo_jax import evaluate
 from dppo_jax import fitting
 from dppo_jax import lora
 from dppo_jax import memory
@@ -57,7 +58,7 @@ class Parts(NamedTuple):
   scorer: Scorer
   verify: VerifyFn
   prompts: PromptIterator
-  evaluate_fn: Callable[..., Any]
+  evaluate_fn: evaluate.Evaluation
   rollout_fn: rollout_lib.RolloutFn
   learn: Callable[..., Any]
   train_step: train_step_lib.TrainStep
@@ -178,7 +179,7 @@ def _start(
   batch = next(parts.prompts)
   state, blank = parts.state, blank_rollout(parts)
   backlog = Backlog(functools.partial(score, parts))
-  restored = _restore(config, parts, checkpoints, blank)
+  restored = _restore(config, parts, checkpoints, blank, goes_on=True)
   if restored is not None:
     step, arrays, host = restored
     state = arrays['state']
@@ -237,8 +238,10 @@ def _checkpointed(config: Any, state: TrainState, rollout: ScoredRollout):
   }
 
 
-def _restore(config, parts, checkpoints, blank):
+def _restore(config, parts, checkpoints, blank, *, goes_on=False):
   """The latest checkpoint, beside the frozen parameters it was made with.
+
+  Who goes on must have the same prompts, who only looks may have others.
 
   A device need not hold the state twice: in `parts.state`, only what is frozen
   and the products are left where there is a checkpoint.
@@ -255,7 +258,8 @@ def _restore(config, parts, checkpoints, blank):
           'does not hold what is frozen. Use the same model, or another '
           '--workdir.'
       )
-    parts.prompts.check_state(host['prompts'])
+    if goes_on:
+      parts.prompts.check_state(host['prompts'])
     jax.tree.map(lambda x: x.delete(), start._replace(frozen=(), products=()))
 
   restored = checkpoints.restore_latest(wanted, when_found=when_found)

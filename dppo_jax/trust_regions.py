@@ -43,7 +43,9 @@ class RegionInputs(NamedTuple):
 RegionFn = Callable[[RegionInputs], jax.Array]
 
 
-def _by_threshold(factory: Callable[..., RegionFn]) -> Callable[..., RegionFn]:
+def _needs_threshold(
+    factory: Callable[..., RegionFn]
+) -> Callable[..., RegionFn]:
   """Marks a rule that drops nothing where the threshold is infinite.
 
   Not `outward`, which says so in the rows of algorithms without a region.
@@ -102,7 +104,7 @@ def outward() -> RegionFn:
 
 
 @register
-@_by_threshold
+@_needs_threshold
 def minimal() -> RegionFn:
   """Drops only what lowers a token by `threshold` or more: A < 0, pi < mu.
 
@@ -121,7 +123,7 @@ def minimal() -> RegionFn:
 
 
 @register
-@_by_threshold
+@_needs_threshold
 @_limits_tokens
 def relaxed(*, alpha: float = 0.1, side: str = 'both') -> RegionFn:
   """`outward`, but a token with mu < alpha is never dropped.
@@ -192,7 +194,7 @@ def band(*, lowest: float = 0.5, highest: float = 5.0) -> RegionFn:
 
 
 @register
-@_by_threshold
+@_needs_threshold
 def sequence_ratio() -> RegionFn:
   """PPO's clip on the geometric mean of a sequence's ratios (GSPO).
 
@@ -215,7 +217,7 @@ def sequence_ratio() -> RegionFn:
 
 
 @register
-@_by_threshold
+@_needs_threshold
 def sequence_divergence(*, statistic: str = 'max') -> RegionFn:
   """Drops a sequence whose divergence, largest or mean, is above the threshold.
 
@@ -238,7 +240,7 @@ def sequence_divergence(*, statistic: str = 'max') -> RegionFn:
 
 
 @register
-@_by_threshold
+@_needs_threshold
 def cumulative_prefix(
     *, budget: float = 0.015, smallest_weight: float = 0.8, soft: bool = False
 ) -> RegionFn:

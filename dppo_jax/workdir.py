@@ -159,18 +159,22 @@ def _make(folder: pathlib.Path) -> None:
 def locked(folder: pathlib.Path) -> Iterator[None]:
   """Holds the directory while a run is in it; two would destroy each other.
 
-  It is made for that, and goes again if nothing else was put into it.
+  If it is made for that, and nothing else is put into it, it goes again.
 
   Raises:
     BlockingIOError: another process holds it.
     PermissionError: it cannot be written.
   """
+  new = not folder.exists()
   _make(folder)
   lock = folder / '.lock'
   with open(lock, 'w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+      # Or it was another's, who has just taken it away, see below.
+      if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+        raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError) as error:
       raise BlockingIOError(
           f'Another run is working in {str(folder)!r}. Wait for it, stop it, '
           'or choose another directory with --workdir.'
@@ -178,9 +182,10 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
     try:
       yield
     finally:
-      if list(folder.iterdir()) == [lock]:
-        lock.unlink()
-        folder.rmdir()
+      with contextlib.suppress(OSError):  # Never in place of what failed.
+        if new and list(folder.iterdir()) == [lock]:
+          lock.unlink()
+          folder.rmdir()
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -518,10 +518,9 @@ def test_region_hides_no_nan_from_who_counts_skipped_updates(name):
   assert not jnp.any(dropped & at)
 
 
-@each_region
-def test_region_that_says_it_limits_tokens_keeps_those_within(name):
-  if not trust_regions.limits_tokens(name):
-    return
+@pytest.mark.parametrize('name', ['outward', 'relaxed', 'dual_clip'])
+def test_region_that_limits_tokens_says_so_and_keeps_those_within(name):
+  assert trust_regions.limits_tokens(name)
   inputs = random_region_inputs(threshold=0.15)
   region_fn = trust_regions.build(name)
   within = inputs.divergence <= 0.15
@@ -529,6 +528,10 @@ def test_region_that_says_it_limits_tokens_keeps_those_within(name):
     within &= inputs.log_ratio < 0
   assert jnp.all(region_fn(inputs) | ~within)
   assert not jnp.all(region_fn(inputs))
+
+
+def test_no_other_region_says_that_it_limits_tokens():
+  assert sum(map(trust_regions.limits_tokens, trust_regions.names())) == 3
 
 
 @each_region

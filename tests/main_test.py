@@ -685,6 +685,9 @@ def test_a_run_goes_on_with_its_own_rows_only(cli, tmp_path):
   assert_one_line_error(
       done, 'data position was saved with rows=.* start a new run in another'
   )
+  # Who only looks may have others, and another seed.
+  done = cli('-m', 'dppo_jax.evaluate', seed=1, **options)
+  assert done.returncode == 0, done.stderr[-3000:]
 
 
 # Little memory.
@@ -890,6 +893,8 @@ def test_the_default_directory_is_that_of_the_algorithm(monkeypatch):
       (['--config=configs/default.py:grpo'], 'runs/default-grpo'),
       (['--config=configs/tv_topk.py', '--config.algorithm=grpo'],
        'runs/tv_topk-grpo'),
+      (['--config=configs/default.py:grpo', '--config.algorithm=grpo'],
+       'runs/default-grpo'),
   ):
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values)

@@ -443,10 +443,11 @@ def tiny_config(**changes):
 @pytest.fixture(scope='module')
 def topology():
   # Without a device nothing can be read back.
+  before = jax.config.jax_enable_compilation_cache
   jax.config.update('jax_enable_compilation_cache', False)
   compilation_cache.reset_cache()  # Or it remembers that there is one.
   yield plan_lib.make_topology('v5e:2x2')
-  jax.config.update('jax_enable_compilation_cache', True)
+  jax.config.update('jax_enable_compilation_cache', before)
   compilation_cache.reset_cache()
 
 

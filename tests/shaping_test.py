@@ -274,7 +274,7 @@ def test_reference_kl_as_a_reward_lowers_the_advantage(estimator):
 @pytest.mark.parametrize('where, estimator', [
     ('loss', 'k2'), ('loss', 'k3'), ('loss', 'full'), ('reward', 'k1'),
 ])
-def test_the_kl_that_is_penalised_is_measured(where, estimator):
+def test_the_kl_to_the_reference_is_measured_as_it_is_estimated(where, estimator):
   prepare, weighted_loss = make_objective(extras=objective.Extras(
       kl_coefficient=0.5, kl_estimator=estimator, kl_where=where
   ))
@@ -297,7 +297,7 @@ def test_the_kl_that_is_penalised_is_measured(where, estimator):
       'full': full_kl(target, reference),
   }[estimator]
   close(metrics['reference/kl'], kl[MASK].mean(), rtol=1e-4)
-  # Nor does a rule that compares no token with a threshold tell who is outside.
+  # A rule that compares no token with a threshold tells not who is outside.
   assert 'mask/fraction' in metrics and 'mask/outside' not in metrics
 
 

@@ -3,6 +3,8 @@
 import functools
 import json
 import os
+import pathlib
+import shutil
 
 import pytest
 
@@ -224,6 +226,36 @@ def test_a_lock_leaves_no_directory_in_which_nothing_was_written(tmp_path):
       if kept:
         (folder / 'config.json').write_text('{}')
     assert folder.exists() == kept
+
+
+def test_a_lock_takes_away_nothing_that_was_there_and_hides_no_error(
+    tmp_path, monkeypatch
+):
+  folder = tmp_path / 'empty'
+  folder.mkdir()
+  with workdir.locked(folder):
+    pass
+  assert folder.is_dir()  # It was somebody's.
+  monkeypatch.chdir(folder)
+  for name in ('.', 'vanishes'):
+    with pytest.raises(ZeroDivisionError):
+      with workdir.locked(pathlib.Path(name)):
+        if name == 'vanishes':
+          shutil.rmtree(name)
+        raise ZeroDivisionError
+
+
+def test_a_lock_that_was_taken_away_meanwhile_is_none(tmp_path, monkeypatch):
+  flock = workdir.fcntl.flock
+
+  def taken_away(file, how):
+    flock(file, how)
+    (tmp_path / '.lock').unlink()
+
+  monkeypatch.setattr(workdir.fcntl, 'flock', taken_away)
+  with pytest.raises(BlockingIOError, match='Another run is working'):
+    with workdir.locked(tmp_path):
+      pass
 
 
 def test_a_run_that_failed_before_its_first_line_holds_nobody_up(tmp_path):

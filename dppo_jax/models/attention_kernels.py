@@ -38,6 +38,7 @@ _BLOCK, _LANES = 512, 128
 # 'auto' has no kernel for shorter rows, which it would fill up. Ours as well.
 SHORT_ROW = 512
 
+
 class Asked(NamedTuple):
   """What a kernel would have to do."""
 

@@ -82,7 +82,7 @@ def _resolve(spec: str) -> tuple[str, Any]:
   return f'{source}:{name}', function
 
 
-@functools.cache  # A worker unpickles the verifier for each completion.
+@functools.cache  # It is executed once, whoever asks for it.
 def _import(source: str) -> Any:
   if not source.endswith('.py'):
     return importlib.import_module(source)

@@ -212,38 +212,38 @@ def _check_length(text: str, length: int, limit: int, source_name: str):
   )
 
 
-def _check_lengths(
+def _checked(
   rows: base.Source,
   tokenizer: Any,
   *,
   max_prompt_length: int,
   add_special_tokens: bool,
-) -> None:
-  """Refuses prompts of no tokens or too many, and says of how many."""
-  num_long, longest = 0, ('', 1)
+) -> str:
+  """Refuses prompts of no tokens or too many, and says of how many.
+
+  Returns:
+    a digest of prompts, and of answers that are texts, which tells them from
+    others.
+  """
+  digest, num_long, longest = hashlib.sha256(), 0, ('', 1)
   for start in range(0, len(rows), _CHECK_AT_ONCE):
     stop = min(start + _CHECK_AT_ONCE, len(rows))
-    texts = [rows[i]['prompt'] for i in range(start, stop)]
+    some = [rows[i] for i in range(start, stop)]  # Which may read a file.
+    texts = [row['prompt'] for row in some]
     ids = _tokenize(texts, tokenizer, add_special_tokens)
-    for text, length in zip(texts, map(len, ids), strict=True):
+    for row, text, length in zip(some, texts, map(len, ids), strict=True):
       if not length:
         _check_length(text, length, max_prompt_length, 'To learn from')
       num_long += length > max_prompt_length
       longest = max(longest, (text, length), key=lambda x: x[1])
+      answer = row['answer']
+      answer = answer if isinstance(answer, str) else None
+      digest.update(repr((text, answer)).encode())
   _check_length(
     *longest,
     max_prompt_length,
     f'{num_long:,} of {len(rows):,} to learn from are too long, the longest',
   )
-
-
-def _digest(rows: base.Source) -> str:
-  """Tells prompts from others, and answers that are texts."""
-  digest = hashlib.sha256()
-  for i in range(len(rows)):
-    answer = rows[i]['answer']
-    answer = answer if isinstance(answer, str) else None
-    digest.update(repr((rows[i]['prompt'], answer)).encode())
   return digest.hexdigest()[:16]
 
 
@@ -382,13 +382,13 @@ class PromptIterator:
       'max_prompt_length': max_prompt_length,
       'add_special_tokens': add_special_tokens,
     }
-    _check_lengths(source, tokenizer, **self._encoding)
+    digest = _checked(source, tokenizer, **self._encoding)
     # What the order depends on; a position means nothing without it.
     self._identity = {
       'num_rows': len(source),
       'num_prompts': num_prompts,
       'seed': seed,
-      'rows': _digest(source),
+      'rows': digest,
     }
     # Batches of numbers of rows: who does not hold a row does not read it.
     rows = grain.MapDataset.range(len(source))

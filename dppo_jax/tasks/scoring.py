@@ -174,8 +174,8 @@ class Scorer:
     if sum(new) == count > 1:
       timeouts = new[0]
       raise ValueError(
-        f'The verifier of config.task failed on all {count} completions of a '
-        f'batch; the last time {self._last_failure}. '
+        f'The verifier of config.task failed on all {count} completions that '
+        f'it was shown of a batch; the last time {self._last_failure}. '
         + (
           f'{timeouts} took more than config.scoring.timeout_s='
           f'{self._timeout_s:g} seconds; raise it if the verifier needs more. '
