@@ -274,7 +274,9 @@ def test_reference_kl_as_a_reward_lowers_the_advantage(estimator):
 @pytest.mark.parametrize('where, estimator', [
     ('loss', 'k2'), ('loss', 'k3'), ('loss', 'full'), ('reward', 'k1'),
 ])
-def test_the_kl_to_the_reference_is_measured_as_it_is_estimated(where, estimator):
+def test_the_kl_to_the_reference_is_measured_as_it_is_estimated(
+    where, estimator
+):
   prepare, weighted_loss = make_objective(extras=objective.Extras(
       kl_coefficient=0.5, kl_estimator=estimator, kl_where=where
   ))
