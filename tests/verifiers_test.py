@@ -235,8 +235,8 @@ def test_counts_are_those_since_the_last_call():
 def test_a_verifier_that_fails_on_a_whole_batch_stops_the_run():
   scorer = scoring.Scorer(fails_on_b)
   message = (
-      "all 2 completions of a batch; the last time it raised KeyError: 'y', "
-      "for completion 'b' and answer 'y'. Call it by hand"
+      'all 2 completions that it was shown of a batch; the last time it raised '
+      "KeyError: 'y', for completion 'b' and answer 'y'. Call it by hand"
   )
   with pytest.raises(ValueError, match=re.escape(message)):
     scorer.score(['b', 'b'], ['x', 'y'])
