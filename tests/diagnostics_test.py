@@ -9,6 +9,7 @@ import pytest
 
 from dppo_jax import diagnostics
 from dppo_jax import divergences
+from dppo_jax import duals
 
 pytestmark = pytest.mark.usefixtures('no_nans')
 
@@ -113,6 +114,18 @@ def test_a_bad_update_lowers_a_token_by_a_half_or_more(gap, bad):
   metrics = metrics_of(stats, threshold=0.9)
   assert metrics['mask/bad_updates'] == pytest.approx(bad)
   assert metrics['mask/bad_updates_kept'] == pytest.approx(bad)
+
+
+def test_a_constraint_is_a_mean_by_its_own_weights():
+  # (1 * .1 + 3 * .3) / 4; padding of weight 0 may hold anything.
+  constraint = duals.Constraint(
+      values=padded(np.array([0.1, 0.3, 9, 9, 9, 9]), np.inf),
+      weights=padded(np.array([1.0, 3.0, 0, 0, 0, 0]), 0.0),
+      beyond=padded(np.array([1, 0, 0, 1, 0, 0]), 1.0) > 0,
+  )
+  metrics = metrics_of(make_stats()._replace(constraint=constraint))
+  assert metrics['constraint/value'] == pytest.approx(0.25)
+  assert metrics['constraint/beyond_turning_point'] == pytest.approx(2 / 6)
 
 
 def test_two_thresholds_are_low_for_negative_and_high_for_positive():
