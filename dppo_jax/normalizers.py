@@ -12,7 +12,6 @@ was left out.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +27,9 @@ config = register.config
 NormalizerFn = Callable[[jax.Array], jax.Array]
 
 
-def _alike(what: str) -> Callable[..., Any]:
-  """Says of a normalizer what counts the same throughout a rollout."""
-
-  def mark(factory):
-    factory.counts_alike = what
-    return factory
-
-  return mark
-
-
 def counts_alike(name: str) -> str:
   """'tokens', 'sequences' whatever their length, or '' if it is neither."""
-  return getattr(register.factory(name), 'counts_alike', '')
+  return register.fact(name, 'counts_alike') or ''
 
 
 def _count(rows: jax.Array) -> jax.Array:
@@ -49,8 +38,7 @@ def _count(rows: jax.Array) -> jax.Array:
   return jnp.maximum(count, 1).astype(jnp.float32)
 
 
-@register
-@_alike('tokens')
+@register.with_facts(counts_alike='tokens')
 def constant(*, horizon: int) -> NormalizerFn:
   """Token sum over a constant horizon, mean over sequences.
 
@@ -66,8 +54,7 @@ def constant(*, horizon: int) -> NormalizerFn:
   return normalizer
 
 
-@register
-@_alike('tokens')
+@register.with_facts(counts_alike='tokens')
 def token_mean() -> NormalizerFn:
   """Mean over all sampled tokens of the rollout (DAPO, arXiv:2503.14476)."""
 
@@ -77,8 +64,7 @@ def token_mean() -> NormalizerFn:
   return normalizer
 
 
-@register
-@_alike('sequences')
+@register.with_facts(counts_alike='sequences')
 def sequence_mean() -> NormalizerFn:
   """Mean over the tokens of a sequence, then over sequences (GRPO)."""
 
@@ -90,8 +76,7 @@ def sequence_mean() -> NormalizerFn:
   return normalizer
 
 
-@register
-@_alike('tokens')
+@register.with_facts(counts_alike='tokens')
 def sequence_sum() -> NormalizerFn:
   """Token sum, then mean over sequences: Eq. 12 of arXiv:2602.04879 as it is.
 

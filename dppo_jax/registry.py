@@ -27,11 +27,29 @@ class Registry:
   def __init__(self, kind: str):
     self._kind = kind
     self._factories: dict[str, Callable[..., Any]] = {}
+    self._facts: dict[str, dict[str, Any]] = {}
 
   def __call__(self, factory: Callable[..., Any]) -> Callable[..., Any]:
     """Registers `factory` under its own name; a decorator."""
     self._factories[factory.__name__] = factory
     return factory
+
+  def with_facts(self, **facts: Any) -> Callable[..., Any]:
+    """A decorator that registers, and notes what others may ask of a factory.
+
+    So that it is said where the factory is, and not in a list of who asks.
+    """
+
+    def register(factory):
+      self._facts[factory.__name__] = facts
+      return self(factory)
+
+    return register
+
+  def fact(self, name: str, fact: str) -> Any:
+    """What was noted of the factory called `name`; None if nothing was."""
+    self.factory(name)
+    return self._facts.get(name, {}).get(fact)
 
   def names(self) -> list[str]:
     """All registered names, sorted."""

@@ -43,31 +43,17 @@ class RegionInputs(NamedTuple):
 RegionFn = Callable[[RegionInputs], jax.Array]
 
 
-def _needs_threshold(
-    factory: Callable[..., RegionFn]
-) -> Callable[..., RegionFn]:
-  """Marks a rule that drops nothing where the threshold is infinite.
+def needs_threshold(name: str) -> bool:
+  """Whether the rule called `name` drops nothing with divergence 'none'.
 
-  Not `outward`, which says so in the rows of algorithms without a region.
+  Not `outward`, which is what algorithms without a region have.
   """
-  factory.needs_threshold = True
-  return factory
-
-
-def _limits_tokens(factory: Callable[..., RegionFn]) -> Callable[..., RegionFn]:
-  """Marks a rule that takes a token for outside if its D is above the limit."""
-  factory.limits_tokens = True
-  return factory
+  return bool(register.fact(name, 'needs_threshold'))
 
 
 def limits_tokens(name: str) -> bool:
-  """Whether being outside is a token's own matter, and D > threshold."""
-  return getattr(register.factory(name), 'limits_tokens', False)
-
-
-def needs_threshold(name: str) -> bool:
-  """Whether the rule called `name` does nothing with divergence 'none'."""
-  return getattr(register.factory(name), 'needs_threshold', False)
+  """Whether it takes a token for outside if its D is above the limit."""
+  return bool(register.fact(name, 'limits_tokens'))
 
 
 def _limit(inputs: RegionInputs) -> jax.Array:
@@ -83,8 +69,7 @@ def _moving_out(inputs: RegionInputs) -> jax.Array:
   return up | down
 
 
-@register
-@_limits_tokens
+@register.with_facts(limits_tokens=True)
 def outward() -> RegionFn:
   """Drops a token that is outside the trust region and moving further out.
 
@@ -103,8 +88,7 @@ def outward() -> RegionFn:
   return region_fn
 
 
-@register
-@_needs_threshold
+@register.with_facts(needs_threshold=True)
 def minimal() -> RegionFn:
   """Drops only what lowers a token by `threshold` or more: A < 0, pi < mu.
 
@@ -122,9 +106,7 @@ def minimal() -> RegionFn:
   return region_fn
 
 
-@register
-@_needs_threshold
-@_limits_tokens
+@register.with_facts(needs_threshold=True, limits_tokens=True)
 def relaxed(*, alpha: float = 0.1, side: str = 'both') -> RegionFn:
   """`outward`, but a token with mu < alpha is never dropped.
 
@@ -150,8 +132,7 @@ def relaxed(*, alpha: float = 0.1, side: str = 'both') -> RegionFn:
   return region_fn
 
 
-@register
-@_limits_tokens
+@register.with_facts(limits_tokens=True)
 def dual_clip(*, ratio_limit: float = 3.0) -> RegionFn:
   """`outward`, and drops A < 0 tokens whose ratio is above a limit.
 
@@ -193,8 +174,7 @@ def band(*, lowest: float = 0.5, highest: float = 5.0) -> RegionFn:
   return region_fn
 
 
-@register
-@_needs_threshold
+@register.with_facts(needs_threshold=True)
 def sequence_ratio() -> RegionFn:
   """PPO's clip on the geometric mean of a sequence's ratios (GSPO).
 
@@ -216,8 +196,7 @@ def sequence_ratio() -> RegionFn:
   return region_fn
 
 
-@register
-@_needs_threshold
+@register.with_facts(needs_threshold=True)
 def sequence_divergence(*, statistic: str = 'max') -> RegionFn:
   """Drops a sequence whose divergence, largest or mean, is above the threshold.
 
@@ -239,8 +218,7 @@ def sequence_divergence(*, statistic: str = 'max') -> RegionFn:
   return region_fn
 
 
-@register
-@_needs_threshold
+@register.with_facts(needs_threshold=True)
 def cumulative_prefix(
     *, budget: float = 0.015, smallest_weight: float = 0.8, soft: bool = False
 ) -> RegionFn:

@@ -72,3 +72,21 @@ def test_config_knows_the_type_of_an_option_that_is_none():
   assert config.salt == 2.5
   with pytest.raises(TypeError):
     config.salt = 'a pinch'
+
+
+def test_what_is_noted_of_a_factory_is_told_to_who_asks():
+  menu = registry.Registry('dish')
+
+  @menu.with_facts(hot=True)
+  def stew(*, bowls: int = 1):
+    return bowls
+
+  @menu
+  def ice():
+    return 0
+
+  assert menu.fact('stew', 'hot') is True
+  assert menu.fact('stew', 'cold') is None and menu.fact('ice', 'hot') is None
+  assert menu.build('stew') == stew() == 1 and ice() == 0
+  with pytest.raises(ValueError, match="Unknown dish 'stwe'. Did you mean"):
+    menu.fact('stwe', 'hot')
