@@ -105,12 +105,12 @@ def cases() -> list[tuple[str, str]]:
 
 def make_learn(divergence: Divergence, loss_fn: LossFn, *, chunk: int):
   """Loss and its gradient from hidden states, as in the learner."""
-  judge_fn = target_lib.make_judge_fn(
+  summed_loss = target_lib.make_summed_loss(
       Head(), divergence, by_token=is_by_token(loss_fn), temperature=1.0,
       chunk_size=chunk,
   )
 
-  def judge(target, behaviour_logprobs, advantages, mask):
+  def token_loss(target, behaviour_logprobs, advantages, mask):
     region = divergences.trust_region(
         divergence=target.divergence,
         log_ratio=target.logprobs - behaviour_logprobs,
@@ -134,8 +134,8 @@ def make_learn(divergence: Divergence, loss_fn: LossFn, *, chunk: int):
 
   def loss(params, rollout, advantages):
     anchor = target_lib.Anchor(rollout.behaviour_logprobs, rollout.record)
-    total, target, _ = judge_fn(
-        judge, params, packing.rows_of(rollout), anchor,
+    total, target, _ = summed_loss(
+        token_loss, params, packing.rows_of(rollout), anchor,
         rollout.behaviour_logprobs, advantages, rollout.token_mask,
     )
     return total, jnp.mean(target.entropy)

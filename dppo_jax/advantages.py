@@ -20,6 +20,16 @@ config = register.config
 AdvantageFn = Callable[[jax.Array], jax.Array]
 
 
+def teaches_without_spread(name: str) -> bool:
+  """Whether a group whose rewards are all equal still has an advantage."""
+  return bool(register.fact(name, 'teaches_without_spread'))
+
+
+def compares_the_batch(name: str) -> bool:
+  """Whether the advantages of a group depend on those of other groups."""
+  return bool(register.fact(name, 'compares_the_batch'))
+
+
 def _centred(rewards: jax.Array, group_size: int) -> jax.Array:
   """Rewards minus their group's mean. [N * G] -> [N, G].
 
@@ -87,7 +97,7 @@ def leave_one_out(*, group_size: int) -> AdvantageFn:
   return advantage_fn
 
 
-@register
+@register.with_facts(compares_the_batch=True)
 def batch_zscore(*, group_size: int, epsilon: float = 1e-6) -> AdvantageFn:
   """Reward minus group mean, over the deviation of the whole batch.
 
@@ -103,7 +113,7 @@ def batch_zscore(*, group_size: int, epsilon: float = 1e-6) -> AdvantageFn:
   return advantage_fn
 
 
-@register
+@register.with_facts(teaches_without_spread=True)
 def raw() -> AdvantageFn:
   """The reward itself, no baseline. For rewards that are advantages already."""
 

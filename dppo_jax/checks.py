@@ -8,8 +8,10 @@ import math
 import re
 from typing import Any
 
+from dppo_jax import advantages
 from dppo_jax import halvings
 from dppo_jax import lora
+from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import registry
 from dppo_jax import trust_regions
@@ -32,6 +34,18 @@ _POSITIVE = (
     'checkpoint_every',
     'keep_checkpoints',
 )
+# What may be 0, and what that means.
+_MEANING_OF_ZERO = {
+    'profile_steps': 'none',
+    'learner.num_microbatches': 'as few as fit the memory',
+    'learner.chunk_size': 'all at once',
+    'lora.rank': 'no adapters',
+    'eval.temperature': 'greedy',
+    'eval.top_k': 'no limit',
+    'extras.kl_coefficient': 'no penalty',
+    'staleness': 'learn at once',
+    'replay.capacity': 'no buffer',
+}
 _MODES = ('fused', 'split')
 _DTYPES = ('float32', 'bfloat16')
 # The learner's gradients would need a loss scale for float16.
@@ -63,20 +77,12 @@ def check(
     raise ValueError(
         f'config.seed={config.seed} must be between 0 and {2**32 - 1}.'
     )
-  if config.profile_steps < 0:
-    raise ValueError(
-        f'config.profile_steps={config.profile_steps} must be 0 (none) or more.'
-    )
-  if config.learner.num_microbatches < 0:
-    raise ValueError(
-        f'config.learner.num_microbatches={config.learner.num_microbatches} '
-        'must be 0 (as few as fit the memory) or more.'
-    )
-  if config.learner.chunk_size < 0:
-    raise ValueError(
-        f'config.learner.chunk_size={config.learner.chunk_size} must be 0 (all '
-        'at once) or more.'
-    )
+  for name, meaning in _MEANING_OF_ZERO.items():
+    value = _get(config, name)
+    if not value >= 0:  # A NaN is none of both.
+      raise ValueError(
+          f'config.{name}={value} must be 0 ({meaning}) or more.'
+      )
   for name, known in (
       ('model.dtype', _DTYPES),
       ('model.params_dtype', _DTYPES),
@@ -199,11 +205,10 @@ def check_model(
         'experts of all layers; use model.remat=\'full\', or '
         'unroll_layers=False.'
     )
-  k = config.divergence.get('k', 0)
-  if k > vocab_size:
+  if 'k' in config.divergence and config.divergence.k > vocab_size:
     raise ValueError(
-        f'config.divergence.k={k} is larger than the vocabulary of '
-        f'{vocab_size} tokens; use at most {vocab_size}.'
+        f'config.divergence.k={config.divergence.k} is larger than the '
+        f'vocabulary of {vocab_size} tokens; use at most {vocab_size}.'
     )
   length = config.max_prompt_length + config.max_completion_length
   if length > max_positions:
@@ -228,10 +233,6 @@ def _get(config, name):
 
 
 def _check_lora(settings):
-  if settings.rank < 0:
-    raise ValueError(
-        f'config.lora.rank={settings.rank} must be 0 (no adapters) or more.'
-    )
   if not settings.alpha > 0:
     raise ValueError(f'config.lora.alpha={settings.alpha} must be positive.')
   for target in settings.targets:
@@ -283,31 +284,24 @@ def _check_sampling(sampling):
 
 
 def _check_eval_sampling(settings):
-  if not settings.temperature >= 0:
-    raise ValueError(
-        f'config.eval.temperature={settings.temperature} must be 0 (greedy) or '
-        'more.'
-    )
   if not 0 < settings.top_p <= 1:
     raise ValueError(
         f'config.eval.top_p={settings.top_p} must be above 0 and at most 1.'
-    )
-  if settings.top_k < 0:
-    raise ValueError(
-        f'config.eval.top_k={settings.top_k} must be 0 (no limit) or more.'
     )
 
 
 def _check_dual(config):
   """A constraint needs a price, and a price a constraint."""
-  constrained = config.loss.name == 'r2vpo'
+  loss = config.loss.name
+  constrained = losses.is_constrained(loss)
   if constrained == (config.dual.name == 'none'):
     raise ValueError(
-        f'config.loss.name={config.loss.name!r} and '
-        f'config.dual.name={config.dual.name!r} do not go together: r2vpo '
-        'needs a dual, for example projected_ascent, and other losses none.'
+        f'config.loss.name={loss!r} and '
+        f'config.dual.name={config.dual.name!r} do not go together: '
+        + (f'{loss} needs a dual, for example projected_ascent.' if constrained
+           else f'a dual is the price of a constraint, and {loss} has none.')
     )
-  if constrained and config.loss.center == 'mean':
+  if loss == 'r2vpo' and config.loss.center == 'mean':
     if config.learner.num_microbatches != 1:
       raise ValueError(
           "config.loss.center='mean' needs a whole mini-batch at once; use "
@@ -350,11 +344,6 @@ def _check_method(config):
         "trust_region.name='outward'."
     )
   extras = config.extras
-  if extras.kl_coefficient < 0:
-    raise ValueError(
-        f'config.extras.kl_coefficient={extras.kl_coefficient} must be 0 (no '
-        'penalty) or more.'
-    )
   if extras.kl_coefficient and extras.kl_where == 'loss':
     if extras.kl_estimator == 'k1':
       raise ValueError(
@@ -368,7 +357,7 @@ def _check_method(config):
 def _check_spread(config):
   """Who relies on groups whose rewards differ, and on whole batches."""
   name = config.advantage.name
-  if name == 'raw':
+  if advantages.teaches_without_spread(name):
     for field, value in (
         ('drop_groups_without_spread', config.drop_groups_without_spread),
         ('num_groups', config.num_groups),
@@ -377,14 +366,14 @@ def _check_spread(config):
       if value:
         raise ValueError(
             f'config.{field}={value} passes over groups whose rewards are all '
-            "equal, and with config.advantage.name='raw' these teach "
+            f'equal, and with config.advantage.name={name!r} these teach '
             'something, too; use another advantage, or '
             f'{field}={type(value)(0)}.'
         )
-  if name == 'batch_zscore' and config.replay.capacity:
+  if advantages.compares_the_batch(name) and config.replay.capacity:
     raise ValueError(
         f'config.replay.capacity={config.replay.capacity} leaves rows empty '
-        "while it fills, and config.advantage.name='batch_zscore' would count "
+        f'while it fills, and config.advantage.name={name!r} would count '
         'them in the deviation of the batch; use group_zscore, or capacity=0.'
     )
 
@@ -438,16 +427,6 @@ def num_replayed_groups(config: Any) -> int:
 def _check_replay(config, num_batch_shards):
   """The buffer must hold what is drawn from it."""
   replay = config.replay
-  if config.staleness < 0:
-    raise ValueError(
-        f'config.staleness={config.staleness} must be 0 (learn at once) or '
-        'more.'
-    )
-  if replay.capacity < 0:
-    raise ValueError(
-        f'config.replay.capacity={replay.capacity} must be 0 (no buffer) or '
-        'more.'
-    )
   if not replay.capacity:
     return
   groups = replay.ratio * config.num_prompts

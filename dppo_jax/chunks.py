@@ -120,10 +120,10 @@ def mapped(
 def summed(
     fn: Callable[..., tuple[jax.Array, PyTree]], chunk_size: int = 0
 ) -> Callable[..., tuple[jax.Array, PyTree]]:
-  """The sum of what sampled tokens are worth, whose gradient comes with it.
+  """The sum of a term of each sampled token, whose gradient comes with it.
 
   Args:
-    fn: `fn(heads, hidden [c, D], *trees of [c, ...])` of some tokens, the worth
+    fn: `fn(heads, hidden [c, D], *trees of [c, ...])` of some tokens, the term
       [c] of each; and beside it a pytree of [c, ...]. Both say of a token what
       depends on it alone, and may be anything where none was sampled.
     chunk_size: c; 0 for all n at once.
@@ -136,8 +136,8 @@ def summed(
   """
 
   def at_once(heads, mask, hidden, trees):
-    worth, out = fn(heads, hidden, *trees)
-    return jnp.sum(jnp.where(mask, worth, 0)), out
+    terms, out = fn(heads, hidden, *trees)
+    return jnp.sum(jnp.where(mask, terms, 0)), out
 
   def of_all(heads, mask, hidden, trees):
     chunks = _Chunks.of(mask, chunk_size)
@@ -157,24 +157,24 @@ def summed(
       fixed_part = fixed[0], chunks.take(index, fixed[1])
       mask_part, trees_part = chunks.take(index, (mask, trees))
 
-      def worth_of(moving):
+      def sum_of(moving):
         heads, hidden = _merge(moving, fixed_part)
         return at_once(heads, mask_part, hidden, trees_part)
 
-      (worth, out), (of_heads, of_hidden) = jax.value_and_grad(
-          worth_of, has_aux=True
+      (total, out), (of_heads, of_hidden) = jax.value_and_grad(
+          sum_of, has_aux=True
       )(moving)
-      return (worth, of_heads), (out, of_hidden)
+      return (total, of_heads), (out, of_hidden)
 
-    (worth, of_heads), (out, of_hidden) = chunks.over(
+    (total, of_heads), (out, of_hidden) = chunks.over(
         of_chunk, (jnp.float32(0), _zeros(heads))
     )
-    return (worth, out), (of_heads, of_hidden)
+    return (total, out), (of_heads, of_hidden)
 
   def backward(gradients, of_both):
-    of_worth = _instantiate(of_both[0])
+    of_total = _instantiate(of_both[0])
     of_heads, of_hidden = jax.tree.map(
-        lambda x: (x * of_worth).astype(x.dtype), gradients
+        lambda x: (x * of_total).astype(x.dtype), gradients
     )
     return of_heads, None, of_hidden, None
 
@@ -183,8 +183,8 @@ def summed(
 
   def run(heads, mask, hidden, trees):
     of_tokens = in_chunks if chunk_size else at_once
-    worth, out = of_tokens(heads, mask, hidden, _fixed(trees))
-    return worth, _fixed(out)
+    total, out = of_tokens(heads, mask, hidden, _fixed(trees))
+    return total, _fixed(out)
 
   return run
 

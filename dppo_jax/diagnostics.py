@@ -19,6 +19,7 @@ from dppo_jax.masking import masked_min
 from dppo_jax.masking import masked_quantile
 from dppo_jax.masking import masked_sum
 from dppo_jax.masking import where_valid
+from dppo_jax.types import given
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import Threshold
@@ -97,7 +98,7 @@ def token_metrics(
   metrics |= _constraint_metrics(stats)
   metrics |= _replay_metrics(stats)
   metrics |= _router_metrics(stats)
-  if not isinstance(stats.reference_kl, tuple):
+  if given(stats.reference_kl):
     metrics['reference/kl'] = masked_mean(stats.reference_kl, mask)
   fresh = by_age[0]
   return metrics | {
@@ -155,9 +156,11 @@ def _mask_metrics(stats, masked, gap, threshold):
   }
   if threshold is None:
     return metrics
-  low, high = divergences.low_high(threshold)
-  outside = mask & (stats.divergence > jnp.where(advantages > 0, high, low))
-  coming_back = outside & (advantages * stats.direction < 0)
+  limit = divergences.limit_of(advantages, threshold)
+  outside = mask & (stats.divergence > limit)
+  coming_back = outside & divergences.moving_out(
+      direction=-stats.direction, advantages=advantages
+  )
   return metrics | {
       'mask/outside': masked_mean(outside, mask),
       'mask/coming_back': masked_mean(coming_back, mask),
@@ -190,7 +193,7 @@ def _effective_share(log_ratio, chosen):
 
 def _constraint_metrics(stats):
   """How far the ratios are from what a constrained loss allows."""
-  if not stats.constraint:
+  if not given(stats.constraint):
     return {}
   values, weights, beyond = stats.constraint
   values = jnp.where(weights > 0, values, 0.0)
@@ -204,7 +207,7 @@ def _constraint_metrics(stats):
 
 def _replay_metrics(stats):
   """How much of what is learned comes from replayed tokens."""
-  if isinstance(stats.replayed, tuple):
+  if not given(stats.replayed):
     return {}
   mass = where_valid(stats.gradient_weight * stats.weights, stats.token_mask)
   total = jnp.sum(mass)
@@ -226,7 +229,7 @@ def _router_metrics(stats):
   return {
       name: masked_mean(x, stats.token_mask)
       for name, x in measured.items()
-      if not isinstance(x, tuple)
+      if given(x)
   }
 
 

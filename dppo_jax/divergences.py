@@ -58,13 +58,26 @@ def trust_region(
   Returns:
     [...] bool. Tokens that pull the policy back are always kept.
   """
+  out = moving_out(direction=log_ratio, advantages=advantages)
+  return ~(out & (divergence > limit_of(advantages, threshold)))
+
+
+def moving_out(*, direction: jax.Array, advantages: jax.Array) -> jax.Array:
+  """Whether an update pushes a token further the way it has gone. [...] bool.
+
+  Args:
+    direction: [...] > 0 where raising the token's probability moves out.
+    advantages: [...]; who has 0 pushes nowhere.
+  """
+  up = (advantages > 0) & (direction > 0)
+  down = (advantages < 0) & (direction < 0)
+  return up | down
+
+
+def limit_of(advantages: jax.Array, threshold: Threshold) -> jax.Array:
+  """The threshold that holds for a token, by its advantage's sign. [...]."""
   low, high = low_high(threshold)
-  moving_out = jnp.where(
-      advantages > 0,
-      (log_ratio > 0) & (divergence > high),
-      (advantages < 0) & (log_ratio < 0) & (divergence > low),
-  )
-  return ~moving_out
+  return jnp.where(advantages > 0, high, low)
 
 
 def low_high(threshold: Threshold) -> tuple[float, float]:
@@ -336,8 +349,8 @@ def explicit_mass(recorded: TopK) -> jax.Array:
   return jnp.sum(probs, axis=-1)
 
 
-def _top_k(k: int, construction: str):
-  """`record` and a function from target logits to both policies' buckets."""
+def _record_top_k(k: int, construction: str):
+  """What is noted of logits [..., V] and tokens [...]: a `TopK`."""
   if k < 1:
     raise ValueError(f'k={k} is not positive; the paper uses k=20.')
   if construction not in ('union', 'replace'):
@@ -366,16 +379,18 @@ def _top_k(k: int, construction: str):
         valid=jnp.concatenate([valid, ~inside], axis=-1),
     )
 
-  def buckets(logits, recorded):
-    shifted, log_sum = _shift(logits)
-    target = jnp.take_along_axis(shifted, recorded.tokens, axis=-1) - log_sum
-    # An invalid bucket has no mass under either policy: its tokens are counted
-    # elsewhere, as another bucket or in the rest.
-    behaviour = jnp.where(recorded.valid, recorded.logprobs, -jnp.inf)
-    target = jnp.where(recorded.valid, target, -jnp.inf)
-    return {'behaviour': _with_rest(behaviour), 'target': _with_rest(target)}
+  return record
 
-  return record, buckets
+
+def _buckets(logits: jax.Array, recorded: TopK) -> dict[str, jax.Array]:
+  """Log-masses of both policies, the rest as the last. [..., K + 2] each."""
+  shifted, log_sum = _shift(logits)
+  target = jnp.take_along_axis(shifted, recorded.tokens, axis=-1) - log_sum
+  # An invalid bucket has no mass under either policy: its tokens are counted
+  # elsewhere, as another bucket or in the rest.
+  behaviour = jnp.where(recorded.valid, recorded.logprobs, -jnp.inf)
+  target = jnp.where(recorded.valid, target, -jnp.inf)
+  return {'behaviour': _with_rest(behaviour), 'target': _with_rest(target)}
 
 
 @register
@@ -395,11 +410,35 @@ def topk_tv(
   authors' code instead lets a sampled token outside the top K replace the last
   of them, `'replace'`, which is coarser and so masks less.
   """
-  record, buckets = _top_k(k, construction)
+  record = _record_top_k(k, construction)
 
   def measure(logits, tokens, recorded):
     del tokens  # Already among the recorded buckets.
-    return tv_of_buckets(**buckets(logits, recorded))
+    return tv_of_buckets(**_buckets(logits, recorded))
+
+  limits = _thresholds(threshold, threshold_low, threshold_high)
+  return Divergence(record, measure, limits)
+
+
+@register
+def topk_kl(
+    *,
+    threshold: float = 0.05,
+    threshold_low: float | None = None,
+    threshold_high: float | None = None,
+    k: int = 20,
+    construction: str = 'union',
+) -> Divergence:
+  """kl(behaviour || target) over {top K of mu, sampled token, rest}, in nats.
+
+  Eq. 16 of arXiv:2602.04879, K = 20, threshold 0.05 (App. F.3). For
+  `construction` see `topk_tv`.
+  """
+  record = _record_top_k(k, construction)
+
+  def measure(logits, tokens, recorded):
+    del tokens  # Already among the recorded buckets.
+    return kl_of_buckets(**_buckets(logits, recorded))
 
   limits = _thresholds(threshold, threshold_low, threshold_high)
   return Divergence(record, measure, limits)
@@ -423,7 +462,6 @@ def predictive_kl(
   can differ from the ratio's sign: a token above its old probability may lie on
   the way back where another token has grown more.
   """
-  record, buckets = _top_k(k, construction)
   base = topk_kl(
       threshold=threshold,
       threshold_low=threshold_low,
@@ -433,7 +471,7 @@ def predictive_kl(
   )
 
   def direction(logits, tokens, recorded):
-    masses = buckets(logits, recorded)
+    masses = _buckets(logits, recorded)
     target = jnp.exp(masses['target'])
     gap = target - jnp.exp(masses['behaviour'])
     sampled = jnp.where(
@@ -442,31 +480,7 @@ def predictive_kl(
     at_sampled = jnp.sum(jnp.where(sampled, gap[..., :-1], 0.0), axis=-1)
     return at_sampled - jnp.sum(target * gap, axis=-1)
 
-  return base._replace(record=record, direction=direction)
-
-
-@register
-def topk_kl(
-    *,
-    threshold: float = 0.05,
-    threshold_low: float | None = None,
-    threshold_high: float | None = None,
-    k: int = 20,
-    construction: str = 'union',
-) -> Divergence:
-  """kl(behaviour || target) over {top K of mu, sampled token, rest}, in nats.
-
-  Eq. 16 of arXiv:2602.04879, K = 20, threshold 0.05 (App. F.3). For
-  `construction` see `topk_tv`.
-  """
-  record, buckets = _top_k(k, construction)
-
-  def measure(logits, tokens, recorded):
-    del tokens  # Already among the recorded buckets.
-    return kl_of_buckets(**buckets(logits, recorded))
-
-  limits = _thresholds(threshold, threshold_low, threshold_high)
-  return Divergence(record, measure, limits)
+  return base._replace(direction=direction)
 
 
 def _all_logprobs(logits: jax.Array, tokens: Any = None) -> jax.Array:

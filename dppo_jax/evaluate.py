@@ -165,7 +165,7 @@ def make_evaluate_fn(
   own = processes.of_groups(own, num_samples)
 
   def evaluate_fn(params):
-    tokens, mask, truncated = processes.rows_of(
+    tokens, mask, truncated = processes.local_rows(
         sample(params, prompts, keys), own
     )
     decoded, rewards = verify(

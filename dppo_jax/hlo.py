@@ -283,11 +283,11 @@ def _written(program, around, instruction):
     part = instruction.operands[_WRITES_A_PART[opcode]]
     return min(size, num_bytes(_shape(around, part)))
   if opcode == 'fusion':
-    return min(size, _written_within(program, instruction, size))
+    return min(size, _written_within(program, instruction))
   return size
 
 
-def _written_within(program, fusion, size):
+def _written_within(program, fusion):
   """What a fusion writes: updates of arrays in place are parts of them."""
   within = program.computations[fusion.called[0]]
   root = _root(within)
@@ -428,7 +428,7 @@ def collectives(
     for instruction in _with_fused(program, step.instruction):
       kind = instruction.opcode.removesuffix('-start')
       if kind in COLLECTIVES:
-        found.append(_collective(program, step, instruction, num_devices))
+        found.append(_collective(step, instruction, num_devices))
   return found
 
 
@@ -440,7 +440,7 @@ def _with_fused(program, instruction):
         yield from _with_fused(program, inner)
 
 
-def _collective(program, step, instruction, num_devices):
+def _collective(step, instruction, num_devices):
   kind = instruction.opcode.removesuffix('-start')
   # All shapes of a start are in its result, that of the operand too; a
   # reduce-scatter's operand is its group times its result.

@@ -16,6 +16,7 @@ from dppo_jax import duals
 from dppo_jax import packing
 from dppo_jax import trainable as trainable_lib
 from dppo_jax.objective import Batch
+from dppo_jax.types import given
 from dppo_jax.types import PyTree
 from dppo_jax.types import ScoredRollout
 from dppo_jax.types import TrainState
@@ -49,7 +50,7 @@ def over_updates(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def make_learner(
     *,
     weighted_loss: Callable[..., Any],
-    prepare: Callable[[TrainState, ScoredRollout], Batch],
+    prepare: Callable[[TrainState, ScoredRollout, PyTree], Batch],
     optimizer: Any,
     num_epochs: int,
     num_minibatches: int,
@@ -84,6 +85,42 @@ def make_learner(
   accumulate = _make_accumulate(
       weighted_loss, trainable, num_microbatches, arrange, place
   )
+  update = _make_update(accumulate, optimizer, dual)
+
+  def learn(state, scored, key):
+    batch = prepare(
+        state._replace(
+            params=trainable.join(state.params, state.frozen),
+            reference=trainable.start(state.reference, state.frozen),
+        ),
+        scored,
+        state.products,
+    )
+    # Weights make the loss of the rollout; a mini-batch is a part of it.
+    batch = batch._replace(weights=batch.weights * num_minibatches)
+    num_units = batch.weights.shape[0] // rows_together
+    shuffles = jax.vmap(lambda k: jax.random.permutation(k, num_units))(
+        jax.random.split(key, num_epochs)
+    )
+    own = jnp.arange(rows_together)[None, None]
+    shuffles = shuffles[..., None] * rows_together + own
+    chosen = shuffles.reshape(num_epochs * num_minibatches, -1)
+    products, state = state.products, state._replace(products=())
+    state, (stats, metrics) = jax.lax.scan(
+        lambda state, chosen: update(state, batch, chosen, products),
+        state, chosen,
+    )
+    # [U, K, m, R] -> [U, rows, R].
+    stats = jax.tree.map(
+        lambda x: x.reshape(x.shape[0], -1, x.shape[-1]), stats
+    )
+    return state, stats, metrics
+
+  return learn
+
+
+def _make_update(accumulate, optimizer, dual):
+  """`update(state, batch, chosen, products)` of the rows `chosen`."""
 
   def update(state, batch, chosen, products):
     """One optimizer update, or none if it would not be finite."""
@@ -128,36 +165,7 @@ def make_learner(
     }
     return new_state, (stats, metrics)
 
-  def learn(state, scored, key):
-    batch = prepare(
-        state._replace(
-            params=trainable.join(state.params, state.frozen),
-            reference=trainable.start(state.reference, state.frozen),
-        ),
-        scored,
-        state.products,
-    )
-    # Weights make the loss of the rollout; a mini-batch is a part of it.
-    batch = batch._replace(weights=batch.weights * num_minibatches)
-    num_units = batch.weights.shape[0] // rows_together
-    shuffles = jax.vmap(lambda k: jax.random.permutation(k, num_units))(
-        jax.random.split(key, num_epochs)
-    )
-    own = jnp.arange(rows_together)[None, None]
-    shuffles = shuffles[..., None] * rows_together + own
-    chosen = shuffles.reshape(num_epochs * num_minibatches, -1)
-    products, state = state.products, state._replace(products=())
-    state, (stats, metrics) = jax.lax.scan(
-        lambda state, chosen: update(state, batch, chosen, products),
-        state, chosen,
-    )
-    # [U, K, m, R] -> [U, rows, R].
-    stats = jax.tree.map(
-        lambda x: x.reshape(x.shape[0], -1, x.shape[-1]), stats
-    )
-    return state, stats, metrics
-
-  return learn
+  return update
 
 
 def _make_accumulate(
@@ -174,8 +182,13 @@ def _make_accumulate(
     def loss_of(params, part):
       policy = trainable.join(params, state.frozen)
       return weighted_loss(
-          policy, part, reference, state.policy_version, state.dual, share,
-          products,
+          policy,
+          part,
+          reference,
+          state.policy_version,
+          dual_state=state.dual,
+          share=share,
+          products=products,
       )
 
     def of_part(index, length):
@@ -220,10 +233,10 @@ def _constrain(dual, state, stats):
   """The dual after an update that saw these tokens, and what it saw."""
   if dual is None:
     return state, {}
-  if not stats.constraint:
+  if not given(stats.constraint):
     raise ValueError(
-        'config.dual is set, but the loss has no constraint for it; use '
-        'loss r2vpo, or dual none.'
+        'config.dual is set, but the loss has no constraint for it; use loss '
+        'r2vpo, or another that returns the metric constraint, or dual none.'
     )
   violation, seen = duals.violation(
       stats.constraint, stats.age, limit=dual.limit, by_age=dual.by_age

@@ -19,7 +19,7 @@ def over_first(
 
   Args:
     fn: of a part, [] int32: what is added up, and arrays.
-    count: [] int32, parts to run.
+    count: int or [] int32, parts to run.
     limit: parts that there may be.
     zeros: what sums begin with.
 
@@ -27,6 +27,13 @@ def over_first(
     the sums; and the arrays of all parts, [limit, ...] each, 0 for those that
     were not run.
   """
+  if isinstance(count, int) and count == limit:  # XLA knows its length.
+
+    def step(sums, part):
+      terms, out = fn(part)
+      return jax.tree.map(jnp.add, sums, terms), out
+
+    return jax.lax.scan(step, zeros, jnp.arange(limit))
   # Traced once, here and in the loop.
   fn = jax.jit(fn, inline=True)
   _, shapes = jax.eval_shape(fn, jnp.int32(0))

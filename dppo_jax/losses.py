@@ -32,6 +32,11 @@ config = register.config
 _LOG_RATIO_LIMIT = 20.0
 
 
+def is_constrained(name: str) -> bool:
+  """Whether the loss called `name` has a constraint, whose price is a dual."""
+  return bool(register.fact(name, 'constrained'))
+
+
 def _score_function(
     inputs: LossInputs,
     weight_fn: Callable[[jax.Array, jax.Array], jax.Array],
@@ -185,7 +190,7 @@ def drpo(*, delta: float = 12.5) -> LossFn:
   return loss_fn
 
 
-@register
+@register.with_facts(constrained=True)
 def r2vpo(
     *,
     center: str = 'one',

@@ -97,6 +97,18 @@ class Extras:
   def needs_reference(self) -> bool:
     return self.kl_coefficient != 0
 
+  @property
+  def uses_full_kl(self) -> bool:
+    return self.needs_reference and self.kl_estimator == 'full'
+
+  @property
+  def uses_sampled_kl(self) -> bool:
+    return self.needs_reference and self.kl_estimator != 'full'
+
+  @property
+  def kl_in_reward(self) -> bool:
+    return self.needs_reference and self.kl_where == 'reward'
+
 
 def make_prepare_fn(
     *,
@@ -164,7 +176,7 @@ def make_prepare_fn(
     )
 
   def references(state, rows):
-    if not extras.needs_reference or extras.kl_estimator == 'full':
+    if not extras.uses_sampled_kl:
       return ()
     return in_parts(
         divergences.token_logprobs, state.reference, _own_routing(rows)
@@ -179,22 +191,20 @@ def make_prepare_fn(
         num_groups=num_groups,
         group_size=group_size,
     )
-    sampled = rollout
+    sampled = packing.rows_of(rollout)
+    mask = sampled.token_mask
     if mask_truncated:
-      ended = ~rollout.truncated[:, None]
-      rollout = rollout._replace(token_mask=rollout.token_mask & ended)
+      mask &= ~rollout.truncated[:, None]
     if drop_groups_without_spread:
-      rollout = rollout._replace(
-          token_mask=shaping.without_groups_without_spread(
-              rollout.token_mask, rewards, group_size=group_size
-          )
+      mask = shaping.without_groups_without_spread(
+          mask, rewards, group_size=group_size
       )
-    rows, mask = packing.rows_of(rollout), rollout.token_mask
-    if extras.needs_reference and extras.kl_where == 'reward':
+    rows = sampled._replace(token_mask=mask)
+    if extras.kl_in_reward:
       # Also of what is masked, which the others of a group are compared with.
-      reference_logprobs = references(state, packing.rows_of(sampled))
+      reference_logprobs = references(state, sampled)
       estimate = _sampled_kl(
-          extras, sampled.token_mask, sampled.behaviour_logprobs,
+          extras, sampled.token_mask, rollout.behaviour_logprobs,
           reference_logprobs,
       )
       rewards -= extras.kl_coefficient * jnp.sum(estimate, axis=-1)
@@ -303,19 +313,21 @@ def make_loss_fn(
     prompt_length: int = 0,
     dual: duals.Dual | None = None,
 ) -> Callable[..., tuple[jax.Array, diagnostics.TokenStats]]:
-  """`weighted_loss(params, batch, reference, version, dual, share, products)`.
+  """The loss of a micro-batch, made of a divergence, a rule and a loss.
 
-  The sum of loss * weight over the tokens of a micro-batch, and these tokens as
-  they were seen. A balance of experts is the only term that depends on how a
-  mini-batch is split, as it is no sum over tokens: it counts by the `share` of
-  the micro-batch, 1 over their number.
+  Returns:
+    `weighted_loss(params, batch, reference, version, *, dual_state, share,
+    products)`: the sum of loss * weight over the tokens of a micro-batch, and
+    these tokens as they were seen. A balance of experts is the only term that
+    depends on how a mini-batch is split, as it is no sum over tokens: it counts
+    by the `share` of the micro-batch, 1 over their number.
   """
   options = {
       'temperature': temperature,
       'chunk_size': chunk_size,
       'prompt_length': prompt_length,
   }
-  judge_fn = target_lib.make_judge_fn(
+  summed_loss = target_lib.make_summed_loss(
       model,
       divergence,
       by_token=is_by_token(region_fn) and is_by_token(loss_fn),
@@ -324,7 +336,7 @@ def make_loss_fn(
   )
   full_kl = _make_full_kl_fn(model, **options)
 
-  def judge(target, batch, multiplier):
+  def token_loss(target, batch, multiplier):
     """What tokens, [b, T] or [n], add to the loss; region and metrics."""
     mask = batch.rows.token_mask
     region = region_fn(trust_regions.RegionInputs(
@@ -353,20 +365,21 @@ def make_loss_fn(
     return loss * batch.weights, (region.astype(jnp.float32), metrics)
 
   def weighted_loss(
-      params, batch, reference, version, dual_state=(), share=1.0, products=()
+      params, batch, reference, version, *,
+      dual_state=(), share=1.0, products=(),
   ):
     rows, age = batch.rows, version - batch.policy_version
-    total, target, (region, loss_metrics) = judge_fn(
-        judge, params, rows, batch.anchor, batch,
+    total, target, (region, loss_metrics) = summed_loss(
+        token_loss, params, rows, batch.anchor, batch,
         dual and duals.multiplier_at(dual_state, age),
         products=products,
     )
     reference_kl = ()
-    if extras.needs_reference and extras.kl_estimator == 'full':
+    if extras.uses_full_kl:
       reference_kl = full_kl(params, rows, reference, target.hidden)
       reference_kl = jnp.where(rows.token_mask, reference_kl, 0.0)
       total += extras.kl_coefficient * jnp.sum(reference_kl * batch.weights)
-    elif extras.needs_reference:
+    elif extras.uses_sampled_kl:
       reference_kl = _sampled_kl(
           extras, rows.token_mask, target.logprobs, batch.reference_logprobs
       )
@@ -412,8 +425,7 @@ def _penalty(extras, target, batch):
   added = 0.0
   if extras.entropy_bonus:
     added -= extras.entropy_bonus * target.entropy
-  sampled = extras.kl_where == 'loss' and extras.kl_estimator != 'full'
-  if extras.needs_reference and sampled:
+  if extras.uses_sampled_kl and not extras.kl_in_reward:
     estimate = _sampled_kl(
         extras, batch.rows.token_mask, target.logprobs,
         batch.reference_logprobs,

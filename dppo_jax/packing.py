@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from dppo_jax import halvings
 from dppo_jax import loops
+from dppo_jax.types import given
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import Rows
@@ -292,7 +293,7 @@ def take(
     return jnp.take(flat, source, axis=0, mode='fill', fill_value=0)
 
   rows, *trees = jax.tree.map(pick, (rows, *trees))
-  if not isinstance(layout.segments, tuple):
+  if given(layout.segments):
     rows = rows._replace(
         input_segments=of_part(layout.segments),
         target_segments=of_part(layout.segments),
@@ -339,13 +340,6 @@ def over_parts(
     the sums; and the arrays of all parts, [K, m, R, ...], 0 in other slots.
   """
   num_parts, _, row_length = layout.source.shape
-  if isinstance(layout.num_parts, int):
-
-    def step(sums, part):
-      terms, out = fn(part, row_length)
-      return jax.tree.map(jnp.add, sums, terms), out
-
-    return jax.lax.scan(step, zeros, jnp.arange(num_parts))
   branches = [_filled_up(fn, x, row_length) for x in _lengths(layout)]
   which = _which(layout)
   return loops.over_first(
@@ -379,6 +373,8 @@ def _which(layout: Layout) -> jax.Array:
 
 def _filled_up(fn, length, row_length):
   """`fn` of so many slots of a row; what it returns is 0 behind them."""
+  if length == row_length:
+    return lambda part: fn(part, length)
   fill_up = lambda x: jnp.pad(
       x, [(0, 0), (0, row_length - length)] + [(0, 0)] * (x.ndim - 2)
   )

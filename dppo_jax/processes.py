@@ -222,7 +222,7 @@ def of_groups(prompts: np.ndarray, group_size: int) -> np.ndarray:
   return (prompts[:, None] * group_size + np.arange(group_size)).ravel()
 
 
-def rows_of(tree: PyTree, rows: np.ndarray) -> PyTree:
+def local_rows(tree: PyTree, rows: np.ndarray) -> PyTree:
   """Some rows that this process holds, as NumPy arrays.
 
   Args:

@@ -47,8 +47,15 @@ class Registry:
     return register
 
   def fact(self, name: str, fact: str) -> Any:
-    """What was noted of the factory called `name`; None if nothing was."""
+    """What was noted of the factory called `name`; None if nothing was.
+
+    Raises:
+      ValueError: there is no such factory, or none of which this is noted.
+    """
     self.factory(name)
+    known = {x for facts in self._facts.values() for x in facts}
+    if fact not in known:
+      raise ValueError(unknown(f'fact of a {self._kind}', fact, known))
     return self._facts.get(name, {}).get(fact)
 
   def names(self) -> list[str]:

@@ -113,7 +113,9 @@ class _Lowered(NamedTuple):
     return _Compiled(
         self.learn.compile(),
         self.sample.compile(),
-        *self[2:],
+        weights=self.weights,
+        copied=self.copied,
+        apart=self.apart,
     )
 
 

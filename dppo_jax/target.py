@@ -18,6 +18,7 @@ from dppo_jax.models import experts
 from dppo_jax.models import products as products_lib
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.types import Divergence
+from dppo_jax.types import given
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rows
 
@@ -102,16 +103,16 @@ def make_head_sum(model: CausalLM, **options) -> Callable[..., Any]:
 
   Returns:
     `head_sum(fn, params, hidden [b, T, D], rows, *extra)` of a `fn(logits
-    [n, V], targets [n], *extra)` that returns the worth [n] of each of n tokens
+    [n, V], targets [n], *extra)` that returns a term [n] of each of n tokens
     and beside it, without a gradient, a pytree of [n, ...]: the sum of the
-    worth of sampled tokens, and a pytree of [b, T, ...].
+    terms of sampled tokens, and a pytree of [b, T, ...].
   """
   run = _make_over_rows(model, chunks.summed, **options)
   of_device = lambda out: (out[0][None, None], out[1])
 
   def head_sum(fn, params, hidden, rows, *extra):
-    worth, out = run(of_device, fn, params, hidden, rows, extra)
-    return jnp.sum(worth), out
+    sums, out = run(of_device, fn, params, hidden, rows, extra)
+    return jnp.sum(sums), out
 
   return head_sum
 
@@ -204,12 +205,12 @@ def hidden_states(
     [b, T, D]; [b, T, L] and [L].
   """
   asked = {}
-  recorded = not isinstance(rows.routing, tuple)
+  recorded = given(rows.routing)
   if recorded or counted is not None:
     asked['routing'] = experts.Routing(
         replay=rows.routing if recorded else None, counted=counted
     )
-  if not isinstance(rows.prompt_segments, tuple):
+  if given(rows.prompt_segments):
     asked['prompt_ids'] = rows.prompt_segments
   if products:
     asked['products'] = products_lib.Selection(products, rows.entries)
@@ -223,7 +224,7 @@ def hidden_states(
   return hidden, kept.routed if 'routing' in asked else experts.Routed()
 
 
-def make_judge_fn(
+def make_summed_loss(
     model: CausalLM,
     divergence: Divergence,
     *,
@@ -231,25 +232,25 @@ def make_judge_fn(
     measure_balance: bool = False,
     **options,
 ) -> Callable[..., tuple[jax.Array, TargetStats, PyTree]]:
-  """What the tokens of rows are worth, by what the target policy says of them.
+  """The loss of rows, of what the target policy says of each token.
 
   Args:
     model: the architecture.
     divergence: measures against the anchor's record.
-    by_token: whether each token is judged by itself. Then any tokens of the
-      rows are judged at a time, chunk by chunk, and logits are made once;
-      otherwise all are judged together, and logits of chunks are made again for
+    by_token: whether the loss of a token depends on it alone. Then it is taken
+      of any tokens of the rows at a time, chunk by chunk, and logits are made
+      once; otherwise of all together, and logits of chunks are made again for
       the gradient.
     measure_balance: whether to measure how evenly sampled tokens use experts.
     **options: see `make_token_map`.
 
   Returns:
-    `judge_fn(judge, params, rows, anchor, *seen, products) -> (sum, target,
-    judged)` of a `judge(target, *seen)` that returns what each token is worth
-    and a pytree beside it, [n] if `by_token` and else [b, T], as is all that it
-    sees; `seen` are pytrees of [b, T, ...]. The sum is over sampled tokens. It
-    carries a gradient, and so does the balance of experts; if not `by_token`,
-    `logprobs` and `entropy` do, too.
+    `summed_loss(token_loss, params, rows, anchor, *extra, products) -> (loss,
+    target, aux)` of a `token_loss(target, *extra)` that returns the loss of
+    each token and a pytree beside it, [n] if `by_token` and else [b, T], as is
+    all that it sees; `extra` are pytrees of [b, T, ...]. The sum is over
+    sampled tokens. It carries a gradient, and so does the balance of experts;
+    if not `by_token`, `logprobs` and `entropy` do, too.
   """
   head_map = make_head_map(model, **options)
   head_sum = make_head_sum(model, **options)
@@ -269,7 +270,7 @@ def make_judge_fn(
         jax.lax.stop_gradient(direction),
     )
 
-  def judge_fn(judge, params, rows, anchor, *seen, products=()):
+  def summed_loss(token_loss, params, rows, anchor, *extra, products=()):
     hidden, routed = hidden_states(
         model,
         params,
@@ -278,19 +279,19 @@ def make_judge_fn(
         products=products,
     )
 
-    def of_judged(logits, targets, anchor, *seen):
+    def of_losses(logits, targets, anchor, *extra):
       target = of_tokens(logits, targets, anchor)
-      worth, judged = judge(target, *seen)
-      return worth, (target, judged)
+      losses, aux = token_loss(target, *extra)
+      return losses, (target, aux)
 
     if by_token:
-      worth, (target, judged) = head_sum(
-          of_judged, params, hidden, rows, anchor, *seen
+      loss, (target, aux) = head_sum(
+          of_losses, params, hidden, rows, anchor, *extra
       )
     else:
       target = head_map(of_tokens, params, hidden, rows, anchor)
-      worth, judged = judge(target, *seen)
-      worth = jnp.sum(jnp.where(rows.token_mask, worth, 0.0))
-    return worth, target._replace(routed=routed, hidden=hidden), judged
+      losses, aux = token_loss(target, *extra)
+      loss = jnp.sum(jnp.where(rows.token_mask, losses, 0.0))
+    return loss, target._replace(routed=routed, hidden=hidden), aux
 
-  return judge_fn
+  return summed_loss

@@ -341,7 +341,7 @@ def score(
   """
   rows = sharding.batch(parts.mesh)
   rollout = jax.device_put(rollout, rows)
-  tokens, mask, truncated = processes.rows_of(
+  tokens, mask, truncated = processes.local_rows(
       (rollout.tokens, rollout.token_mask, rollout.truncated), parts.own
   )
   texts, rewards = parts.verify(
@@ -403,7 +403,7 @@ def _note_samples(
       prompts=_repeat(batch.texts, len(texts)),
       completions=texts,
       answers=_repeat(batch.answers, len(texts)),
-      rewards=processes.rows_of(scored.rewards, parts.own),
+      rewards=processes.local_rows(scored.rewards, parts.own),
   )
 
 

@@ -57,16 +57,13 @@ def limits_tokens(name: str) -> bool:
 
 
 def _limit(inputs: RegionInputs) -> jax.Array:
-  """The threshold that holds for a token, by the sign of its advantage."""
-  low, high = divergences.low_high(inputs.threshold)
-  return jnp.where(inputs.advantages > 0, high, low)
+  return divergences.limit_of(inputs.advantages, inputs.threshold)
 
 
 def _moving_out(inputs: RegionInputs) -> jax.Array:
-  """Whether the update pushes further in the direction already taken."""
-  up = (inputs.advantages > 0) & (inputs.direction > 0)
-  down = (inputs.advantages < 0) & (inputs.direction < 0)
-  return up | down
+  return divergences.moving_out(
+      direction=inputs.direction, advantages=inputs.advantages
+  )
 
 
 @register.with_facts(limits_tokens=True)

@@ -18,6 +18,11 @@ PyTree = Any
 Threshold = float | tuple[float, float]
 
 
+def given(tree: PyTree) -> bool:
+  """Whether an optional field holds arrays; () holds none."""
+  return bool(jax.tree.leaves(tree))
+
+
 class Prompts(NamedTuple):
   """A batch of prompts, padded on the left so that completions line up."""
 

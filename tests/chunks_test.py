@@ -125,20 +125,20 @@ def arguments():
 
 
 def of_tokens(heads, hidden, targets, weights):
-  """What is worth something, and two arrays beside it."""
+  """A term of each token, and two arrays beside it."""
   logits = 0.5 + hidden @ heads['kernel'] + heads['bias'][None]
   logprobs = jnp.take_along_axis(
       jax.nn.log_softmax(logits), targets[:, None], axis=-1
   )[:, 0]
   # Where there is no token, this is not 0.
-  worth = 1.0 + weights * logprobs**2
-  return worth, {'logprobs': logprobs, 'targets': targets}
+  terms = 1.0 + weights * logprobs**2
+  return terms, {'logprobs': logprobs, 'targets': targets}
 
 
 def at_once(heads, hidden, trees):
-  worth, out = of_tokens(heads, hidden, *trees)
+  terms, out = of_tokens(heads, hidden, *trees)
   keep = lambda x: jnp.where(MASK, x, 0)
-  return jnp.sum(keep(worth)), jax.tree.map(keep, out)
+  return jnp.sum(keep(terms)), jax.tree.map(keep, out)
 
 
 def in_chunks_summed(heads, hidden, trees, chunk_size=3):
@@ -148,8 +148,8 @@ def in_chunks_summed(heads, hidden, trees, chunk_size=3):
 def in_chunks_mapped(heads, hidden, trees, chunk_size=3):
   run = chunks.mapped(lambda *x: of_tokens(*x)[0], chunk_size)
   _, out = at_once(heads, hidden, trees)
-  worth = run(heads, MASK, hidden, trees)
-  return jnp.sum(jnp.where(MASK, worth, 0)), out
+  terms = run(heads, MASK, hidden, trees)
+  return jnp.sum(jnp.where(MASK, terms, 0)), out
 
 
 @pytest.mark.parametrize('chunk_size', [0, 3, 20])
@@ -161,12 +161,12 @@ def test_chunks_give_the_sum_the_arrays_and_the_gradients_of_all_at_once(
 
   def both(fn):
     twice = lambda *x: jax.tree.map(lambda y: 2 * y, fn(*x))
-    (worth, out), gradients = jax.jit(
+    (total, out), gradients = jax.jit(
         jax.value_and_grad(twice, argnums=(0, 1), has_aux=True)
     )(*arguments())
     if not chunk_size:  # May be anything where none was sampled.
       out = jax.tree.map(lambda x: jnp.where(MASK, x, 0), out)
-    return (worth, out), gradients
+    return (total, out), gradients
 
   close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   found, expected = both(run), both(at_once)
@@ -174,17 +174,17 @@ def test_chunks_give_the_sum_the_arrays_and_the_gradients_of_all_at_once(
   of_hidden = found[1][1]
   assert not of_hidden[~MASK].any() and (of_hidden[MASK] != 0).all()
   # Without a gradient it is the same.
-  worth, _ = jax.jit(run)(*arguments())
-  close(worth, at_once(*arguments())[0])
+  total, _ = jax.jit(run)(*arguments())
+  close(total, at_once(*arguments())[0])
 
 
 @pytest.mark.parametrize('run', [in_chunks_summed, in_chunks_mapped])
 def test_without_a_sampled_token_all_of_it_is_zero(run, monkeypatch):
   monkeypatch.setitem(globals(), 'MASK', jnp.zeros(TOKENS, bool))
-  (worth, _), gradients = jax.jit(
+  (total, _), gradients = jax.jit(
       jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
   )(*arguments())
-  assert worth == 0
+  assert total == 0
   assert not any(x.any() for x in jax.tree.leaves(gradients))
 
 

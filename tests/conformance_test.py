@@ -29,7 +29,10 @@ each_region = pytest.mark.parametrize('name', trust_regions.names())
 each_advantage = pytest.mark.parametrize('name', advantages.names())
 # All but the reward itself compare completions with each other.
 each_baseline = pytest.mark.parametrize(
-    'name', [name for name in advantages.names() if name != 'raw']
+    'name', [
+        name for name in advantages.names()
+        if not advantages.teaches_without_spread(name)
+    ]
 )
 each_shaping = pytest.mark.parametrize('name', shaping.names())
 each_estimator = pytest.mark.parametrize('name', penalties.ESTIMATORS)
@@ -294,6 +297,12 @@ def test_loss_gives_its_hand_numbers(name):
     np.testing.assert_allclose(
         gradient, np.atleast_2d(slope), rtol=1e-5, atol=5e-6
     )
+
+
+@each_loss
+def test_loss_has_a_constraint_if_it_says_so(name):
+  _, metrics = build_loss(name)(loss_inputs())
+  assert ('constraint' in metrics) == losses.is_constrained(name)
 
 
 @each_loss
@@ -638,12 +647,20 @@ def test_advantages_of_a_group_sum_to_zero_and_ignore_the_other_groups(name):
   assert got.shape == (12,) and got.dtype == jnp.float32
   np.testing.assert_allclose(got.reshape(3, 4).sum(-1), jnp.zeros(3), atol=1e-5)
   changed = advantage_fn(rewards.at[:4].add(jnp.arange(4.0)))
-  if name == 'batch_zscore':  # Their spread sets the scale of all.
+  if advantages.compares_the_batch(name):  # Their spread sets the scale of all.
     assert jnp.all(jnp.abs(changed[4:]) < jnp.abs(got[4:]))
     got = got * changed[4] / got[4]
     np.testing.assert_allclose(changed[4:], got[4:], rtol=1e-4)
   else:
     np.testing.assert_array_equal(changed[4:], got[4:])
+
+
+@each_advantage
+def test_advantage_that_says_so_teaches_without_spread(name):
+  required = advantages.register.required(name)
+  known = {x: 4 for x in required if x == 'group_size'}
+  advantage = advantages.build(name, **known)(jnp.full(8, 0.7))
+  assert jnp.any(advantage != 0) == advantages.teaches_without_spread(name)
 
 
 @each_advantage

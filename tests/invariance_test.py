@@ -160,7 +160,9 @@ def objective_of(name, **changes):
   state = dual.init() if dual else ()
 
   def loss(params, batch, reference, version):
-    return weighted_loss(params, batch, reference, version, state)
+    return weighted_loss(
+        params, batch, reference, version, dual_state=state
+    )
 
   return divergence, prepare, loss
 

@@ -758,7 +758,7 @@ def test_a_dual_for_a_loss_without_a_constraint_is_refused():
       NONE, model=table_model.MODEL, dual=RULE
   )
   with pytest.raises(ValueError, match='the loss has no constraint for it; use '
-                     'loss r2vpo, or dual none'):
+                     'loss r2vpo, or another that returns .* or dual none'):
     jax.eval_shape(learn_fn, state, scored, KEY)
 
 

@@ -219,13 +219,11 @@ def test_a_part_is_as_short_as_the_fullest_of_its_rows_allows(
         num_halvings=num_halvings, halving_steps=halving_steps,
     )
     num_rows = layout.source.shape[1]
-    # As a number of the running program.
-    runs = layout._replace(num_parts=jnp.int32(layout.num_parts))
     total, computed = packing.over_parts(
         lambda part, length, rows=num_rows: (
             jnp.int32(length), jnp.ones((rows, length), bool)
         ),
-        runs, jnp.int32(0),
+        layout, jnp.int32(0),
     )
     expected = np.zeros(num_parts, int)
     for part in range(layout.num_parts):

@@ -403,7 +403,7 @@ def test_one_process_has_everything():
   for found in share:
     np.testing.assert_array_equal(found, range(4))
   np.testing.assert_array_equal(
-      processes.rows_of(placed, np.array([1, 3])), x[[1, 3]]
+      processes.local_rows(placed, np.array([1, 3])), x[[1, 3]]
   )
   np.testing.assert_array_equal(processes.to_main(placed), x)
   assert processes.gather({'a': 1}) == [{'a': 1}]

@@ -86,7 +86,9 @@ def test_what_is_noted_of_a_factory_is_told_to_who_asks():
     return 0
 
   assert menu.fact('stew', 'hot') is True
-  assert menu.fact('stew', 'cold') is None and menu.fact('ice', 'hot') is None
+  assert menu.fact('ice', 'hot') is None
+  with pytest.raises(ValueError, match="Unknown fact of a dish 'hto'. Did you"):
+    menu.fact('stew', 'hto')
   assert menu.build('stew') == stew() == 1 and ice() == 0
   with pytest.raises(ValueError, match="Unknown dish 'stwe'. Did you mean"):
     menu.fact('stwe', 'hot')

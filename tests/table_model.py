@@ -148,7 +148,8 @@ def _gradient(name, **options):
         weights=mask.astype(jnp.float32),
     )
     return jax.grad(weighted_loss, has_aux=True)(
-        target, batch, (), jnp.int32(0), dual.init() if dual else ()
+        target, batch, (), jnp.int32(0),
+        dual_state=dual.init() if dual else (),
     )
 
   return divergence, tiny_model.jit(gradient)

@@ -237,14 +237,14 @@ def make_state(params, **options):
 
 def make_target_fn(divergence, *, model=MODEL, temperature=1.0, **options):
   """What a policy says of tokens, measured from the one that sampled them."""
-  judge_fn = target.make_judge_fn(
+  summed_loss = target.make_summed_loss(
       model, divergence, by_token=False, temperature=temperature, **options
   )
-  judge = lambda stats: (jnp.zeros(stats.logprobs.shape), ())
+  token_loss = lambda stats: (jnp.zeros(stats.logprobs.shape), ())
 
   def fn(params, rollout):
     anchor = target.Anchor(rollout.behaviour_logprobs, rollout.record)
-    return judge_fn(judge, params, packing.rows_of(rollout), anchor)[1]
+    return summed_loss(token_loss, params, packing.rows_of(rollout), anchor)[1]
 
   return fn
 
