@@ -13,11 +13,14 @@ import jax.numpy as jnp
 
 from dppo_jax import ages
 from dppo_jax import divergences
+from dppo_jax import groups
+from dppo_jax.masking import effective_share
 from dppo_jax.masking import masked_max
 from dppo_jax.masking import masked_mean
 from dppo_jax.masking import masked_min
 from dppo_jax.masking import masked_quantile
 from dppo_jax.masking import masked_sum
+from dppo_jax.masking import weighted_mean
 from dppo_jax.masking import where_valid
 from dppo_jax.types import given
 from dppo_jax.types import PyTree
@@ -137,7 +140,7 @@ def _telling(stats, chosen, masked, log_ratio, gap, binary_tv):
       # E(r - 1)^2 and Var(r) differ where the sample mean of r is not 1.
       'ratio/second_moment': masked_mean(jnp.square(ratio - 1), chosen),
       'ratio/variance': masked_mean(jnp.square(ratio - mean), chosen),
-      'ratio/effective_sample_size': _effective_share(log_ratio, chosen),
+      'ratio/effective_sample_size': effective_share(log_ratio, chosen),
       # One-sample estimate of kl(behaviour || target) that is never negative.
       'ratio/k3': masked_mean(jnp.expm1(log_ratio) - log_ratio, chosen),
       'entropy/mean': masked_mean(stats.entropy, chosen),
@@ -183,24 +186,14 @@ def _divergence_metrics(stats, masked, binary_tv, binary_kl):
   }
 
 
-def _effective_share(log_ratio, chosen):
-  """Kish's effective sample size (sum r)^2 / sum r^2, over n. In (0, 1]."""
-  # Relative to the largest, so that no square overflows.
-  ratio = jnp.exp(jnp.minimum(log_ratio - masked_max(log_ratio, chosen), 0))
-  mean, square = masked_mean(ratio, chosen), masked_mean(ratio**2, chosen)
-  return jnp.square(mean) / jnp.where(jnp.any(chosen), square, 1.0)
-
-
 def _constraint_metrics(stats):
   """How far the ratios are from what a constrained loss allows."""
   if not given(stats.constraint):
     return {}
   values, weights, beyond = stats.constraint
   values = jnp.where(weights > 0, values, 0.0)
-  total = jnp.sum(weights)
-  mean = jnp.sum(values * weights) / jnp.where(total > 0, total, 1.0)
   return {
-      'constraint/value': mean,
+      'constraint/value': weighted_mean(values, weights),
       'constraint/beyond_turning_point': masked_mean(beyond, stats.token_mask),
   }
 
@@ -311,14 +304,13 @@ def rollout_metrics(
     truncated: [B].
     group_size: G.
   """
-  groups = rewards.reshape(-1, group_size)
-  spread = jnp.max(groups, axis=-1) - jnp.min(groups, axis=-1)
+  spread = groups.has_spread(rewards, group_size=group_size)
   lengths = jnp.sum(token_mask, axis=-1).astype(jnp.float32)
   return {
       'reward/mean': jnp.mean(rewards),
       'reward/std': jnp.std(rewards),
       # Groups without spread teach nothing.
-      'reward/groups_without_spread': jnp.mean(spread == 0),
+      'reward/groups_without_spread': jnp.mean(~spread),
       'completion/length_mean': jnp.mean(lengths),
       'completion/length_min': jnp.min(lengths),
       'completion/length_max': jnp.max(lengths),

@@ -13,8 +13,10 @@ import optax
 from dppo_jax import ages
 from dppo_jax import diagnostics
 from dppo_jax import duals
+from dppo_jax import groups
 from dppo_jax import packing
 from dppo_jax import trainable as trainable_lib
+from dppo_jax.masking import weighted_mean
 from dppo_jax.objective import Batch
 from dppo_jax.types import given
 from dppo_jax.types import PyTree
@@ -102,8 +104,7 @@ def make_learner(
     shuffles = jax.vmap(lambda k: jax.random.permutation(k, num_units))(
         jax.random.split(key, num_epochs)
     )
-    own = jnp.arange(rows_together)[None, None]
-    shuffles = shuffles[..., None] * rows_together + own
+    shuffles = groups.rows_of(shuffles, group_size=rows_together)
     chosen = shuffles.reshape(num_epochs * num_minibatches, -1)
     products, state = state.products, state._replace(products=())
     state, (stats, metrics) = jax.lax.scan(
@@ -249,11 +250,9 @@ def _constrain(dual, state, stats):
   paid = duals.multiplier_at(
       state, jnp.broadcast_to(stats.age, weights.shape)
   )
-  total = jnp.sum(weights)
   metrics = {
       'constraint/violation': overall[0],
-      'dual/multiplier': jnp.sum(paid * weights)
-      / jnp.where(total > 0, total, 1.0),
+      'dual/multiplier': weighted_mean(paid, weights),
   }
   if dual.by_age:
     metrics |= {

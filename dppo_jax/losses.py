@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from dppo_jax import duals
 from dppo_jax import registry
 from dppo_jax import segments
+from dppo_jax.masking import weighted_mean
 from dppo_jax.types import by_token
 from dppo_jax.types import LossFn
 from dppo_jax.types import LossInputs
@@ -258,8 +259,7 @@ def r2vpo(
       )
     middle = 1.0
     if center == 'mean':
-      total = jnp.sum(weights)
-      middle = jnp.sum(ratios * weights) / jnp.where(total > 0, total, 1.0)
+      middle = weighted_mean(ratios, weights)
     values = jnp.square(ratios - middle)
     price = jnp.broadcast_to(inputs.multiplier, mask.shape)
     if per == 'sequence':

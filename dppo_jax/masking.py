@@ -24,6 +24,31 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
   return masked_sum(values, mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+  """Mean by weights of 0 or more, 0 if all are 0. Any shape -> [].
+
+  What has no weight must be finite.
+  """
+  total = jnp.sum(weights)
+  return jnp.sum(values * weights) / jnp.where(total > 0, total, 1.0)
+
+
+def effective_share(log_ratio: jax.Array, mask: jax.Array) -> jax.Array:
+  """Kish's effective sample size (sum r)^2 / sum r^2, over n. Any shape -> [].
+
+  Args:
+    log_ratio: of n weights r, in nats, where `mask` is True.
+    mask: same shape, bool.
+
+  Returns:
+    [] in (0, 1]; 0 where the mask is empty.
+  """
+  # Relative to the largest, so that no square overflows.
+  ratio = jnp.exp(jnp.minimum(log_ratio - masked_max(log_ratio, mask), 0))
+  mean, square = masked_mean(ratio, mask), masked_mean(ratio**2, mask)
+  return jnp.square(mean) / jnp.where(jnp.any(mask), square, 1.0)
+
+
 def masked_max(values: jax.Array, mask: jax.Array) -> jax.Array:
   """Maximum over the entries where `mask` is True. Any shape -> []."""
   largest = jnp.max(where_valid(values, mask, -jnp.inf))

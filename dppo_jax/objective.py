@@ -9,6 +9,7 @@ loss.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from dppo_jax import diagnostics
 from dppo_jax import divergences
 from dppo_jax import duals
+from dppo_jax import groups
 from dppo_jax import normalizers
 from dppo_jax import packing
 from dppo_jax import penalties
@@ -156,24 +158,13 @@ def make_prepare_fn(
     `prepare(state, scored, products) -> Batch`; for products of the state that
     are used again, see `target.hidden_states`.
   """
-  if anchor not in ('behaviour', 'recomputed'):
-    raise ValueError(
-        registry.unknown('anchor', anchor, ('behaviour', 'recomputed'))
-    )
+  anchors = ('behaviour', 'recomputed')
+  if anchor not in anchors:
+    raise ValueError(registry.unknown('anchor', anchor, anchors))
   in_parts = _make_map_in_parts(
-      model,
-      num_parts=num_parts,
-      temperature=temperature,
-      chunk_size=chunk_size,
-      prompt_length=prompt_length,
-      arrange=arrange,
+      model, num_parts=num_parts, temperature=temperature,
+      chunk_size=chunk_size, prompt_length=prompt_length, arrange=arrange,
   )
-
-  def recompute(logits, targets):
-    return Anchor(
-        divergences.token_logprobs(logits, targets),
-        divergence.record(logits, targets),
-    )
 
   def references(state, rows):
     if not extras.uses_sampled_kl:
@@ -191,28 +182,22 @@ def make_prepare_fn(
         num_groups=num_groups,
         group_size=group_size,
     )
-    sampled = packing.rows_of(rollout)
-    mask = sampled.token_mask
+    sampled, mask = packing.rows_of(rollout), rollout.token_mask
     if mask_truncated:
       mask &= ~rollout.truncated[:, None]
     if drop_groups_without_spread:
-      mask = shaping.without_groups_without_spread(
-          mask, rewards, group_size=group_size
-      )
+      mask = groups.mask_with_spread(mask, rewards, group_size=group_size)
     rows = sampled._replace(token_mask=mask)
     if extras.kl_in_reward:
       # Also of what is masked, which the others of a group are compared with.
       reference_logprobs = references(state, sampled)
-      estimate = _sampled_kl(
-          extras, sampled.token_mask, rollout.behaviour_logprobs,
-          reference_logprobs,
-      )
-      rewards -= extras.kl_coefficient * jnp.sum(estimate, axis=-1)
+      rewards -= _kl_of_completions(extras, rollout, reference_logprobs)
     else:
       reference_logprobs = references(state, rows)
     advantages = advantage_fn(rewards)[:, None]
     anchored = Anchor(rollout.behaviour_logprobs, rollout.record)
     if anchor == 'recomputed':
+      recompute = functools.partial(_anchor_of, divergence)
       anchored = in_parts(recompute, state.params, rows, products)
     everywhere = lambda x: jnp.broadcast_to(x[:, None], mask.shape)
     return Batch(
@@ -233,10 +218,26 @@ def _choose_groups(scored, *, num_groups, group_size):
   """The groups to learn from, those that teach something first; 0 for all."""
   if not num_groups:
     return scored
-  rows = shaping.groups_with_spread_first(
+  rows = groups.with_spread_first(
       scored.rewards, group_size=group_size
   )[: num_groups * group_size]
   return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), scored)
+
+
+def _anchor_of(divergence, logits, targets):
+  """What a policy remembers of tokens, as it would have while sampling."""
+  return Anchor(
+      divergences.token_logprobs(logits, targets),
+      divergence.record(logits, targets),
+  )
+
+
+def _kl_of_completions(extras, rollout, reference_logprobs):
+  """What is taken off the rewards. [B]."""
+  estimate = _sampled_kl(
+      extras, rollout.token_mask, rollout.behaviour_logprobs, reference_logprobs
+  )
+  return extras.kl_coefficient * jnp.sum(estimate, axis=-1)
 
 
 def _sampled_kl(extras, mask, logprobs, reference_logprobs):
@@ -335,34 +336,7 @@ def make_loss_fn(
       **options,
   )
   full_kl = _make_full_kl_fn(model, **options)
-
-  def token_loss(target, batch, multiplier):
-    """What tokens, [b, T] or [n], add to the loss; region and metrics."""
-    mask = batch.rows.token_mask
-    region = region_fn(trust_regions.RegionInputs(
-        divergence=target.divergence,
-        log_ratio=jax.lax.stop_gradient(target.logprobs)
-        - batch.anchor.logprobs,
-        direction=target.direction,
-        anchor_logprobs=batch.anchor.logprobs,
-        advantages=batch.advantages,
-        token_mask=mask,
-        segment_ids=batch.rows.target_segments,
-        threshold=divergence.threshold,
-    ))
-    loss, metrics = loss_fn(LossInputs(
-        logprobs=target.logprobs,
-        behaviour_logprobs=batch.behaviour_logprobs,
-        divergence=target.divergence,
-        trust_region=region,
-        advantages=batch.advantages,
-        token_mask=mask,
-        segment_ids=batch.rows.target_segments,
-        multiplier=multiplier,
-        limit=dual and dual.limit,
-    ))
-    loss += _penalty(extras, target, batch)
-    return loss * batch.weights, (region.astype(jnp.float32), metrics)
+  token_loss = _make_token_loss(divergence, region_fn, loss_fn, extras, dual)
 
   def weighted_loss(
       params, batch, reference, version, *,
@@ -407,6 +381,40 @@ def make_loss_fn(
     return total, jax.lax.stop_gradient(stats)
 
   return weighted_loss
+
+
+def _make_token_loss(divergence, region_fn, loss_fn, extras, dual):
+  """`token_loss` of `target.make_summed_loss`."""
+
+  def token_loss(target, batch, multiplier):
+    """What tokens, [b, T] or [n], add to the loss; region and metrics."""
+    mask = batch.rows.token_mask
+    region = region_fn(trust_regions.RegionInputs(
+        divergence=target.divergence,
+        log_ratio=jax.lax.stop_gradient(target.logprobs)
+        - batch.anchor.logprobs,
+        direction=target.direction,
+        anchor_logprobs=batch.anchor.logprobs,
+        advantages=batch.advantages,
+        token_mask=mask,
+        segment_ids=batch.rows.target_segments,
+        threshold=divergence.threshold,
+    ))
+    loss, metrics = loss_fn(LossInputs(
+        logprobs=target.logprobs,
+        behaviour_logprobs=batch.behaviour_logprobs,
+        divergence=target.divergence,
+        trust_region=region,
+        advantages=batch.advantages,
+        token_mask=mask,
+        segment_ids=batch.rows.target_segments,
+        multiplier=multiplier,
+        limit=dual and dual.limit,
+    ))
+    loss += _penalty(extras, target, batch)
+    return loss * batch.weights, (region.astype(jnp.float32), metrics)
+
+  return token_loss
 
 
 def _check_metrics(loss_metrics):

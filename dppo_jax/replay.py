@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dppo_jax import groups
 from dppo_jax import registry
 from dppo_jax import shaping
+from dppo_jax.masking import effective_share
 from dppo_jax.types import PyTree
 from dppo_jax.types import ScoredRollout
 
@@ -86,9 +88,10 @@ def make_replay(
     scored = buffer.scored
     lengths = jnp.sum(scored.rollout.token_mask, axis=-1)
     rewards = jax.vmap(shaping_fn)(scored.rewards, lengths)
-    groups = rewards.reshape(capacity, -1, group_size)
+    spread = groups.has_spread(rewards, group_size=group_size)
     # A NaN has none, or its update would be skipped again and again.
-    spread = jnp.max(groups, axis=-1) > jnp.min(groups, axis=-1)
+    known = ~jnp.isnan(rewards).reshape(*spread.shape, group_size)
+    spread &= jnp.all(known, axis=-1)
     sampled_by = buffer.scored.rollout.policy_version[:, ::group_size]
     last_age = version + num_updates - 1 - sampled_by
     written = jnp.arange(capacity) < buffer.num_pushed
@@ -157,7 +160,7 @@ def _take(buffer, chosen, valid, group_size):
   """Rows of the groups `chosen` [R] out of S * N, silent where not valid."""
   num_groups = buffer.scored.rewards.shape[1] // group_size
   slots, rows = jnp.divmod(chosen, num_groups)
-  rows = rows[:, None] * group_size + jnp.arange(group_size)[None]
+  rows = groups.rows_of(rows, group_size=group_size)
   scored = jax.tree.map(
       lambda x: x[slots[:, None], rows].reshape(-1, *x.shape[2:]),
       buffer.scored,
@@ -185,13 +188,5 @@ def effective_sample_size(*, logprobs, rollout, group_size: int) -> jax.Array:
   log_ratio = jnp.where(mask, logprobs, 0.0) - jnp.where(
       mask, rollout.behaviour_logprobs, 0.0
   )
-  groups = lambda x: x.reshape(-1, group_size * x.shape[-1])
-  # A factor on all ratios of a group cancels, so the largest becomes 1.
-  log_ratio, mask = groups(log_ratio), groups(mask)
-  top = jnp.max(jnp.where(mask, log_ratio, -jnp.inf), axis=-1, keepdims=True)
-  top = jnp.where(jnp.isfinite(top), top, 0.0)
-  ratio = jnp.where(mask, jnp.exp(jnp.where(mask, log_ratio - top, 0.0)), 0.0)
-  squares = jnp.sum(mask, axis=-1) * jnp.sum(jnp.square(ratio), axis=-1)
-  return jnp.square(jnp.sum(ratio, axis=-1)) / jnp.where(
-      squares > 0, squares, 1.0
-  )
+  of_groups = lambda x: x.reshape(-1, group_size * x.shape[-1])
+  return jax.vmap(effective_share)(of_groups(log_ratio), of_groups(mask))

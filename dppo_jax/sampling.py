@@ -208,23 +208,20 @@ def make_sampler(
     )
     num_rows = keys.shape[0]
     if 0 < num_slots < num_rows or num_halvings:
-      sizes = halvings.sizes(
-          num_slots or num_rows, num_halvings, halving_steps
-      )
+      sizes = halvings.sizes(num_slots or num_rows, num_halvings, halving_steps)
       drawn = decoding.in_slots(model, draw, start, sizes=sizes, **limits)
     else:
       drawn = decoding.together(
           model, draw, start, num_stages=num_stages, **limits
       )
     completions = _complete(drawn, eos_ids)
+    read = drawn.read
     if record_routing:
-      completions = completions._replace(
-          routing=(prompt.routed.choices, drawn.read.choices)
-      )
+      routing_of = prompt.routed.choices, read.choices
+      completions = completions._replace(routing=routing_of)
     if products:
       completions = completions._replace(
-          products=drawn.products.products,
-          entries=(entries, drawn.read.entries),
+          products=drawn.products.products, entries=(entries, read.entries)
       )
     return completions
 

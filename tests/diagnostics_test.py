@@ -10,6 +10,7 @@ import pytest
 from dppo_jax import diagnostics
 from dppo_jax import divergences
 from dppo_jax import duals
+from dppo_jax import masking
 
 pytestmark = pytest.mark.usefixtures('no_nans')
 
@@ -287,7 +288,7 @@ def test_the_effective_sample_size_of_ratios_that_overflow_when_squared():
   stats = make_stats()
   log_ratio = jnp.zeros((1, 1, 8)).at[0, 0, 0].set(60.0)
   mask = jnp.arange(8)[None, None] < 3
-  share = diagnostics._effective_share(log_ratio, mask & stats.token_mask)
+  share = masking.effective_share(log_ratio, mask & stats.token_mask)
   assert float(share) == pytest.approx(1 / 3)
 
 

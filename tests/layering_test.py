@@ -12,7 +12,7 @@ import dppo_jax
 # Lowest first; `models.*` is the package and everything in it. A new file in
 # `dppo_jax/` must be given its place here.
 LAYERS = (
-    ('types', 'masking', 'segments', 'registry', 'ages', 'halvings',
+    ('types', 'masking', 'segments', 'groups', 'registry', 'ages', 'halvings',
      'loops', 'chunks'),
     ('divergences', 'trust_regions', 'losses', 'penalties', 'advantages',
      'shaping', 'normalizers', 'algorithms', 'diagnostics', 'duals'),
@@ -150,6 +150,16 @@ def test_mathematics_imports_nothing_but_jax(module):
     foreign -= {n for n, lazy in imports_of(module)
                 if lazy and n == 'ml_collections'}
   assert not foreign, f'{module} imports {foreign}'
+
+
+@each_module
+def test_no_function_is_longer_than_a_hundred_lines(module):
+  lengths = {
+      node.name: node.end_lineno - node.lineno + 1
+      for node in ast.walk(ast.parse(FILES[module].read_text()))
+      if isinstance(node, ast.FunctionDef)
+  }
+  assert not {name: x for name, x in lengths.items() if x > 100}
 
 
 def test_the_walk_sees_every_form_of_import():

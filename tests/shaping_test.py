@@ -19,6 +19,7 @@ from configs import default
 from dppo_jax import advantages
 from dppo_jax import diagnostics
 from dppo_jax import divergences
+from dppo_jax import groups
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import penalties
@@ -40,11 +41,11 @@ REWARDS = (1.0, 1, 0, 1, 0, 0, 1, 0)  # Spread in the second and fourth group.
 
 def test_groups_with_spread_come_first_and_keep_their_order():
   rewards = jnp.asarray([0.0, 0, 1, 0, 1, 1, 0, 1])
-  rows = shaping.groups_with_spread_first(rewards, group_size=2)
+  rows = groups.with_spread_first(rewards, group_size=2)
   np.testing.assert_array_equal(rows, [2, 3, 6, 7, 0, 1, 4, 5])
   # Of one group, or all with spread: as they were.
   for group_size, n in ((8, 8), (2, 2)):
-    rows = shaping.groups_with_spread_first(
+    rows = groups.with_spread_first(
         jnp.arange(float(n)), group_size=group_size
     )
     np.testing.assert_array_equal(rows, np.arange(n))
@@ -53,7 +54,7 @@ def test_groups_with_spread_come_first_and_keep_their_order():
 def test_groups_whose_rewards_are_all_equal_are_cut_out_of_the_mask():
   mask = jnp.asarray([[1, 1], [1, 0], [0, 1], [1, 1], [1, 1], [1, 1]], bool)
   rewards = jnp.asarray([0.7, 0.7, 0, 1, 1, 1])
-  cut = shaping.without_groups_without_spread
+  cut = groups.mask_with_spread
   thirds = np.array(mask)
   thirds[3:] = False
   np.testing.assert_array_equal(cut(mask, rewards, group_size=3), thirds)
