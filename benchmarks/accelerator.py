@@ -31,6 +31,7 @@ from benchmarks import machine
 from benchmarks import shapes
 from configs import default
 from dppo_jax import main as main_lib
+from dppo_jax import program as program_lib
 from dppo_jax import sharding
 from dppo_jax.models import attention_kernels
 from dppo_jax.models import causal_lm
@@ -175,7 +176,7 @@ def work(config) -> dict[str, float]:
 def measure() -> dict:
   model, config = make_model(), make_config()
   mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, expert=1)
-  program = main_lib.make_program(
+  program = program_lib.make_program(
       config, mesh, main_lib.make_method(config), model,
       # No token ends a completion.
       types.SimpleNamespace(

@@ -29,6 +29,7 @@ from benchmarks import shapes
 from benchmarks.peers import work
 from configs import default
 from dppo_jax import main as main_lib
+from dppo_jax import program as program_lib
 from dppo_jax import sharding
 from dppo_jax.types import ScoredRollout
 
@@ -75,7 +76,7 @@ def make_programs(model, layouts, *, mean: float):
 
   def make_program(layout):
     config = make_config(*layout)
-    return main_lib.make_program(
+    return program_lib.make_program(
         config, mesh, main_lib.make_method(config), model, tokenizer
     )
 

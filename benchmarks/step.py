@@ -208,7 +208,7 @@ def halves(config: Any, run: Run):
       rollout_fn=lambda *arguments: (
           (), SamplingAux(jnp.int32(0), arguments[-1])
       ),
-      threshold=parts.method.divergence.threshold,
+      threshold=parts.method.outside_threshold,
       group_size=config.group_size,
       vocab_size=parts.model.config.vocab_size,
       state_shardings=train_step_lib.state_shardings(run.state, parts.mesh),

@@ -34,9 +34,12 @@ from dppo_jax import fitting
 from dppo_jax import hlo
 from dppo_jax import main
 from dppo_jax import memory
+from dppo_jax import meshes as meshes_lib
 from dppo_jax import operations
+from dppo_jax import program as program_lib
 from dppo_jax import registry
 from dppo_jax import roofline
+from dppo_jax import run_attention
 from dppo_jax import sharding
 from dppo_jax.chips import Chip
 from dppo_jax.chips import CHIPS
@@ -181,7 +184,7 @@ def make_plan(
   Args:
     config: of a run; its mesh is over the chips of the topology.
     topology: where it would run.
-    model: from `main.architecture`.
+    model: from `program.architecture`.
     mean_length: expected tokens of a completion; 0 for the most.
     on_compile: called before each compilation.
 
@@ -201,7 +204,7 @@ def make_plan(
   checks.check(
       config,
       num_batch_shards=shards,
-      **main.row_shards(config, mesh),
+      **meshes_lib.row_shards(config, mesh),
   )
   method = main.make_method(config)
   config = config.copy_and_resolve_references()
@@ -211,20 +214,22 @@ def make_plan(
 
   def make(config):
     made['config'] = config
-    made['program'] = main.make_program(
+    made['program'] = program_lib.make_program(
         config, mesh, method, model, _TOKENIZER
     )
     return made['program']
 
   def lower(program):
-    made['arguments'] = main.abstract_arguments(made['config'], mesh, program)
+    made['arguments'] = program_lib.abstract_arguments(
+        made['config'], mesh, program
+    )
     traced = program.train_step.trace(*made['arguments'])
     made['jaxpr'] = traced.jaxpr
     on_compile()
     return _Kept(traced.lower(), made)
 
   with platforms.traced_for('tpu'):
-    main.warn_of_no_kernel(config, mesh, model)
+    run_attention.warn_of_no_kernel(config, mesh, model)
     _, compile_s = fitting.make_program(
         config, make, lower, limit=topology.chip.memory, num_batch_shards=shards
     )
@@ -238,7 +243,7 @@ def _evaluate(
   state, scored, _ = arguments
   with platforms.traced_for('tpu'):
     return fitting.check_evaluation(
-        main.evaluation_program(config, mesh, model, _TOKENIZER),
+        program_lib.evaluation_program(config, mesh, model, _TOKENIZER),
         config,
         trainable=trainable,
         state=state,
@@ -270,7 +275,7 @@ def _count(topology, mesh, model, made, mean_length, compile_s) -> Plan:
   slots = config.sampling.num_slots // shards
   filled = config.num_prompts * config.group_size // shards - slots
   in_slots = config.sampling.num_slots or config.sampling.num_halvings
-  num_stages = main.num_stages(config, mesh, model)
+  num_stages = run_attention.num_stages(config, mesh, model)
 
   def steps_of(name):
     """Of a loop over tokens; None if it is none."""
@@ -503,7 +508,7 @@ def search(
   Args:
     config: of the run; its own mesh is the first to be tried.
     topology: where it would run.
-    model: from `main.architecture`.
+    model: from `program.architecture`.
     max_compilations: of steps, in all.
     mean_length: see `make_plan`.
     say: takes a line about the progress.
@@ -710,7 +715,7 @@ def run(config: Any, workdir: str | None) -> bool:
   # Without a device nothing can be read back.
   jax.config.update('jax_enable_compilation_cache', False)
   topology = make_topology(_TOPOLOGY.value)
-  model = main.architecture(config, *load.read_sizes(config.model.name))
+  model = program_lib.architecture(config, *load.read_sizes(config.model.name))
   start = time.perf_counter()
   options = {'mean_length': _MEAN_LENGTH.value}
   if _SEARCH.value:

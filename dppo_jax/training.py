@@ -34,6 +34,7 @@ from dppo_jax.metrics import MetricsWriter
 from dppo_jax.metrics import Progress
 from dppo_jax.models import load
 from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.program import Method
 from dppo_jax.tasks.prompts import PromptBatch
 from dppo_jax.tasks.prompts import PromptIterator
 from dppo_jax.tasks.scoring import Scorer
@@ -51,7 +52,7 @@ OWN_FLAGS = "Pass the run's own --config and --config.NAME flags."
 class Parts(NamedTuple):
   """Everything a run is made of, built from its config."""
 
-  method: Any  # Divergence, losses, optimizer: `main.Method`.
+  method: Method  # Divergence, losses, optimizer.
   model: CausalLM  # Without parameters: those are in the state.
   trainable: trainable_lib.Trainable
   tokenizer: Any

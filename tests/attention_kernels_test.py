@@ -22,8 +22,9 @@ import whole_step
 
 from dppo_jax import checks
 from dppo_jax import hlo
-from dppo_jax import main
 from dppo_jax import plan
+from dppo_jax import program as program_lib
+from dppo_jax import run_attention
 from dppo_jax.models import attention
 from dppo_jax.models import attention_kernels
 from dppo_jax.models import platforms
@@ -290,13 +291,13 @@ def test_a_run_says_once_where_auto_has_no_kernel(caplog):
   model = tiny_model.MODEL.replace(dtype=jnp.bfloat16)
   mesh = whole_step.make_mesh()
   with platforms.traced_for('cuda'):
-    main.warn_of_no_kernel(config, mesh, model)
+    run_attention.warn_of_no_kernel(config, mesh, model)
   assert [record.getMessage() for record in caplog.records] == [
       f'Attention of the {part} by XLA: config.sampling.dtype=float32 is not '
       'one of bfloat16, float16.' for part in ('prefill', 'decoding')
   ]
   caplog.clear()
-  main.warn_of_no_kernel(config, mesh, model)  # On a CPU.
+  run_attention.warn_of_no_kernel(config, mesh, model)  # On a CPU.
   assert not caplog.records
 
 
@@ -330,7 +331,7 @@ def traced_step(**options):
       dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
   )
   program = whole_step.make_program(config, mesh, model)
-  arguments = main.abstract_arguments(config, mesh, program)
+  arguments = program_lib.abstract_arguments(config, mesh, program)
   return program.train_step.trace(*arguments)
 
 
@@ -443,7 +444,7 @@ def aligned_on_eight_devices():
     return attention_kernels.Chosen(name, '')
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(main, '_choose_attention', choose)
+    patch.setattr(run_attention, '_choose_attention', choose)
     patch.setattr(
         attention_kernels, 'cudnn', lambda share, aligned: attention.in_xla()
     )

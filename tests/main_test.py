@@ -31,6 +31,7 @@ from dppo_jax import divergences
 from dppo_jax import lora
 from dppo_jax import main
 from dppo_jax import metrics as metrics_lib
+from dppo_jax import run_attention
 from dppo_jax.models import load
 from dppo_jax.models import platforms
 from dppo_jax.models import weights as weights_lib
@@ -456,7 +457,7 @@ def test_a_cache_that_is_read_as_a_whole_grows_in_stages(
   config.sampling.num_stages = asked
   config.sampling.dtype = 'bfloat16'
   with platforms.traced_for(platform):
-    found = main.num_stages(
+    found = run_attention.num_stages(
         config, whole_step.make_mesh(), _with_wide_heads(tiny_model.MODEL)
     )
   assert found == stages

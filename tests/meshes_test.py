@@ -20,7 +20,7 @@ import pytest
 import tiny_model
 import whole_step
 
-from dppo_jax import main
+from dppo_jax import program as program_lib
 from dppo_jax import sharding
 from dppo_jax.models import layers
 from dppo_jax.models import load
@@ -191,7 +191,7 @@ def shardings_on_eight_devices():
       num_prompts=8, learner__num_minibatches=1, replay__capacity=2
   )
   program = whole_step.make_program(config, mesh, tiny_model.MODEL)
-  arguments = main.abstract_arguments(config, mesh, program)
+  arguments = program_lib.abstract_arguments(config, mesh, program)
   lowered = program.train_step.lower(*arguments)
   with tiny_model.quick_compilation():
     compiled = lowered.compile()

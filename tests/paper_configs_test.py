@@ -13,6 +13,7 @@ import pytest
 from dppo_jax import checks
 from dppo_jax import main
 from dppo_jax import memory
+from dppo_jax import program as program_lib
 from dppo_jax import sharding
 from dppo_jax.models import load
 from dppo_jax.models import sizes
@@ -62,12 +63,12 @@ def abstract_run(config):
       axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
   )
   checks.check(config, num_batch_shards=sharding.num_row_shards(mesh))
-  model = main.architecture(config, *load.read_sizes(config.model.name))
-  program = main.make_program(
+  model = program_lib.architecture(config, *load.read_sizes(config.model.name))
+  program = program_lib.make_program(
       config, mesh, main.make_method(config), model,
       types.SimpleNamespace(eos_token_id=1, pad_token_id=0),
   )
-  arguments = main.abstract_arguments(config, mesh, program)
+  arguments = program_lib.abstract_arguments(config, mesh, program)
   return program.train_step, *arguments
 
 

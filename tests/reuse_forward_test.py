@@ -18,9 +18,9 @@ from dppo_jax import checks
 from dppo_jax import decoding
 from dppo_jax import fitting
 from dppo_jax import lora
-from dppo_jax import main
 from dppo_jax import operations
 from dppo_jax import plan
+from dppo_jax import program as program_lib
 from dppo_jax import rollout as rollout_lib
 from dppo_jax.models import attention
 from dppo_jax.models import load
@@ -235,7 +235,7 @@ def count_learning(model=MODEL, **options):
   """Operations of the learner as it is traced."""
   config, mesh, program = whole_step.make_small(model, **ONCE | options)
   traced = program.train_step.trace(
-      *main.abstract_arguments(config, mesh, program)
+      *program_lib.abstract_arguments(config, mesh, program)
   )
   return operations.count(
       traced.jaxpr,

@@ -15,8 +15,8 @@ import tiny_model
 import whole_step
 
 from dppo_jax import hlo
-from dppo_jax import main
 from dppo_jax import operations
+from dppo_jax import program as program_lib
 from dppo_jax import sampling
 from dppo_jax.models import platforms
 
@@ -41,7 +41,7 @@ def multiplied(num_steps, **options):
       MODEL, num_prompts=N, **options
   )
   traced = program.train_step.trace(
-      *main.abstract_arguments(config, mesh, program)
+      *program_lib.abstract_arguments(config, mesh, program)
   )
   return operations.count(
       traced.jaxpr,

@@ -23,6 +23,7 @@ import whole_step
 from dppo_jax import logbook
 from dppo_jax import main
 from dppo_jax import memory
+from dppo_jax import program as program_lib
 from dppo_jax import split_step
 from dppo_jax import tasks
 from dppo_jax import training
@@ -81,7 +82,7 @@ def _take_steps(name):
   logging.getLogger('jax').addHandler(compilations)
   with jax.log_compiles():
     with tiny_model.quick_compilation():
-      arguments = main.abstract_arguments(config, mesh, program)
+      arguments = program_lib.abstract_arguments(config, mesh, program)
       program.train_step.lower(*arguments).compile()
     runs = [
         whole_step.take_steps(
@@ -123,7 +124,7 @@ def on_two_devices(workdir):
       assert started[int(version)].wait(_PATIENCE_S), 'waited for the rollout'
     return version
 
-  make_rollout_fn = main.rollout_lib.make_rollout_fn
+  make_rollout_fn = program_lib.rollout_lib.make_rollout_fn
 
   def make_waiting(*args, **options):
     rollout_fn = make_rollout_fn(*args, **options)
@@ -134,7 +135,7 @@ def on_two_devices(workdir):
 
     return waiting
 
-  main.rollout_lib.make_rollout_fn = make_waiting
+  program_lib.rollout_lib.make_rollout_fn = make_waiting
   parts = main.build(config)
   learn = parts.train_step.learn
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_model
 import whole_step
 
-from dppo_jax import main
+from dppo_jax import program as program_lib
 
 MESHES = {
     'data': {'data': 8},
@@ -33,7 +33,7 @@ def compile_learner(mesh, **options):
   """The half of a step that learns, without weights or data."""
   config, mesh = whole_step.make_config(**options), whole_step.make_mesh(**mesh)
   program = whole_step.make_program(config, mesh, tiny_model.MODEL)
-  state, scored, _ = main.abstract_arguments(config, mesh, program)
+  state, scored, _ = program_lib.abstract_arguments(config, mesh, program)
   with tiny_model.quick_compilation():
     return jax.jit(program.learn).lower(
         state, scored, jax.random.key(0)

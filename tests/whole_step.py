@@ -11,6 +11,7 @@ import tiny_model
 
 from configs import default
 from dppo_jax import main
+from dppo_jax import program as program_lib
 from dppo_jax import sharding
 from dppo_jax import train_step
 from dppo_jax.types import ScoredRollout
@@ -38,8 +39,8 @@ def make_mesh(**sizes):
 
 
 def make_program(config, mesh, model, eos_id=1):
-  """`main.make_program` without a tokenizer."""
-  return main.make_program(
+  """`program.make_program` without a tokenizer."""
+  return program_lib.make_program(
       config, mesh, main.make_method(config), model,
       types.SimpleNamespace(eos_token_id=eos_id, pad_token_id=0),
   )
@@ -56,7 +57,7 @@ def compile_step(model, *, mesh=None, optimized=False, **options):
   """
   config, mesh = make_config(**options), make_mesh(**mesh or {})
   program = make_program(config, mesh, model)
-  arguments = main.abstract_arguments(config, mesh, program)
+  arguments = program_lib.abstract_arguments(config, mesh, program)
   lowered = program.train_step.lower(*arguments)
   if optimized:
     return lowered.compile()

@@ -28,6 +28,7 @@ from configs import default
 from dppo_jax import checks
 from dppo_jax import main as main_lib
 from dppo_jax import memory
+from dppo_jax import program as program_lib
 from dppo_jax import sharding
 from dppo_jax import train_step as train_step_lib
 from dppo_jax.models import llama
@@ -93,7 +94,7 @@ class Run:
     )
     mesh = sharding.make_mesh(**config.mesh)
     self._rows = sharding.batch(mesh)
-    program = main_lib.make_program(
+    program = program_lib.make_program(
         config, mesh, main_lib.make_method(config), model,
         types.SimpleNamespace(
             eos_token_id=work.EOS_ID, pad_token_id=work.PAD_ID

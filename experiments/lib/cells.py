@@ -18,8 +18,10 @@ import numpy as np
 
 from dppo_jax import divergences
 from dppo_jax import main
+from dppo_jax import program as program_lib
 from dppo_jax import training
 from dppo_jax.backlog import Backlog
+from dppo_jax.program import Method
 from dppo_jax.tasks.prompts import PromptBatch
 from dppo_jax.types import Prompts
 from dppo_jax.types import Rollout
@@ -163,7 +165,7 @@ def make_step(config: Any, parts: training.Parts, how: str):
   method = main.make_method(with_rate_1)
 
   def one(free, state, scored, prompts):
-    program = main.make_program(
+    program = program_lib.make_program(
         config,
         parts.mesh,
         _with_free(method, free),
@@ -180,7 +182,7 @@ def make_step(config: Any, parts: training.Parts, how: str):
   return jax.jit(all_of_them, donate_argnums=1)
 
 
-def _with_free(method: main.Method, free: Free) -> main.Method:
+def _with_free(method: Method, free: Free) -> Method:
   """The method with numbers that may be traced."""
   rate, optimizer = free.learning_rate, method.optimizer
   inner = optimizer.transformation
