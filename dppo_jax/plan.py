@@ -9,8 +9,7 @@ device, and a lower bound of the time. `--search` tries other meshes and numbers
 of micro-batches. Needs the `libtpu` wheel: `pip install 'dppo_jax[tpu]'`.
 """
 
-from collections.abc import Callable, Collection, Iterator
-import dataclasses
+from collections.abc import Callable, Collection
 import functools
 from importlib import metadata
 import importlib.util
@@ -22,7 +21,7 @@ import resource
 import sys
 import time
 import types
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 import jax
@@ -34,20 +33,24 @@ from dppo_jax import fitting
 from dppo_jax import hlo
 from dppo_jax import main
 from dppo_jax import memory
-from dppo_jax import meshes as meshes_lib
+from dppo_jax import meshes
 from dppo_jax import operations
+from dppo_jax import plan_search
+from dppo_jax import plan_text
 from dppo_jax import program as program_lib
 from dppo_jax import registry
 from dppo_jax import roofline
 from dppo_jax import run_attention
 from dppo_jax import sharding
-from dppo_jax.chips import Chip
 from dppo_jax.chips import CHIPS
 from dppo_jax.chunks import CHUNKS
 from dppo_jax.models import load
 from dppo_jax.models import platforms
 from dppo_jax.models.packed_attention import WALK
 from dppo_jax.objective import WHOLE
+from dppo_jax.plan_types import Expected
+from dppo_jax.plan_types import Plan
+from dppo_jax.plan_types import Topology
 
 _TOPOLOGY = flags.DEFINE_string(
     'topology', None, 'Chip and shape of a slice, for example v5p:4x4x4.'
@@ -78,55 +81,6 @@ _COMPILER_ONLY = {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_WORKER_HOSTNAMES': 'localhost',
 }
-
-
-class Topology(NamedTuple):
-  """Chips that need not exist."""
-
-  name: str
-  chip: Chip
-  devices: list[Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Expected:
-  """What the estimates take for granted.
-
-  Attributes:
-    mean_length: tokens of a completion.
-    decode_steps: of the decode loop.
-    microbatches: of a mini-batch, that packed rows fill.
-    chunks: of the head, that the sampled tokens of a micro-batch fill on a
-      device.
-  """
-
-  mean_length: float
-  decode_steps: float
-  microbatches: float
-  chunks: int
-
-
-class Plan(NamedTuple):
-  """A compiled step, counted. Bytes and operations of one device."""
-
-  config: Any  # With the number of micro-batches that was found.
-  chip: Chip
-  mesh: dict[str, int]
-  expected: Expected
-  lasting: dict[str, int]  # Kind -> bytes, between steps.
-  temporary: dict[str, int]  # Kind -> bytes, while it runs.
-  sizes: dict[str, int]  # `memory.of_step`.
-  phases: list[roofline.Phase]
-  unknown_loops: int  # Counted once.
-  compile_s: float
-  # Compiles held-out evaluation: the bytes that it needs, and those that the
-  # run holds beside it; a ValueError if it does not fit.
-  evaluate: Callable[[], tuple[int, int]]
-
-  @property
-  def seconds(self) -> float:
-    """Of a step, at least."""
-    return roofline.step_seconds(self.phases, self.chip)
 
 
 def make_topology(name: str) -> Topology:
@@ -204,7 +158,7 @@ def make_plan(
   checks.check(
       config,
       num_batch_shards=shards,
-      **meshes_lib.row_shards(config, mesh),
+      **meshes.row_shards(config, mesh),
   )
   method = main.make_method(config)
   config = config.copy_and_resolve_references()
@@ -454,140 +408,6 @@ def _holds(dims: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
   return True
 
 
-def meshes(config: Any, num_devices: int, sizes: Any) -> list[dict[str, int]]:
-  """Meshes that divide what they split; those that split most first.
-
-  Args:
-    config: of the run; its own mesh and micro-batches do not count.
-    num_devices: of the slice.
-    sizes: of the model, a `layers.ModelConfig`.
-  """
-  found = []
-  for data, fsdp, tensor in itertools.product(_divisors(num_devices), repeat=3):
-    expert, rest = divmod(num_devices, data * fsdp * tensor)
-    if rest or not expert or sizes.num_key_value_heads % tensor:
-      continue
-    if expert > 1 and (not sizes.num_experts or sizes.num_experts % expert):
-      continue
-    shards = data * fsdp
-    if config.num_prompts % shards or not checks.microbatch_choices(
-        config, num_batch_shards=shards
-    ):
-      continue
-    found.append(
-        dict.fromkeys(sharding.AXES, 1)
-        | {'data': data, 'fsdp': fsdp, 'tensor': tensor, 'expert': expert}
-    )
-  return sorted(found, key=lambda x: (x['data'], x['expert'], x['tensor']))
-
-
-def _divisors(number: int) -> list[int]:
-  return [x for x in range(1, number + 1) if number % x == 0]
-
-
-class _Enough(Exception):
-  """As many compilations as were allowed."""
-
-
-def search(
-    config: Any,
-    topology: Topology,
-    model: Any,
-    *,
-    max_compilations: int,
-    mean_length: int = 0,
-    say: Callable[[str], None] = print,
-) -> list[Plan]:
-  """Plans that fit, the fastest first.
-
-  On each mesh the search begins with the config's number of micro-batches, or
-  the smallest. Where that does not fit, more are tried; where it does, fewer,
-  as each part of a mini-batch gathers all weights once. What lasts between
-  steps is compared with the memory before anything compiles.
-
-  Args:
-    config: of the run; its own mesh is the first to be tried.
-    topology: where it would run.
-    model: from `program.architecture`.
-    max_compilations: of steps, in all.
-    mean_length: see `make_plan`.
-    say: takes a line about the progress.
-
-  Raises:
-    ValueError: no mesh divides the config's sizes, or nothing fits.
-  """
-  candidates = meshes(config, len(topology.devices), model.config)
-  if not candidates:
-    raise ValueError(
-        f'No mesh over {len(topology.devices)} devices divides '
-        f'config.num_prompts={config.num_prompts}, its micro-batches and the '
-        "model's heads; change num_prompts or group_size."
-    )
-  own = sharding.make_mesh(**config.mesh, devices=topology.devices).shape
-  candidates.sort(key=lambda mesh: mesh != dict(own))
-  count, plans, refused = itertools.count(1), [], []
-
-  def try_one(mesh, number):
-    """Whether it fits, and whether it was compiled."""
-    compiled = []
-
-    def compiling():
-      compiled.append(next(count))
-      if compiled[0] > max_compilations:
-        raise _Enough
-      say(f'compiling {compiled[0]} of at most {max_compilations}: {name}')
-
-    name = f'{_axes(mesh)}, num_microbatches={number}'
-    tried = checks.with_microbatches(config, number)
-    tried.mesh.update(mesh)
-    try:
-      plans.append(make_plan(
-          tried, topology, model, mean_length=mean_length, on_compile=compiling
-      ))
-      return True, True
-    except ValueError as error:
-      refused.append(f'{name}: {error}')
-      say(refused[-1])
-      return False, bool(compiled)
-
-  for place, mesh in enumerate(candidates):
-    try:
-      _try_numbers(config, mesh, functools.partial(try_one, mesh))
-    except _Enough:
-      left = len(candidates) - place
-      say(f'{left} of {len(candidates)} meshes are not done.')
-      break
-  if not plans:
-    raise ValueError(f'Nothing fits {topology.name}. {refused[0]}')
-  return sorted(plans, key=lambda plan: plan.seconds)
-
-
-def _try_numbers(config, mesh, try_one):
-  """Numbers of micro-batches on one mesh, twice or half of the one before."""
-  choices = checks.microbatch_choices(
-      config, num_batch_shards=mesh['data'] * mesh['fsdp']
-  )
-  start = config.learner.num_microbatches
-  start = min(choices, key=lambda x: abs(x - start)) if start else choices[0]
-  fits, compiled = try_one(start)
-  number, sought = start, fits
-  while compiled and fits == sought:
-    if sought:
-      following = [x for x in choices if 2 * x <= number][-1:]
-    else:
-      following = [x for x in choices if x >= 2 * number][:1]
-    if not following:
-      return
-    [number] = following
-    fits, compiled = try_one(number)
-
-
-def _axes(mesh: dict[str, int]) -> str:
-  """'fsdp=16 tensor=4'."""
-  split = [f'{axis}={size}' for axis, size in mesh.items() if size > 1]
-  return ' '.join(split) or 'one device'
-
-
 def with_room_to_evaluate(
     plans: list[Plan], say: Callable[[str], None] = print
 ) -> tuple[Plan, str]:
@@ -606,94 +426,9 @@ def with_room_to_evaluate(
     except ValueError as error:
       if place == len(plans):
         raise
-      say(f'{_axes(plan.mesh)}: {error}')
+      say(f'{plan_text.axes(plan.mesh)}: {error}')
       continue
-    return plan, (
-        f'  evaluation   {_bytes(needed)} beside the {_bytes(held)} of a run: '
-        'it fits, too.'
-    )
-
-
-def describe(plan: Plan) -> Iterator[str]:
-  """The plan, line by line."""
-  chip, config = plan.chip, plan.config
-  total = plan.sizes['total']
-  other = plan.sizes['arguments'] - sum(plan.lasting.values())
-  yield (
-      f'{chip.name}, {_axes(plan.mesh)}, '
-      f'num_microbatches={config.learner.num_microbatches}: '
-      f'{memory.readable(total)} of {memory.readable(chip.memory)} on each '
-      'device: it fits.'
-  )
-  lasting = _shown(plan.lasting)
-  yield f'  lasting      {lasting}; other arguments {_bytes(other)}'
-  yield f'  temporary    {_shown(plan.temporary)}'
-  yield f'  results      {_bytes(plan.sizes["results"])}'
-  for phase in plan.phases:
-    bound, seconds = phase.bound(chip)
-    yield (
-        f'  {phase.name:<12} {_operations(phase.flops)}, '
-        f'{_bytes(phase.traffic, 0)} of memory, {_bytes(phase.sent, 1)} sent: '
-        f'{_time(seconds)}, bound by {bound}'
-    )
-    if phase.collectives:
-      yield '               ' + ', '.join(
-          f'{number:,.0f} {kind}' for kind, number in phase.collectives.items()
-      )
-  yield f'  step         {_time(plan.seconds)} at least'
-  if plan.unknown_loops:
-    yield f'  {plan.unknown_loops} loops of unknown length count once.'
-
-
-def assumptions(plan: Plan) -> str:
-  """What the numbers rest on."""
-  chip, expected = plan.chip, plan.expected
-  return (
-      f'Assumed: {chip.flops / 1e12:,.0f} TFLOP/s (bfloat16), '
-      f'{chip.memory_bandwidth / 1e9:,.0f} GB/s of memory, '
-      f'{chip.link_bandwidth / chip.torus_axes / 1e9:,.0f} GB/s out over one '
-      f'torus axis ({chip.source}); a phase takes the longest of the three; '
-      f'completions of {expected.mean_length:,.0f} tokens in the mean, '
-      f'{expected.decode_steps:,.0f} steps of decoding; work spread evenly; no '
-      'time for the verifier.'
-  )
-
-
-def table(plans: list[Plan]) -> Iterator[str]:
-  """Plans in their order, a row each."""
-  yield '| mesh | micro-batches | memory | learn | sample | decode | step |'
-  yield '|---|---|---|---|---|---|---|'
-  for plan in plans:
-    times = [phase.bound(plan.chip)[1] for phase in plan.phases]
-    yield (
-        f'| {_axes(plan.mesh)} | {plan.config.learner.num_microbatches} '
-        f'| {memory.readable(plan.sizes["total"])} | '
-        + ' | '.join(map(_time, (*times, plan.seconds))) + ' |'
-    )
-
-
-def _bytes(size: float, digits: int = 2) -> str:
-  return _scaled(size, {'GB': 1e9, 'MB': 1e6, 'kB': 1e3}, digits)
-
-
-def _operations(number: float) -> str:
-  return _scaled(number, {'TFLOP': 1e12, 'GFLOP': 1e9, 'MFLOP': 1e6}, 1)
-
-
-def _time(seconds: float) -> str:
-  return _scaled(seconds, {'s': 1, 'ms': 1e-3, 'us': 1e-6}, 1)
-
-
-def _scaled(value: float, units: dict[str, float], digits: int) -> str:
-  """In the largest unit of which there is one, or in the last."""
-  unit = next((x for x in units if value >= units[x]), list(units)[-1])
-  return f'{value / units[unit]:,.{digits}f} {unit}'
-
-
-def _shown(kinds: dict[str, int]) -> str:
-  return ', '.join(
-      f'{name} {_bytes(size)}' for name, size in kinds.items() if size
-  )
+    return plan, plan_text.evaluation(needed, held)
 
 
 def host_peak() -> float:
@@ -719,17 +454,17 @@ def run(config: Any, workdir: str | None) -> bool:
   start = time.perf_counter()
   options = {'mean_length': _MEAN_LENGTH.value}
   if _SEARCH.value:
-    plans = search(
-        config, topology, model,
+    plans = plan_search.search(
+        config, topology, model, make_plan=make_plan,
         max_compilations=_MAX_COMPILATIONS.value, **options,
     )
-    print('\n'.join(table(plans)))
+    print('\n'.join(plan_text.table(plans)))
   else:
     plans = [make_plan(config, topology, model, **options)]
   plan, evaluation = with_room_to_evaluate(plans)
-  print('\n'.join(describe(plan)))
+  print('\n'.join(plan_text.describe(plan)))
   print(evaluation)
-  print(assumptions(plan))
+  print(plan_text.assumptions(plan))
   print(
       f'jax {jax.__version__}, libtpu {metadata.version("libtpu")}; '
       f'{sum(plan.compile_s for plan in plans):,.0f} s of compiling steps in '

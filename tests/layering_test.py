@@ -30,7 +30,7 @@ LAYERS = (
     ('split_step',),
     ('program',),
     ('command_line', 'roofline', 'training'),
-    ('main',),
+    ('main', 'plan_search', 'plan_text', 'plan_types'),
     ('plan', 'export'),
 )
 MATHEMATICS = LAYERS[0] + LAYERS[1]

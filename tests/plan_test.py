@@ -25,6 +25,9 @@ from dppo_jax import chips
 from dppo_jax import hlo
 from dppo_jax import operations
 from dppo_jax import plan as plan_lib
+from dppo_jax import plan_search
+from dppo_jax import plan_text
+from dppo_jax import plan_types
 from dppo_jax import roofline
 from dppo_jax import sharding
 from dppo_jax.models import attention
@@ -559,11 +562,11 @@ def test_a_cache_in_stages_is_multiplied_less_in_as_many_steps(topology):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_plan_prints_what_it_knows(plan):
-  text = '\n'.join(plan_lib.describe(plan))
+  text = '\n'.join(plan_text.describe(plan))
   assert 'it fits' in text and 'all-reduce' in text
   assert 'fsdp=2 tensor=2' in text
-  assert chips.CHIPS['v5e'].source in plan_lib.assumptions(plan)
-  header, _, row = plan_lib.table([plan])
+  assert chips.CHIPS['v5e'].source in plan_text.assumptions(plan)
+  header, _, row = plan_text.table([plan])
   assert header.count('|') == row.count('|')
   # A model of a few thousand parameters: nothing of it is shown as zero.
   assert re.search(r'[1-9]\S* us \|', row), row
@@ -594,7 +597,7 @@ def test_the_best_plan_is_the_best_that_can_evaluate():
   told = iter([refuse, lambda *_: (10**9, 2 * 10**9), refuse])
   answer = lambda ask: lambda: ask('no room')
   plans = [
-      plan_lib.Plan(
+      plan_types.Plan(
           None, None, {'data': 2**place}, None, {}, {}, {}, [], 0, 1.0,
           answer(ask),
       )
@@ -628,23 +631,22 @@ def fake_search(monkeypatch, seconds, config=None, **options):
     on_compile()
     mesh, number = config.mesh.to_dict(), config.learner.num_microbatches
     work = roofline.Phase('learn', 197e12 * seconds(mesh, number), 0, 0, {})
-    return plan_lib.Plan(
+    return plan_types.Plan(
         config, chips.CHIPS['v5e'], mesh, None, {}, {}, {'total': 1}, [work],
         0, 1.0, lambda: pytest.fail('not asked for'),
     )
 
-  monkeypatch.setattr(plan_lib, 'make_plan', make_plan)
   monkeypatch.setattr(
-      plan_lib.sharding, 'make_mesh',
+      plan_search.sharding, 'make_mesh',
       lambda devices, **mesh: jax.sharding.AbstractMesh(
           tuple(mesh.values()), tuple(mesh)
       ),
   )
   said = []
-  plans = plan_lib.search(
+  plans = plan_search.search(
       config or tiny_config(),
-      plan_lib.Topology('v5e:2x2', chips.CHIPS['v5e'], list(range(4))),
-      tiny_model.MODEL, say=said.append,
+      plan_types.Topology('v5e:2x2', chips.CHIPS['v5e'], list(range(4))),
+      tiny_model.MODEL, make_plan=make_plan, say=said.append,
       **{'max_compilations': 99} | options,
   )
   return [
