@@ -8,6 +8,8 @@ import math
 import re
 from typing import Any
 
+import ml_collections
+
 from dppo_jax import advantages
 from dppo_jax import halvings
 from dppo_jax import lora
@@ -77,9 +79,10 @@ def check(
     raise ValueError(
         f'config.seed={config.seed} must be between 0 and {2**32 - 1}.'
     )
+  _check_numbers(config, 'config')
   for name, meaning in _MEANING_OF_ZERO.items():
     value = _get(config, name)
-    if not value >= 0:  # A NaN is none of both.
+    if value < 0:
       raise ValueError(
           f'config.{name}={value} must be 0 ({meaning}) or more.'
       )
@@ -226,6 +229,14 @@ def check_model(
       )
 
 
+def _check_numbers(section, path):
+  for name, value in section.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      _check_numbers(value, f'{path}.{name}')
+    elif isinstance(value, float) and math.isnan(value):
+      raise ValueError(f'{path}.{name}={value} is not a number.')
+
+
 def _get(config, name):
   for part in name.split('.'):
     config = config[part]
@@ -299,7 +310,8 @@ def _check_dual(config):
         f'config.loss.name={loss!r} and '
         f'config.dual.name={config.dual.name!r} do not go together: '
         + (f'{loss} needs a dual, for example projected_ascent.' if constrained
-           else f'a dual is the price of a constraint, and {loss} has none.')
+           else f'a dual is the price of a constraint, and {loss} has none; a '
+           'loss that has one is registered with_facts(constrained=True).')
     )
   if loss == 'r2vpo' and config.loss.center == 'mean':
     if config.learner.num_microbatches != 1:

@@ -6,7 +6,6 @@ import logging as python_logging
 import os
 import pathlib
 import re
-import runpy
 import signal
 import sys
 from typing import Any
@@ -133,7 +132,6 @@ def run(body: Callable[[Any, str | None], bool]) -> None:
     if len(argv) > 1:
       raise app.UsageError(f'Unexpected argument {argv[1]!r}.')
     with _one_line_errors(Exception):
-      config = _config_from_flags()
       processes.initialize(
           coordinator=_COORDINATOR.value,
           num_processes=_NUM_PROCESSES.value,
@@ -146,7 +144,7 @@ def run(body: Callable[[Any, str | None], bool]) -> None:
     with _one_line_errors(
         ValueError, OSError, ImportError, FloatingPointError
     ):
-      finished = body(config, _WORKDIR.value)
+      finished = body(_CONFIG.value, _WORKDIR.value)
     sys.exit(0 if finished else EXIT_INTERRUPTED)
 
   flags.mark_flag_as_required('config')
@@ -177,38 +175,49 @@ def _make_configs_importable(argv: list[str]) -> None:
     raise ValueError(f'--config is given {len(given)} times: {given}.')
 
 
-def _config_from_flags() -> Any:
-  """The config; a name brings its own options, then the flags.
+class _WithNamedParts(flags.ArgumentParser):
+  """Reads a config file; flags that name parts bring the parts' options.
 
   --config.algorithm=NAME takes the row NAME, --config.divergence.name=NAME the
   options and defaults of that divergence: those of another would be refused, or
-  be what nobody asked for, as its threshold.
+  be what nobody asked for, as its threshold. It happens before other flags are
+  looked at, so that these options are flags, too.
   """
-  config = _CONFIG.value
-  changed = config_flags.get_override_values(flags.FLAGS['config'])
-  before = _config_as_written()
-  new = {}
-  if 'algorithm' in changed:
-    new = dict(algorithms.config(config.algorithm))
-  for section, registry in _NAMED.items():
-    name = changed.get(f'{section}.name')
-    if name and name != new.get(section, before[section])['name']:
-      new[section] = registry.config(name)
-  if new:
+
+  def __init__(self, parser: flags.ArgumentParser):
+    self._parser = parser
+
+  def parse(self, argument: str) -> Any:
+    config = self._parser.parse(argument)
+    asked = _values_given(sys.argv)
+    parts = {}
+    try:
+      if 'algorithm' in asked:
+        parts = dict(algorithms.config(asked['algorithm']))
+      for section, registry in _NAMED.items():
+        name = asked.get(f'{section}.name')
+        if name and name != parts.get(section, config[section])['name']:
+          parts[section] = registry.config(name)
+    except ValueError as error:  # Absl would put the flag's name before it.
+      raise app.UsageError(str(error)) from error
     with config.unlocked():
-      for name, value in new.items():
+      for name, value in parts.items():
         config[name] = value
     config.lock()
-    config.update_from_flattened_dict(changed)
-  return config
+    return config
 
 
-def _config_as_written() -> Any:
-  """Of the file, without flags."""
-  filename = config_flags.get_config_filename(flags.FLAGS['config'])
-  path, colon, argument = filename.partition(':')
-  get_config = runpy.run_path(path)['get_config']
-  return get_config(argument) if colon else get_config()
+flags.FLAGS['config'].parser = _WithNamedParts(flags.FLAGS['config'].parser)
+
+
+def _values_given(argv: list[str]) -> dict[str, str]:
+  """What `--config.NAME=VALUE` or `--config.NAME VALUE` says, by NAME."""
+  argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  values = {}
+  for argument, following in zip(argv, [*argv[1:], '']):
+    if found := re.match(r'--?config\.([\w.]+)(=(.*))?$', argument, re.DOTALL):
+      values[found[1]] = found[3] if found[2] else following
+  return values
 
 
 @contextlib.contextmanager
@@ -264,8 +273,14 @@ def _one_line(error: Exception) -> str:
         f'config.{whole[1]} holds several options and is not {whole[2]!r}; use '
         f'--config.{whole[1]}.name={whole[2]}, or a config that has it.'
     )
-  if unknown := re.match(r"Unknown command line flag '\w+\.(\S+)'$", message):
-    return f'{message}. Settings of a config are --config.{unknown[1]}=VALUE.'
+  if unknown := re.match(
+      r"Unknown command line flag '(\w+\.)?(\S+)'$", message
+  ):
+    return f'{message}. Settings of a config are --config.{unknown[2]}=VALUE.'
+  if number := re.search(
+      r'flag --config\.([\w.]+)=(.*): invalid literal for int', message
+  ):
+    return f'config.{number[1]}={number[2]} must be a whole number.'
   if '--config must have a value' in message:
     return _WHICH
   return message

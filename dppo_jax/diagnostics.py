@@ -57,6 +57,7 @@ class TokenStats(NamedTuple):
   reference_kl: PyTree = ()  # float32, as estimated; () without a penalty
   constraint: PyTree = ()  # `duals.Constraint`; () where there is none
   router: Router = Router()
+  own: PyTree = ()  # float32, by name: what a loss says beside all that.
 
 
 def token_metrics(
@@ -103,6 +104,8 @@ def token_metrics(
   metrics |= _router_metrics(stats)
   if given(stats.reference_kl):
     metrics['reference/kl'] = masked_mean(stats.reference_kl, mask)
+  for name, values in dict(stats.own).items():
+    metrics[f'loss/{name}'] = masked_mean(values, mask)
   fresh = by_age[0]
   return metrics | {
       'ratio/mean': masked_mean(jnp.exp(log_ratio), mask),

@@ -68,7 +68,8 @@ def _score_function(
   log_ratio = jnp.where(keep, log_ratio, 0)
   advantages = jnp.where(keep, inputs.advantages, 0.0)
   ratio = jnp.exp(log_ratio)
-  region = jnp.where(keep, inputs.trust_region, False)
+  # Where it is soft, it is made of a divergence, which says what counts only.
+  region = jax.lax.stop_gradient(jnp.where(keep, inputs.trust_region, False))
   weight = weight_fn(ratio, advantages) * region
   return -weight * logprobs, {
       'surrogate': ratio * advantages,

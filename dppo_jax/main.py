@@ -181,14 +181,14 @@ def make_method(config: Any) -> program_lib.Method:
   }
   updates = config.learner.num_epochs * config.learner.num_minibatches
   return program_lib.Method(
-      divergence=_build(divergences, config, 'divergence'),
-      region_fn=_build(trust_regions, config, 'trust_region'),
+      divergence=_build(divergences, config, 'divergence', **known),
+      region_fn=_build(trust_regions, config, 'trust_region', **known),
       limits_tokens=trust_regions.limits_tokens(config.trust_region.name),
-      loss_fn=_build(losses, config, 'loss'),
+      loss_fn=_build(losses, config, 'loss', **known),
       advantage_fn=_build(advantages, config, 'advantage', **known),
       shaping_fn=_build(shaping, config, 'shaping', **known),
       normalizer=_build(normalizers, config, 'normalizer', **known),
-      dual=_build(duals, config, 'dual'),
+      dual=_build(duals, config, 'dual', **known),
       extras=objective.Extras(**config.extras),
       optimizer=_build(
           optim, config, 'optimizer',

@@ -29,6 +29,7 @@ from dppo_jax import target as target_lib
 from dppo_jax import trust_regions
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.target import Anchor
+from dppo_jax.types import check_shape
 from dppo_jax.types import Divergence
 from dppo_jax.types import is_by_token
 from dppo_jax.types import LossFn
@@ -175,8 +176,7 @@ def make_prepare_fn(
 
   def prepare(state, scored, products=()):
     rollout = scored.rollout
-    lengths = jnp.sum(rollout.token_mask, axis=-1)
-    rewards = shaping_fn(scored.rewards, lengths)
+    rewards = shaping_fn(scored.rewards, jnp.sum(rollout.token_mask, axis=-1))
     rollout, rewards, replayed = _choose_groups(
         ScoredRollout(rollout, rewards, scored.replayed),
         num_groups=num_groups,
@@ -194,7 +194,8 @@ def make_prepare_fn(
       rewards -= _kl_of_completions(extras, rollout, reference_logprobs)
     else:
       reference_logprobs = references(state, rows)
-    advantages = advantage_fn(rewards)[:, None]
+    advantages = advantage_fn(rewards)
+    check_shape('advantage', advantage_fn, advantages, rewards.shape)
     anchored = Anchor(rollout.behaviour_logprobs, rollout.record)
     if anchor == 'recomputed':
       recompute = functools.partial(_anchor_of, divergence)
@@ -205,7 +206,7 @@ def make_prepare_fn(
         behaviour_logprobs=rollout.behaviour_logprobs,
         policy_version=everywhere(rollout.policy_version),
         anchor=anchored,
-        advantages=jnp.where(mask, advantages, 0.0),
+        advantages=jnp.where(mask, advantages[:, None], 0.0),
         weights=normalizer(mask),
         reference_logprobs=reference_logprobs,
         replayed=jax.tree.map(everywhere, replayed),
@@ -357,7 +358,6 @@ def make_loss_fn(
       reference_kl = _sampled_kl(
           extras, rows.token_mask, target.logprobs, batch.reference_logprobs
       )
-    _check_metrics(loss_metrics)
     if extras.router_balance:
       balance = jnp.mean(target.routed.balance)
       total += extras.router_balance * balance * share
@@ -400,7 +400,8 @@ def _make_token_loss(divergence, region_fn, loss_fn, extras, dual):
         segment_ids=batch.rows.target_segments,
         threshold=divergence.threshold,
     ))
-    loss, metrics = loss_fn(LossInputs(
+    check_shape('trust region', region_fn, region, mask.shape)
+    loss, metrics = _checked(loss_fn, mask.shape, loss_fn(LossInputs(
         logprobs=target.logprobs,
         behaviour_logprobs=batch.behaviour_logprobs,
         divergence=target.divergence,
@@ -410,22 +411,35 @@ def _make_token_loss(divergence, region_fn, loss_fn, extras, dual):
         segment_ids=batch.rows.target_segments,
         multiplier=multiplier,
         limit=dual and dual.limit,
-    ))
+    )))
     loss += _penalty(extras, target, batch)
     return loss * batch.weights, (region.astype(jnp.float32), metrics)
 
   return token_loss
 
 
-def _check_metrics(loss_metrics):
-  """A loss of one's own may have forgotten some, see `types.LossFn`."""
-  for name in ('surrogate', 'capped', 'gradient_weight'):
-    if name not in loss_metrics:
-      raise ValueError(
-          f'The loss returns no metric {name!r}; beside the loss of each token '
-          'it returns surrogate, capped and gradient_weight, of the same shape '
-          '(types.LossFn says what they are).'
-      )
+_METRICS = ('surrogate', 'capped', 'gradient_weight')
+
+
+def _checked(loss_fn, shape, returned):
+  """Loss and metrics, if they are what `types.LossFn` says; own ones apart."""
+  expected = (
+      'beside the loss of each token it returns surrogate, capped and '
+      'gradient_weight, of the same shape, as a dict (types.LossFn says what '
+      'they are).'
+  )
+  if not (isinstance(returned, tuple) and len(returned) == 2):
+    raise ValueError(f'The loss returns one thing and not two: {expected}')
+  loss, metrics = returned
+  for name in _METRICS:
+    if name not in metrics:
+      raise ValueError(f'The loss returns no metric {name!r}; {expected}')
+  check_shape('loss', loss_fn, loss, shape)
+  own = {k: x for k, x in metrics.items() if k not in (*_METRICS, 'constraint')}
+  for name in (*_METRICS, *own):
+    check_shape(f'metric {name!r} of the loss', loss_fn, metrics[name], shape)
+  known = {k: x for k, x in metrics.items() if k not in own}
+  return loss, known | ({'own': own} if own else {})
 
 
 def _penalty(extras, target, batch):

@@ -17,6 +17,8 @@ def unknown(kind: str, name: Any, known) -> str:
   """One line that names the culprit, the nearest match and all choices."""
   known = sorted(known)
   close = difflib.get_close_matches(str(name), known, n=1)
+  words = set(str(name).split('_'))
+  close += [x for x in known if words <= set(str(x).split('_'))]
   hint = f' Did you mean {close[0]!r}?' if close else ''
   return f'Unknown {kind} {name!r}.{hint} Known: {", ".join(known)}.'
 
@@ -30,8 +32,19 @@ class Registry:
     self._facts: dict[str, dict[str, Any]] = {}
 
   def __call__(self, factory: Callable[..., Any]) -> Callable[..., Any]:
-    """Registers `factory` under its own name; a decorator."""
-    self._factories[factory.__name__] = factory
+    """Registers `factory` under its own name; a decorator.
+
+    Raises:
+      ValueError: the package has one of this name, from another module.
+    """
+    name, module = factory.__name__, factory.__module__
+    known = self._factories.get(name, factory).__module__
+    if known.startswith('dppo_jax.') and module != known:
+      raise ValueError(
+          f'{module} registers a {self._kind} {name!r}, which {known} has; '
+          'give it another name.'
+      )
+    self._factories[name] = factory
     return factory
 
   def with_facts(self, **facts: Any) -> Callable[..., Any]:
@@ -86,6 +99,11 @@ class Registry:
       if option not in known:
         kind = f'option of {self._kind} {name!r}:'
         raise ValueError(unknown(kind, option, known))
+    if missing := [x for x in self.required(name) if x not in options]:
+      raise ValueError(
+          f'The {self._kind} {name!r} has options without a default: '
+          f'{", ".join(missing)}. Give each one in {factory.__module__}.'
+      )
     return factory(**options)
 
   def config(self, name: str, **overrides):
@@ -104,6 +122,8 @@ class Registry:
         default = ml_collections.config_dict.placeholder(
             _type_but_none(hints[option])
         )
+      elif _type_but_none(hints.get(option)) is float:
+        default = float(default)  # A field of a config has its default's type.
       config[option] = default
     config.lock()
     config.update(overrides)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 
@@ -115,8 +116,26 @@ class LossInputs(NamedTuple):
 # shape the metrics `surrogate`, what is maximised of a kept token (ratio *
 # advantage), `capped`, 1 where a ratio was truncated, and `gradient_weight`,
 # |factor of grad log pi|; a loss under a constraint also `constraint`, a
-# `duals.Constraint`.
+# `duals.Constraint`. Of what else it returns, the means are logged as
+# `loss/NAME`.
 LossFn = Callable[[LossInputs], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def check_shape(what: str, fn: Callable, value: Any, shape: tuple) -> None:
+  """Refuses what NumPy's rules would stretch, and so mean something else.
+
+  Args:
+    what: it is, for example 'advantage'.
+    fn: that returned it; the factory that made it is named.
+    value: an array.
+    shape: it must have.
+  """
+  if jnp.shape(value) != tuple(shape):
+    maker = getattr(fn, '__qualname__', str(fn)).partition('.')[0]
+    raise ValueError(
+        f'The {what} {maker!r} returns an array of shape {jnp.shape(value)}; '
+        f'here it must be {tuple(shape)}, one number for each.'
+    )
 
 
 def by_token(fn: Callable) -> Callable:

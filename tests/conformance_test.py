@@ -552,6 +552,32 @@ def test_region_that_says_it_needs_a_threshold_drops_nothing_without(name):
 
 
 @each_region
+def test_no_gradient_flows_through_a_region(name):
+  inputs = random_region_inputs(threshold=0.1)
+  loss_fn = losses.build('policy_gradient')
+  options = {'soft': True} if name == 'cumulative_prefix' else {}
+  region_fn = trust_regions.build(name, **options)
+
+  def total(divergence, log_ratio):
+    region = region_fn(
+        inputs._replace(divergence=divergence, log_ratio=log_ratio)
+    )
+    values, _ = loss_fn(LossInputs(
+        logprobs=inputs.anchor_logprobs,
+        behaviour_logprobs=inputs.anchor_logprobs,
+        divergence=divergence,
+        trust_region=region,
+        advantages=inputs.advantages,
+        token_mask=inputs.token_mask,
+        segment_ids=inputs.segment_ids,
+    ))
+    return jnp.sum(values)
+
+  slopes = jax.grad(total, argnums=(0, 1))(inputs.divergence, inputs.log_ratio)
+  assert not jnp.any(jnp.stack(slopes))
+
+
+@each_region
 @pytest.mark.parametrize('spoiler', [np.nan, np.inf, -np.inf])
 def test_region_and_its_gradient_do_not_see_padding(name, spoiler):
   clean = random_region_inputs(threshold=0.5)

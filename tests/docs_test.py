@@ -23,6 +23,7 @@ TRAINER = ROOT / 'docs' / 'use_in_your_trainer.md'
 TASKS = ROOT / 'docs' / 'tasks.md'
 RUNS = ROOT / 'docs' / 'runs.md'
 METRICS = ROOT / 'docs' / 'metrics.md'
+OWN_PARTS = ROOT / 'docs' / 'own_parts.md'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 PYTHON = re.compile(r'^```python\n(.*?)^```', re.MULTILINE | re.DOTALL)
@@ -107,6 +108,25 @@ def test_blocks_on_tasks_run_and_the_verifier_judges(tmp_path):
       tmp_path)
   for block in configs:
     run(block, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_config_with_parts_of_its_own_trains(tmp_path):
+  [config] = blocks(OWN_PARTS)
+  (tmp_path / 'hellinger.py').write_text(config)
+  command = OWN_PARTS.read_text().partition('python -m dppo_jax.main ')[2]
+  metrics = 'runs/hellinger/metrics.jsonl'
+  small = ('--config.total_steps=1', '--config.eval.num_prompts=8')
+  run(f'''
+import sys
+from dppo_jax import main
+sys.argv[1:] = {[*command.partition(chr(10))[0].split(), *small]}
+try:
+  main.run_train()
+except SystemExit as done:
+  assert not done.code
+assert '"loss/abs_advantage"' in open({metrics!r}).read()
+''', tmp_path)
 
 
 @pytest.mark.parametrize('name', ['jsonl', 'math', 'reasoning_gym'])

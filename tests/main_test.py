@@ -949,6 +949,34 @@ def test_a_name_brings_its_own_options(cli, config, options, expected):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('options', [
+    # The config has neither part.
+    {'shaping.name': 'overlong', 'shaping.buffer': 30},
+    {'divergence.name': 'topk_kl', 'divergence.k': 5,
+     'shaping.name': 'overlong', 'shaping.penalty': 0.5},
+    {'task.name': 'jsonl', 'task.train_path': 'train.jsonl'},
+    {'algorithm': 'cppo', 'trust_region.budget': 0.5},
+], ids=['shaping', 'two', 'task', 'row'])
+def test_options_that_only_a_name_brings_are_flags(cli, options):
+  done = cli('-c', SHOW, config='tv_binary.py', **options)
+  assert done.returncode == 0, done.stderr[-3000:]
+  config = json.loads(done.stdout)
+  for name, value in options.items():
+    section, _, option = name.rpartition('.')
+    assert (config[section] if section else config)[option] == value
+
+
+@pytest.mark.slow
+def test_a_setting_without_its_prefix_and_half_a_number_are_refused(cli):
+  done = cli('-c', SHOW, '--seed=3')
+  assert_one_line_error(done, "Unknown command line flag 'seed'. Settings of a "
+                        'config are --config.seed=VALUE')
+  done = cli('-c', SHOW, **{'learner.num_minibatches': 4.5})
+  assert_one_line_error(done, 'config.learner.num_minibatches=4.5 must be a '
+                        'whole number')
+
+
+@pytest.mark.slow
 def test_a_missing_config_flag_is_named(cli):
   done = subprocess.run(
       [sys.executable, '-m', 'dppo_jax.main'], cwd=ROOT, capture_output=True,

@@ -66,6 +66,47 @@ def test_config_refuses_a_typo_with_the_nearest():
     register.config('soup', bowl=3)
 
 
+def test_a_default_that_is_a_whole_number_may_be_a_float_by_its_annotation():
+  menu = registry.Registry('dish')
+
+  @menu
+  def broth(*, litres: float = 1, bowls: int = 2):
+    return litres, bowls
+
+  config = menu.config('broth')
+  config.litres = 0.5
+  with pytest.raises(TypeError):
+    config.bowls = 0.5
+  assert menu.build(**config) == (0.5, 2) and broth() == (1, 2)
+
+
+def test_an_option_that_nobody_can_set_is_named_with_its_module():
+  with pytest.raises(ValueError, match="dish 'salad' has options without a "
+                     f'default: guests. Give each one in {__name__}'):
+    register.build('salad')
+
+
+def test_a_name_of_the_package_is_not_taken_by_another_module():
+  menu = registry.Registry('dish')
+  ours = lambda: 0
+  ours.__name__, ours.__module__ = 'ice', 'dppo_jax.dishes'
+  menu(ours)
+  menu(ours)  # A module that is read again.
+
+  def ice():
+    return 1
+
+  with pytest.raises(ValueError, match=f"{__name__} registers a dish 'ice', "
+                     'which dppo_jax.dishes has; give it another name'):
+    menu(ice)
+  assert menu.build('ice') == 0
+
+
+def test_a_name_whose_words_are_there_in_another_order_is_suggested():
+  message = registry.unknown('row', 'tv_topk', ['dppo_topk_tv', 'grpo'])
+  assert "Did you mean 'dppo_topk_tv'?" in message
+
+
 def test_config_knows_the_type_of_an_option_that_is_none():
   config = register.config('soup')
   config.salt = 2.5

@@ -20,6 +20,7 @@ from dppo_jax import advantages
 from dppo_jax import diagnostics
 from dppo_jax import divergences
 from dppo_jax import groups
+from dppo_jax import losses
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import penalties
@@ -171,8 +172,8 @@ def scored(rewards=REWARDS):
   return ScoredRollout(rollout, jnp.asarray(rewards, jnp.float32))
 
 
-def make_objective(**options):
-  return tiny_model.make_objective(DIVERGENCE, **{
+def make_objective(divergence=DIVERGENCE, **options):
+  return tiny_model.make_objective(divergence, **{
       'model': table_model.MODEL,
       'advantage_fn': advantages.build('raw'),
       'group_size': GROUP_SIZE,
@@ -226,18 +227,88 @@ def test_reference_kl_as_a_loss_pulls_towards_the_reference(estimator):
     assert np.all(np.sign(at_token)[MASK] == np.sign(x)[MASK])
 
 
-def test_a_loss_that_forgets_a_metric_hears_which():
-  _, weighted_loss = make_objective(
-      loss_fn=lambda inputs: (-inputs.logprobs, {'surrogate': inputs.logprobs})
-  )
-  prepare, _ = make_objective()
+def own_loss(change):
+  """The policy gradient, and what `change(loss, metrics)` makes of it."""
+  inner = losses.build('policy_gradient')
+
+  def loss_fn(inputs):
+    return change(*inner(inputs))
+
+  return loss_fn
+
+
+def run_once(**options):
+  """Loss and tokens of a micro-batch."""
+  prepare, weighted_loss = make_objective(**options)
   _, target, _, _ = policies()
   state = types.SimpleNamespace(params=table(target))
-  with pytest.raises(ValueError, match="The loss returns no metric 'capped'; "
-                     'beside the loss of each token .*types.LossFn'):
-    weighted_loss(
-        table(target), prepare(state, scored()), None, jnp.int32(0)
-    )
+  return weighted_loss(
+      table(target), prepare(state, scored()), None, jnp.int32(0)
+  )
+
+
+def without(name):
+  return lambda loss, metrics: (
+      loss, {k: v for k, v in metrics.items() if k != name}
+  )
+
+
+@pytest.mark.parametrize('change, message', [
+    (without('capped'), "returns no metric 'capped'; beside the loss of each "
+     'token .*types.LossFn'),
+    (lambda loss, _: loss, 'returns one thing and not two: beside the loss'),
+    (lambda loss, metrics: (jnp.mean(loss), metrics),
+     r"The loss 'own_loss' returns an array of shape \(\); here it must be \("),
+    (lambda loss, metrics: (jnp.sum(loss, -1, keepdims=True), metrics),
+     r"The loss 'own_loss' returns an array of shape \(8, 1\); here it must be "
+     r'\(8, 4\), one number for each'),
+    (lambda loss, metrics: (loss, metrics | {'mine': jnp.mean(loss)}),
+     "The metric 'mine' of the loss 'own_loss' returns an array of shape"),
+], ids=['missing', 'alone', 'mean', 'sequence', 'metric'])
+def test_a_loss_that_returns_something_else_hears_what(change, message):
+  with pytest.raises(ValueError, match=message):
+    run_once(loss_fn=own_loss(change))
+
+
+def test_what_else_a_loss_returns_is_logged_as_its_mean_over_tokens():
+  def change(loss, metrics):
+    return loss, metrics | {'twice': 2 + jnp.zeros_like(loss)}
+
+  def measure(**options):
+    total, stats = run_once(**options)
+    stats = jax.tree.map(lambda x: x[None], stats)
+    return total, diagnostics.token_metrics(stats, threshold=None)
+
+  plain, expected = measure(loss_fn=losses.build('policy_gradient'))
+  total, metrics = measure(loss_fn=own_loss(change))
+  assert metrics.pop('loss/twice') == 2
+  close(total, plain)
+  assert metrics.keys() == expected.keys()
+
+
+@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (1,)])
+def test_an_advantage_that_is_not_one_of_each_completion_is_refused(shape):
+  def own_advantage():
+    return lambda rewards: jnp.resize(rewards, shape)
+
+  with pytest.raises(ValueError, match="The advantage '.*' returns an array of "
+                     r'shape .*; here it must be \(8,\), one number for each'):
+    run_once(advantage_fn=own_advantage())
+
+
+def test_a_divergence_of_all_words_is_refused():
+  measure = lambda logits, tokens, recorded: logits
+  bad = DIVERGENCE._replace(measure=measure)
+  with pytest.raises(ValueError, match='The divergence .* returns an array of '
+                     r'shape \(.*12\); here it must be'):
+    run_once(divergence=bad)
+
+
+def test_a_region_of_a_sequence_is_refused():
+  region_fn = lambda inputs: jnp.ones((len(inputs.token_mask), 1))
+  with pytest.raises(ValueError, match='The trust region .* returns an array '
+                     r'of shape \(8, 1\); here it must be \(8, 4\)'):
+    run_once(region_fn=region_fn)
 
 
 def test_full_reference_kl_has_the_gradient_of_the_kl():
