@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from report_runs import make_run
 from report_runs import plot_of
 from report_runs import sample
 
+import dppo_jax
+from dppo_jax import algorithms
+from dppo_jax import divergences
 from dppo_jax import metrics
 from dppo_jax.report import __main__ as command
 from dppo_jax.report import drawing
@@ -82,7 +86,7 @@ def row_of(html, name):
 def sweep(tmp_path_factory):
   """Two algorithms, two seeds, everything that a run may log."""
   folder = tmp_path_factory.mktemp('sweep')
-  for algorithm, seed in itertools.product(('grpo', 'dppo'), (0, 1)):
+  for algorithm, seed in itertools.product(('ppo', 'dppo'), (0, 1)):
     run = make_run(
         folder / f'{algorithm}-{seed}',
         config=CONFIG | {'algorithm': algorithm, 'seed': seed},
@@ -127,13 +131,14 @@ def test_every_plotted_key_has_a_figure_with_a_line_of_each_group(swept):
 
 
 def test_heading_and_tables_name_the_groups(swept):
-  assert '<h1>dppo / grpo</h1>' in swept
+  assert '<h1>dppo / ppo</h1>' in swept
   assert '2 groups, 4 runs' in swept
   results = swept[swept.index('<h2>Results') : swept.index('<h2>What differs')]
-  for name in ('dppo', 'grpo'):
+  for name in ('dppo', 'ppo'):
     assert row_of(results, name).startswith(f'{name} 2 40 ')
-  differs = swept[swept.index('<h2>What differs') : swept.index('<h2>Curves')]
-  assert row_of(differs, 'algorithm') == 'algorithm dppo grpo'
+  start, end = map(swept.index, ('<h2>What differs', 'Shared settings'))
+  differs = swept[start:end]
+  assert row_of(differs, 'algorithm') == 'algorithm dppo ppo'
   assert 'threshold' not in differs
   assert 'commit abc1234def567890 · device 1 x H200 · jax 0.10.2' in swept
 
@@ -146,7 +151,7 @@ def test_words_of_a_cloud_are_counted_over_the_seeds(swept):
 
 
 def test_points_of_all_seeds_are_in_the_cloud_of_their_group(swept):
-  for name in ('dppo', 'grpo'):
+  for name in ('dppo', 'ppo'):
     svg = plot_of(swept, f'{name}: pi / mu against mu')
     # One token of each seed was kept, one dropped.
     assert svg.count('<use') == 4
@@ -227,6 +232,83 @@ RATE = {'optimizer': {'learning_rate': 0.2}}
 )
 def test_groups_are_named_by_what_tells_them_apart(configs, names, tmp_path):
   assert names_of(configs, tmp_path) == names
+
+
+def settings_of(name, **changes):
+  """What the table says of an algorithm, with other parts."""
+  parts = {
+      part: value if isinstance(value, str) else value.to_dict()
+      for part, value in (algorithms.config(name) | changes).items()
+  }
+  return parts | {'optimizer': {'learning_rate': 0.1}, 'task': {'name': 'math'}}
+
+
+def test_a_method_with_another_part_is_not_called_by_its_row_alone(tmp_path):
+  kl = {'divergence': divergences.config('topk_kl')}
+  assert names_of(
+      [
+          settings_of('grpo'),
+          settings_of('dppo_topk_tv', **kl),
+          settings_of('dppo_topk_tv', **kl) | RATE,
+          settings_of('dppo_topk_tv'),
+          settings_of('dppo_topk_tv', **kl, anchor='recomputed'),
+      ],
+      tmp_path,
+  ) == [
+      'grpo',
+      'dppo_topk_tv with divergence topk_kl learning_rate=0.1',
+      'dppo_topk_tv with divergence topk_kl learning_rate=0.2',
+      'dppo_topk_tv',
+      'dppo_topk_tv with divergence topk_kl, anchor recomputed',
+  ]
+
+
+@pytest.mark.parametrize('name', algorithms.names())
+def test_a_row_is_called_by_its_name(name):
+  described = groups.algorithm(groups._flat(settings_of(name)))
+  assert described == name
+
+
+def test_a_page_without_jax_calls_a_method_by_its_row(monkeypatch):
+  groups._parts.cache_clear()
+  monkeypatch.setitem(sys.modules, 'dppo_jax.algorithms', None)
+  monkeypatch.delattr(dppo_jax, 'algorithms', raising=False)
+  settings = {'algorithm': 'grpo', 'divergence.name': 'topk_tv'}
+  assert groups.algorithm(settings) == 'grpo'
+  groups._parts.cache_clear()
+
+
+def test_the_head_says_the_method_that_all_share(tmp_path):
+  for i, rate in enumerate((0.0003, 0.003)):
+    config = settings_of(
+        'dppo_topk_tv', divergence=divergences.config('topk_kl')
+    ) | {'optimizer': {'learning_rate': rate}, 'model': {'name': 'embedded'}}
+    log(tmp_path / 'runs' / str(i), [1.0], config=config)
+  html = page_of(tmp_path / 'runs')
+  assert '<h1>learning_rate=0.0003 / learning_rate=0.003</h1>' in html
+  assert (
+      'Shared by all: algorithm dppo_topk_tv with divergence topk_kl · '
+      'divergence topk_kl, threshold 0.05 · loss policy_gradient · '
+      'model embedded · task math<'
+  ) in html
+  shared = html[html.index('<summary>Shared settings') :]
+  assert row_of(shared, 'loss.ratio_cap') == 'loss.ratio_cap 5.0'
+  assert 'learning_rate' not in shared[: shared.index('</details>')]
+
+
+def test_the_head_says_of_different_methods_only_what_is_the_same(tmp_path):
+  tighter = divergences.config('topk_tv', threshold=0.1)
+  configs = [
+      settings_of('dppo_topk_tv'),
+      settings_of('dppo_topk_tv', divergence=tighter),
+      settings_of('cispo'),
+  ]
+  for i, config in enumerate(configs):
+    log(tmp_path / str(i), [1.0], config=config)
+  two = page_of(tmp_path / '0', tmp_path / '1')
+  assert 'algorithm dppo_topk_tv · divergence topk_tv · loss' in two
+  three = page_of(*(tmp_path / str(i) for i in range(3)))
+  assert 'Shared by all: loss policy_gradient · task math<' in three
 
 
 def test_seeds_and_what_changes_no_number_make_one_group(tmp_path):

@@ -49,9 +49,10 @@ def write_comparison(
     )
   title = title or _title(groups)
   body = [
-      page.header(title, _subtitle(groups), [], _notes(groups, waiting)),
+      page.header(title, _method(groups), [], _notes(groups, waiting)),
       _results(groups),
       _differences(groups),
+      _shared(groups),
       _curves(groups),
       clouds.section(groups),
       side_by_side.section(groups),
@@ -97,6 +98,25 @@ def _title(groups: Sequence[Group]) -> str:
   return ' / '.join(names)
 
 
+def _method(groups: Sequence[Group]) -> str:
+  """What all groups have in common, as far as one line holds it."""
+  common = groups_lib.shared([
+      group.settings | {'algorithm': groups_lib.algorithm(group.settings)}
+      for group in groups
+  ])
+  facts = {
+      part: common.get(part, common.get(f'{part}.name'))
+      for part in ('algorithm', 'divergence', 'loss', 'model', 'task')
+  }
+  levels = [runs_lib.thresholds(group.runs[0].config) for group in groups]
+  alike = all(each == levels[0] for each in levels)
+  if facts['divergence'] and levels[0] and alike:
+    numbers = ' / '.join(f'{level:g}' for level in levels[0])
+    facts['divergence'] += f', threshold {numbers}'
+  text = ' · '.join(f'{part} {value}' for part, value in facts.items() if value)
+  return text and f'Shared by all: {text}'
+
+
 def _subtitle(groups: Sequence[Group]) -> str:
   counts = {
       'group': len(groups), 'run': sum(len(group.runs) for group in groups)
@@ -110,6 +130,7 @@ def _notes(groups: Sequence[Group], waiting: Sequence[Path]) -> str:
   known = [groups_lib.provenance(run) for g in groups for run in g.runs]
   differing = groups_lib.differing(known)
   notes = [
+      _subtitle(groups),
       ' · '.join(
           f'{name.removeprefix("versions.")} {value}'
           for name, value in known[0].items()
@@ -274,6 +295,22 @@ def _differences(groups: Sequence[Group]) -> str:
   ]
   table = page.table(['Setting', *_marked_names(groups)], cells)
   return f'<section><h2>What differs</h2>{table}</section>'
+
+
+def _shared(groups: Sequence[Group]) -> str:
+  """Every setting that all groups have, folded."""
+  common = groups_lib.shared([group.settings for group in groups])
+  if not common:
+    return ''
+  cells = [
+      [f'<code>{page.escape(field)}</code>', page.escape(value)]
+      for field, value in common.items()
+  ]
+  table = page.table(['Setting', 'Every group'], cells)
+  return (
+      f'<section><details><summary>Shared settings, {len(common)}</summary>'
+      f'{table}</details></section>'
+  )
 
 
 def _marked_names(groups: Sequence[Group]) -> list[str]:

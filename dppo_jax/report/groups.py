@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,12 @@ def of(runs: Sequence[Run]) -> list[Group]:
       parts.append((_settings(bucket[0]), bucket))
     else:
       parts += _by_provenance(bucket)
-  names = _names([settings for settings, _ in parts])
+  names = _names([
+      settings | {'algorithm': algorithm(settings)}
+      if 'algorithm' in settings
+      else settings
+      for settings, _ in parts
+  ])
   return [
       Group(name, tuple(sorted(members, key=_by_seed)), settings)
       for name, (settings, members) in zip(names, parts, strict=True)
@@ -157,6 +163,53 @@ def _flat(tree: Any, name: str = '') -> dict[str, str]:
   for key, value in tree.items():
     flat |= _flat(value, f'{name}.{key}' if name else key)
   return flat
+
+
+def algorithm(settings: Mapping[str, str]) -> str:
+  """Its name, and which of its parts a run has exchanged.
+
+  'dppo_topk_tv with divergence topk_kl' is not what the table of algorithms
+  calls dppo_topk_tv. Options, as a threshold, are settings like others.
+  """
+  name = settings.get('algorithm', '')
+  changed = [
+      f'{part} {settings[part]}'
+      for part, usual in _parts(name).items()
+      if settings.get(part, usual) != usual
+  ]
+  text = ', '.join(changed).replace('.name', '')
+  return f'{name} with {text}' if text else name
+
+
+@functools.cache
+def _parts(name: str) -> dict[str, str]:
+  """What a row of the table is made of: 'divergence.name': 'topk_tv'.
+
+  Nothing for a row that this version has not, or without JAX, which the table
+  needs and a page does not.
+  """
+  try:
+    from dppo_jax import algorithms  # Imports JAX, and starts no device.
+  except ImportError:
+    return {}
+  if name not in algorithms.names():
+    return {}
+  parts = algorithms.config(name)
+  names = {
+      f'{part}.name': options['name']
+      for part, options in parts.items()
+      if part not in ('algorithm', 'anchor')
+  }
+  return names | {'anchor': parts['anchor']}
+
+
+def shared(settings: Sequence[Mapping[str, str]]) -> dict[str, str]:
+  """The settings that are the same everywhere."""
+  first, *others = settings
+  return {
+      name: value for name, value in first.items()
+      if all(each.get(name) == value for each in others)
+  }
 
 
 def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
