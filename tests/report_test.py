@@ -19,6 +19,7 @@ from report_runs import plot_of
 from report_runs import sample
 from report_runs import Tags
 
+from dppo_jax import evaluate
 from dppo_jax import metrics
 from dppo_jax import report
 from dppo_jax.report import __main__ as command
@@ -226,6 +227,23 @@ def test_samples_show_first_and_last_step_and_who_is_right(tmp_path):
   ):
     row = next(row for row in page.split('<tr')[1:] if f'>{text}<' in row)
     assert f'class="{verdict}"' in row and verdict in row.split('</b>')[1]
+
+
+@pytest.mark.parametrize('reward, verdict', [
+    (-1.0, 'wrong'), (0.0, 'wrong'), (math.nan, 'wrong'),
+    (0.1, 'partly'), (0.6, 'partly'), (0.99, 'partly'),
+    (1.0, 'correct'), (1.1, 'correct'),
+])
+def test_a_sample_is_correct_where_it_counts_for_pass_at_k(
+    tmp_path, reward, verdict
+):
+  run = make_run(tmp_path, samples=[(1, [sample('this', reward)])])
+  page = page_of(run)
+  row = next(row for row in page.split('<tr')[1:] if '>this<' in row)
+  assert f'class="{verdict}"' in row and verdict in row.split('</b>')[1]
+  counted = evaluate.summarize(np.array([[reward]]))['eval/pass@1']
+  assert counted == (verdict == 'correct')
+  assert f'{counted:.0f} of 1 correct' in page
 
 
 def test_lists_the_most_frequently_masked_tokens(tmp_path):

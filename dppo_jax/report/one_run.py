@@ -226,7 +226,7 @@ def _samples(samples: list[dict]) -> str:
     names = ('Prompt', 'Completion', 'Answer', 'Reward')
     text += (
         f'<h3>Step {step} <span class="note">'
-        f'{sum(map(runs.is_correct, rows))} of '
+        f'{[*map(runs.verdict, rows)].count("correct")} of '
         f'{len(rows)} correct{more}</span></h3><table class="samples"><thead>'
         f'<tr>{"".join(f"<th>{name}</th>" for name in names)}</tr></thead>'
         f'<tbody>{"".join(map(_sample_row, shown))}</tbody></table>'
@@ -241,7 +241,7 @@ def _sample_row(row: dict) -> str:
       for name in ('Prompt', 'Completion', 'Answer')
   )
   return (
-      f'<tr class="{page.verdict(row)}">{cells}<td data-label="Reward">'
+      f'<tr class="{runs.verdict(row)}">{cells}<td data-label="Reward">'
       f'{page.reward(row)} '
       f'<span class="note">{page.escape(row.get("split"))}</span></td></tr>'
   )

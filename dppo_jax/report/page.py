@@ -113,15 +113,10 @@ def not_plotted(left_out: Sequence[plots.Plot], who: str) -> str:
   )
 
 
-def verdict(sample: dict) -> str:
-  """'correct' or 'wrong', also the name of a class of the style."""
-  return 'correct' if runs.is_correct(sample) else 'wrong'
-
-
 def reward(sample: dict) -> str:
   """The reward of a sample as a number, and whether it is right."""
-  value, kind = sample.get('reward'), verdict(sample)
-  mark = '✓' if kind == 'correct' else '✗'
+  value, kind = sample.get('reward'), runs.verdict(sample)
+  mark = {'correct': '✓', 'partly': '~', 'wrong': '✗'}[kind]
   return (
       f'<b>{"nan" if value is None else f"{value:g}"}</b> '
       f'<span class="verdict">{mark} {kind}</span>'

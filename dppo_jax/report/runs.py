@@ -13,9 +13,9 @@ import numpy as np
 
 from dppo_jax import metrics
 
-# A reward above this shows a sample as correct: right for rewards in {0, 1},
-# in {-1, 1}, and for small bonuses that are not for the answer.
-CORRECT_ABOVE = 0.5
+# As `evaluate.summarize` counts for pass@k, which a page shows too. That module
+# imports JAX, so the number stands here again, and a test holds them together.
+CORRECT = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +122,15 @@ def wall_minutes(rows: Sequence[dict]) -> float:
   return float(seconds) / 60
 
 
-def is_correct(sample: dict) -> bool:
-  """Whether a row of samples.jsonl shows as right."""
-  return (sample.get('reward') or 0) > CORRECT_ABOVE
+def verdict(sample: dict) -> str:
+  """Of a row of samples.jsonl: 'correct', 'partly' or 'wrong'.
+
+  Between 0 and 1 lies partial credit, and a bonus that is not for the answer.
+  """
+  reward = sample.get('reward') or 0
+  if reward >= CORRECT:
+    return 'correct'
+  return 'partly' if reward > 0 else 'wrong'
 
 
 def name(value: Any) -> str:

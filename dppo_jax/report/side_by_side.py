@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dppo_jax.report import page
+from dppo_jax.report import runs as runs_lib
 from dppo_jax.report.groups import Group
 from dppo_jax.report.runs import Run
 
@@ -117,7 +118,7 @@ def _cell(label: str, sample: dict | None) -> str:
   if sample is None:
     return f'<td data-label="{label}">–</td>'
   return (
-      f'<td data-label="{label}" class="{page.verdict(sample)}">'
+      f'<td data-label="{label}" class="{runs_lib.verdict(sample)}">'
       f'{_text(sample.get("completion", ""))}{page.reward(sample)}</td>'
   )
 
