@@ -13,6 +13,7 @@ import pytest
 from dppo_jax import processes
 from dppo_jax import tasks
 from dppo_jax.tasks import arithmetic
+from dppo_jax.tasks import base
 from dppo_jax.tasks import prompts
 from dppo_jax.tasks import scoring
 
@@ -313,6 +314,39 @@ def test_every_option_of_a_task_is_in_its_config():
     tasks.build('aritmetic')
 
 
+# Rows of a task of one's own.
+
+
+def a_generator():
+  yield {'prompt': '1+1=', 'answer': '2'}
+
+
+TWO = {'prompt': '1+1=', 'answer': '2'}
+
+
+@pytest.mark.parametrize('rows, message', [
+  (a_generator(), 'test of the task is a generator; make it a list of rows'),
+  ({'prompt': ['a'], 'answer': ['2']}, 'test of the task is a dict; make it'),
+  ([TWO, '1+1='], r'test\[1\] of the task is a str; a row is {"prompt"'),
+  ([TWO, {'question': 'a', 'answer': '2'}],
+   r"test\[1\] of the task has no 'prompt', but 'question', 'answer'; a row"),
+  ([{'prompt': 'a'}], r"test\[0\] of the task has no 'answer', but 'prompt'"),
+  ([{'prompt': 3, 'answer': '2'}], "has as prompt a int, '3'; a row is"),
+  ([{'prompt': 'a\ud800', 'answer': '2'}], r"test\[0\].*'a\\ud800' holds"),
+])
+def test_a_row_that_no_run_can_use_is_named(rows, message):
+  task = base.Task([TWO], rows, scoring.exact)
+  with pytest.raises(ValueError, match=message):
+    prompts.prepare(task, tokenizer=None, max_prompt_length=8)
+
+
+def test_rows_that_are_texts_stay_where_they_are():
+  rows = [TWO]
+  task = base.Task(rows, rows, scoring.exact)
+  prepared = prompts.prepare(task, tokenizer=None, max_prompt_length=8)
+  assert prepared.train is rows and prepared.test is rows
+
+
 # JSON lines.
 
 
@@ -353,6 +387,21 @@ def test_jsonl_reads_strings_and_integers(tmp_path):
     ('{"prompt": "a", "answer": " "}', r'answer " " must be .* empty\.$'),
     ('{"prompt": "a", "answer": "Paris"}', "'Paris' does not suit.*exact"),
     (b'{"prompt": "\xff", "answer": "2"}', 'not UTF-8'),
+    (
+      r'{"prompt": "1+1=\ud800", "answer": "2"}',
+      r"prompt '1\+1=\\ud800' holds '\\ud800', half of a pair.*leave it out",
+    ),
+    (
+      r'{"prompt": [{"role": "user", "content": "\udc00"}], "answer": "2"}',
+      r"prompt '\\udc00' holds",
+    ),
+    (r'{"prompt": "a", "answer": "\ud800"}', r"answer '\\ud800' holds"),
+    (
+      '{"prompt": "a", "answer": %s}' % ('1' * 1001),
+      r"answer '1{57}\.\.\.' does not suit.*1,001 digits.*at most 1,000 are",
+    ),
+    ('{"prompt": "a", "answer": "-%s"}' % ('1' * 5000), 'it has 5,000 digits'),
+    ('{"prompt": "a", "answer": %s}' % ('1' * 5000), 'more than 4,300 digits'),
   ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, problem):
@@ -360,6 +409,39 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, problem):
   path = write(tmp_path / 'bad.jsonl', GOOD.encode() * 2 + line)
   with pytest.raises(ValueError, match=f'bad.jsonl, line 3: .*{problem}'):
     tasks.build('jsonl', train_path=path, test_path=path)
+
+
+def test_an_answer_of_as_many_digits_as_are_read_can_be_earned(tmp_path):
+  answer = '-' + '1' * 1000
+  paths = [
+    write(tmp_path / name, f'{{"prompt": "{name}", "answer": {answer}}}')
+    for name in 'ab'
+  ]
+  task = tasks.build('jsonl', train_path=paths[0], test_path=paths[1])
+  assert task.score(f'#### {answer}', task.train[0]['answer']) == 1
+
+
+def test_for_a_verifier_of_ones_own_an_answer_may_be_any_json(tmp_path):
+  verifier = write(
+    tmp_path / 'own.py', 'def score(completion, answer): return 1.0'
+  )
+  answers = ['', '  ', 'Paris', 1.5, None, True, [], {'a': [1]}]
+  paths = [
+    write(
+      tmp_path / name,
+      '\n'.join(json.dumps({'prompt': name, 'answer': x}) for x in answers),
+    )
+    for name in ('a', 'b')
+  ]
+  task = tasks.build(
+    'jsonl',
+    train_path=paths[0],
+    test_path=paths[1],
+    verifier=f'{verifier}:score',
+  )
+  assert [row['answer'] for row in task.train] == [
+    '', '  ', 'Paris', '1.5', 'null', 'true', '[]', '{"a": [1]}'
+  ]
 
 
 def test_jsonl_files_must_be_given_exist_differ_and_hold_rows(tmp_path):

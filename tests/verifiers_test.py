@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -262,7 +263,9 @@ def test_a_verifier_may_fail_on_the_whole_part_of_one_process():
     assert '1 took more than config.scoring.timeout_s=10' in str(error.value)
 
 
-@pytest.mark.parametrize('reward', [None, '1', float('inf'), 1e40])
+@pytest.mark.parametrize('reward', [
+    None, '1', float('inf'), 1e40, np.float32('nan'), np.ones(1), np.array('1'),
+])
 def test_a_reward_is_a_finite_number(reward):
   scorer = scoring.Scorer(lambda completion, answer: reward)
   with pytest.raises(ValueError, match=re.escape(
@@ -271,10 +274,26 @@ def test_a_reward_is_a_finite_number(reward):
     scorer.score([''], ['a'])
 
 
-@pytest.mark.parametrize('reward', [True, 1, 0.5, np.float32(1), np.bool_(0)])
+@pytest.mark.parametrize('reward', [
+    True, 1, 0.5, np.float32(1), np.float64(0.1), np.int64(-1), np.bool_(0),
+    np.array(0.5), np.array(True), jnp.float32(1), jnp.bfloat16(0.5),
+])
 def test_a_reward_may_be_any_kind_of_number(reward):
   scorer = scoring.Scorer(lambda completion, answer: reward)
   assert scorer.score([''], ['']) == np.float32(reward)
+
+
+def test_a_verifier_that_no_worker_can_import_is_named():
+  def inner(completion, answer):
+    return 1.0
+
+  with pytest.raises(ValueError, match=(
+      r"config.scoring.num_workers=1, but a worker cannot import the verifier "
+      r"'inner' by its name.*local object.*a module, or a file that holds no "
+      r'config, and name .* config.task.verifier.*or use num_workers=0\.$'
+  )):
+    scoring.Scorer(inner, num_workers=1)
+  assert scoring.Scorer(inner).score(['a'], ['b']) == 1
 
 
 # Your own.

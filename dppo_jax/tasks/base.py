@@ -79,6 +79,24 @@ def is_conversation(value: Any) -> bool:
   )
 
 
+def texts(prompt: Any) -> list[str]:
+  """What a tokenizer reads of a prompt: itself, or what messages hold."""
+  if isinstance(prompt, str):
+    return [prompt]
+  return [message['content'] for message in prompt]
+
+
+def require_unicode(name: str, text: str) -> None:
+  """Raises a ValueError for half a surrogate pair, which JSON may spell."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+        f'{name} {shown(text)} holds {text[error.start]!r}, half of a pair, '
+        'which no tokenizer reads; write both halves, or leave it out.'
+    ) from error
+
+
 def chat_options(chat_template: bool, system_prompt: str) -> Chat | None:
   """The options of a task as a `Chat`.
 

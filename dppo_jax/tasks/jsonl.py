@@ -8,6 +8,7 @@ may also be an integer, a prompt a list of messages `{"role": "user", "content":
 import json
 import os
 import pathlib
+import sys
 from typing import Any
 
 from absl import logging
@@ -34,10 +35,11 @@ def jsonl(
     train_path: rows to learn from.
     test_path: rows to be tested on, another file.
     scorer: how a completion is judged, 'answer_after_hashes' (the completion
-      ends in `#### 85`; every answer must be an integer), 'boxed_math' or
-      'exact'.
+      ends in `#### 85`; every answer must be an integer of at most 1,000
+      digits), 'boxed_math' or 'exact'.
     verifier: your own in its place, 'module:function' or 'file.py:function'.
-      An answer may then be any JSON; what is not text reaches it as JSON text.
+      An answer may then be any JSON, also an empty text; what is not text
+      reaches it as JSON text.
     chat_template: put prompts into the words of the tokenizer's chat template.
     system_prompt: first message of the conversation.
     drop_long_prompts: leave out prompts of more than max_prompt_length tokens;
@@ -131,21 +133,25 @@ def _row(line: bytes, score: scoring.ScoreFn) -> dict[str, Any]:
       f'prompt {prompt!r} must be a string that is not empty, or a list of '
       'messages {"role": ..., "content": ...}.'
     )
-  if not isinstance(answer, str) or not answer.strip():
+  # For a verifier of one's own, no answer may be one.
+  if not isinstance(answer, str) or not (own or answer.strip()):
     nothing = answer is None or isinstance(answer, str)
     raise ValueError(
       f'answer {json.dumps(answer)} must be an integer or a string that is not '
       'empty'
       + ('.' if nothing else '; put it in quotes if it is meant as text.')
     )
+  for text in base.texts(prompt):
+    base.require_unicode('prompt', text)
+  base.require_unicode('answer', answer)
   if own:  # It may raise at will: that is counted while it scores.
     return {'prompt': prompt, 'answer': answer}
   try:
     score('', answer)
   except ValueError as error:
     raise ValueError(
-      f'answer {answer!r} does not suit scorer {score.__name__!r} ({error}); '
-      f'use another one: {", ".join(scoring.names())}.'
+      f'answer {base.shown(answer)} does not suit scorer {score.__name__!r} '
+      f'({error}); use another one: {", ".join(scoring.names())}.'
     ) from error
   return {'prompt': prompt, 'answer': answer}
 
@@ -158,6 +164,11 @@ def _parse(line: bytes) -> dict:
   except json.JSONDecodeError as error:
     raise ValueError(
       f'not JSON ({error}); one {{"prompt": ..., "answer": ...}} a line.'
+    ) from error
+  except ValueError as error:  # Of Python's own limit to the length.
+    raise ValueError(
+      f'a number has more than {sys.get_int_max_str_digits():,} digits; put it '
+      'in quotes if it is meant as text.'
     ) from error
   if not isinstance(fields, dict):
     raise ValueError(

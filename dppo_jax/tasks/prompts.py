@@ -4,7 +4,7 @@ N prompts of P tokens, padded on the left so that all completions start at the
 same position. P is always `max_prompt_length`: one shape, one compilation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import hashlib
 from typing import Any, NamedTuple
 
@@ -48,8 +48,9 @@ def prepare(
     special tokens already: encode them with `add_special_tokens=False`.
 
   Raises:
-    ValueError: the tokenizer has no template, the template refuses a prompt, a
-      conversation has none to go through, or every prompt is too long.
+    ValueError: rows are no sequence, or one lacks a prompt or an answer; the
+      tokenizer has no template, the template refuses a prompt, a conversation
+      has none to go through, or every prompt is too long.
   """
   if task.chat is not None and not getattr(tokenizer, 'chat_template', None):
     raise ValueError(
@@ -59,7 +60,7 @@ def prepare(
     )
   sources = {}
   for split in ('train', 'test'):
-    rows = _as_texts(getattr(task, split), task.chat, tokenizer)
+    rows = _as_texts(getattr(task, split), task.chat, tokenizer, split=split)
     if task.drop_long_prompts:
       rows = _drop_long(
           rows,
@@ -73,15 +74,57 @@ def prepare(
 
 
 def _as_texts(
-    source: base.Source, chat: base.Chat | None, tokenizer: Any
+    source: base.Source,
+    chat: base.Chat | None,
+    tokenizer: Any,
+    *,
+    split: str,
 ) -> base.Source:
   """Rows whose prompts are texts; the source itself if they are already."""
   if chat is None and all(
-      isinstance(source[i]['prompt'], str) for i in range(len(source))
+      isinstance(row['prompt'], str) for row in _checked_rows(source, split)
   ):
     return source
-  rows = (source[i] for i in range(len(source)))
-  return [row | {'prompt': _text(row, chat, tokenizer)} for row in rows]
+  return [
+      row | {'prompt': _text(row, chat, tokenizer)}
+      for row in _checked_rows(source, split)
+  ]
+
+
+def _checked_rows(source: base.Source, split: str) -> Iterator[dict[str, Any]]:
+  """The rows, or a ValueError that says what one needs."""
+  needed = (
+      'a row is {"prompt": ..., "answer": ...}, and a prompt a text or a list '
+      'of messages {"role": ..., "content": ...}'
+  )
+  if isinstance(source, Mapping) or not all(
+      hasattr(source, method) for method in ('__len__', '__getitem__')
+  ):
+    raise ValueError(
+        f'{split} of the task is a {type(source).__name__}; make it a list of '
+        f'rows, or what has len() and an index like one: {needed}.'
+    )
+  for i in range(len(source)):
+    row = source[i]
+    if not isinstance(row, Mapping):
+      raise ValueError(
+          f'{split}[{i}] of the task is a {type(row).__name__}; {needed}.'
+      )
+    for field in ('prompt', 'answer'):
+      if field not in row:
+        raise ValueError(
+            f'{split}[{i}] of the task has no {field!r}, but '
+            f'{", ".join(map(repr, row)) or "nothing"}; {needed}.'
+        )
+    prompt = row['prompt']
+    if not (isinstance(prompt, str) or base.is_conversation(prompt)):
+      raise ValueError(
+          f'{split}[{i}] of the task has as prompt a {type(prompt).__name__}, '
+          f'{base.shown(str(prompt))}; {needed}.'
+      )
+    for text in base.texts(prompt):
+      base.require_unicode(f'{split}[{i}] of the task: prompt', text)
+    yield row
 
 
 def _text(row: dict[str, Any], chat: base.Chat | None, tokenizer: Any) -> str:

@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import numbers
 import os
+import pickle
 import re
 import sys
 
@@ -23,7 +24,8 @@ ScoreFn = Callable[[str, str], float]
 
 # Bounded, because int() refuses more than 4300 digits with an exception, and a
 # policy that repeats itself does write them.
-_ANSWER = re.compile(r'####\s*(-?[0-9]{1,1000})\s*\Z')
+_MAX_DIGITS = 1000
+_ANSWER = re.compile(rf'####\s*(-?[0-9]{{1,{_MAX_DIGITS}}})\s*\Z')
 # Reward; a larger one is infinite in float32.
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -34,8 +36,14 @@ def answer_after_hashes(completion: str, answer: str) -> float:
   Args:
     completion: any text. Nothing but white space may follow the number, so
       `#### 85 or 86` earns nothing; `#### 085` is 85.
-    answer: an integer; anything else is a ValueError.
+    answer: an integer of at most 1,000 digits; anything else is a ValueError.
   """
+  digits = answer.strip().lstrip('+-')
+  if len(digits) > _MAX_DIGITS and digits.isdigit():
+    raise ValueError(
+      f'it has {len(digits):,} digits, and of a completion at most '
+      f'{_MAX_DIGITS:,} are read'
+    )
   expected = int(answer)
   match = _ANSWER.search(completion)
   return float(match is not None and int(match[1]) == expected)
@@ -116,7 +124,7 @@ class Scorer:
     """Starts the workers.
 
     Args:
-      score: the verifier.
+      score: the verifier; a ValueError if workers cannot have it.
       num_workers: see above.
       timeout_s: see above.
       total: adds up counts over the processes of a run, which call `score` at
@@ -207,15 +215,17 @@ class Scorer:
     except (Exception, SystemExit) as error:  # An exit would end the run.
       self._count(error, completion, answer)
       return 0.0
-    if not isinstance(reward, numbers.Real | np.bool_) or not (
-      abs(float(reward)) <= _LARGEST
+    # A scalar of NumPy or JAX is an array, or like one.
+    value = reward.item() if getattr(reward, 'shape', None) == () else reward
+    if not isinstance(value, numbers.Real) or not (
+      abs(float(value)) <= _LARGEST
     ):
       raise ValueError(
         f'The reward is {reward!r} for completion {base.shown(completion)} '
         f'and answer {base.shown(answer)}; the verifier of config.task must '
         'return a number that is finite in float32.'
       )
-    return float(reward)
+    return float(value)
 
   def _count(self, error: BaseException, completion: str, answer: str) -> None:
     kind, what = 'errors', f'it raised {type(error).__name__}: {error}'
@@ -270,6 +280,16 @@ def _make_pool(num_workers: int, score: ScoreFn):
     raise ImportError(
       'Scoring in worker processes needs the package pebble; '
       "pip install 'dppo_jax[verifiers]', or use num_workers=0."
+    ) from error
+  try:
+    pickle.dumps(score)
+  except Exception as error:  # Of three kinds at least.
+    raise ValueError(
+      f'config.scoring.num_workers={num_workers}, but a worker cannot import '
+      f'the verifier {getattr(score, "__name__", score)!r} by its name '
+      f'({type(error).__name__}: {error}). Put it into a module, or a file '
+      'that holds no config, and name that in config.task.verifier if the task '
+      'has it; or use num_workers=0.'
     ) from error
   return pebble.ProcessPool(
     max_workers=num_workers,
