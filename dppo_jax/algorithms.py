@@ -45,8 +45,8 @@ class Algorithm:
     trust_region: rule.
     loss: per token.
     anchor: 'behaviour' or 'recomputed'.
-    advantage: name.
-    normalizer: name.
+    advantage: of a completion.
+    normalizer: of the tokens' losses.
     dual: rule for the multiplier of the loss's constraint.
   """
 
@@ -61,8 +61,12 @@ class Algorithm:
       default_factory=lambda: _options('policy_gradient')
   )
   anchor: str = 'behaviour'
-  advantage: str = 'group_mean'
-  normalizer: str = 'constant'
+  advantage: dict = dataclasses.field(
+      default_factory=lambda: _options('group_mean')
+  )
+  normalizer: dict = dataclasses.field(
+      default_factory=lambda: _options('constant')
+  )
   dual: dict = dataclasses.field(default_factory=lambda: _options('none'))
 
   def config(self) -> dict:
@@ -72,8 +76,8 @@ class Algorithm:
         'trust_region': trust_regions.config(**self.trust_region),
         'loss': losses.config(**self.loss),
         'anchor': self.anchor,
-        'advantage': advantages.config(self.advantage),
-        'normalizer': normalizers.config(self.normalizer),
+        'advantage': advantages.config(**self.advantage),
+        'normalizer': normalizers.config(**self.normalizer),
         'dual': duals.config(**self.dual),
     }
 
@@ -116,7 +120,7 @@ def _cppo(soft: bool) -> Algorithm:
       weight='g r' if soft else 'r',
       divergence=_options('topk_tv', threshold=0.15),
       trust_region=_options('cumulative_prefix', soft=soft),
-      advantage='group_zscore',
+      advantage=_options('group_zscore'),
   )
 
 
@@ -226,8 +230,8 @@ TABLE = {
         ),
         trust_region=_options('sequence_ratio'),
         loss=_options('policy_gradient', ratio='geometric'),
-        advantage='group_zscore',
-        normalizer='sequence_mean',
+        advantage=_options('group_zscore'),
+        normalizer=_options('sequence_mean'),
     ),
     'spo': Algorithm(
         source=f'arXiv:2401.16025; {_DRPO} Sec. 4 (12.5)',
@@ -263,14 +267,14 @@ TABLE = {
         keeps='sequences with max D <= 0.1',
         divergence=_options('topk_kl', threshold=0.1),
         trust_region=_options('sequence_divergence', statistic='max'),
-        advantage='group_zscore',
+        advantage=_options('group_zscore'),
     ),
     'trm_mean': Algorithm(
         source=f'baseline of {_CPPO} (0.002)',
         keeps='sequences with mean D <= 0.002',
         divergence=_options('topk_kl', threshold=0.002),
         trust_region=_options('sequence_divergence', statistic='mean'),
-        advantage='group_zscore',
+        advantage=_options('group_zscore'),
     ),
     'icepop': Algorithm(
         source='arXiv:2510.18855 (band 0.5 to 5)',
@@ -322,7 +326,7 @@ def _columns(name: str) -> list[str]:
       algorithm.keeps,
       algorithm.weight,
       algorithm.anchor,
-      f'{algorithm.advantage}, {algorithm.normalizer}',
+      f'{algorithm.advantage["name"]}, {algorithm.normalizer["name"]}',
       algorithm.source,
   ]
 

@@ -5,6 +5,7 @@ a model. mu is the policy that sampled, pi the one that is trained, q the anchor
 of the divergence; r = pi(a) / mu(a) of the sampled token a, which is token 0.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -711,6 +712,22 @@ def test_the_command_prints_every_row():
       'name', *algorithms.names()
   ]
   assert page.stdout == algorithms.as_markdown()
+
+
+def test_every_part_of_a_row_has_options():
+  row = algorithms.Algorithm(
+      source='here',
+      keeps='all',
+      advantage={'name': 'group_zscore', 'epsilon': 0.5},
+      normalizer={'name': 'token_mean'},
+  )
+  assert row.config()['advantage'].epsilon == 0.5
+  assert row.config()['normalizer'].name == 'token_mean'
+  misspelled = dataclasses.replace(
+      row, advantage={'name': 'group_zscore', 'epsilom': 0.5}
+  )
+  with pytest.raises(KeyError, match='Did you mean "epsilon"'):
+    misspelled.config()
 
 
 def test_the_page_tells_the_thresholds_of_a_row():
