@@ -30,6 +30,7 @@ def export(config: Any, workdir: str | pathlib.Path) -> None:
     FileNotFoundError: there is no checkpoint.
     ValueError: the directory belongs to a run with another config.
   """
+  workdir_lib.check_same_start(config)
   workdir_lib.check(workdir, config, way_out=training.OWN_FLAGS)
   workdir = pathlib.Path(workdir).expanduser()
   parts = main.build(config, to_train=False)

@@ -39,8 +39,10 @@ from dppo_jax import trust_regions
 from dppo_jax import workdir as workdir_lib
 from dppo_jax.models import load
 from dppo_jax.models.causal_lm import CausalLM
+from dppo_jax.tasks.prompts import check_same_rows
 from dppo_jax.tasks.prompts import evaluation_batches
 from dppo_jax.tasks.prompts import prepare
+from dppo_jax.tasks.prompts import PromptBatch
 from dppo_jax.tasks.prompts import PromptIterator
 from dppo_jax.tasks.scoring import may_hang
 from dppo_jax.tasks.scoring import Scorer
@@ -71,11 +73,13 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
       **meshes.row_shards(config, mesh),
   )
   method = make_method(config)
-  task = _build(tasks, config, 'task')
-  checks.check_verifier(config, may_hang=may_hang(task.score))
+  share = processes.share(rows, config.num_prompts)
   tokenizer = load.load_tokenizer(config.model.name)
-  task = prepare(
-      task, tokenizer, max_prompt_length=config.max_prompt_length
+  task, prompts, held_out = _read(
+      config,
+      tokenizer,
+      share=share,
+      place=lambda x: processes.place(x, rows, config.num_prompts),
   )
   model = program_lib.architecture(
       config, *load.read_config(load.resolve(config.model.name))
@@ -92,19 +96,8 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   key_state, key_eval, key_adapters = jax.random.split(
       jax.random.key(config.seed), 3
   )
-  share = processes.share(rows, config.num_prompts)
-  prompts = PromptIterator(
-      task.train,
-      tokenizer,
-      num_prompts=config.num_prompts,
-      max_prompt_length=config.max_prompt_length,
-      seed=config.seed,
-      share=share,
-      place=lambda x: processes.place(x, rows, config.num_prompts),
-      add_special_tokens=task.chat is None,
-  )
   evaluate_fn = _make_evaluation(
-      config, mesh, model, tokenizer, task, verify, key_eval
+      config, mesh, model, tokenizer, held_out, verify, key_eval
   )
   program, compile_s = fitting.make_program(
       config,
@@ -150,6 +143,38 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
         config, parts, parts.state, [pending] * (1 + config.staleness)
     )
   return parts
+
+
+def _read(
+    config: Any, tokenizer: Any, **where: Any
+) -> tuple[tasks.Task, PromptIterator, PromptBatch]:
+  """The task, its prompts to learn from, and all that are held out.
+
+  What one process cannot read fails on all, and so do rows that differ.
+  """
+  with processes.failing_together():
+    task = _build(tasks, config, 'task')
+    checks.check_verifier(config, may_hang=may_hang(task.score))
+    task = prepare(
+        task, tokenizer, max_prompt_length=config.max_prompt_length
+    )
+    encoding = {
+        'max_prompt_length': config.max_prompt_length,
+        'add_special_tokens': task.chat is None,
+    }
+    prompts = PromptIterator(
+        task.train,
+        tokenizer,
+        num_prompts=config.num_prompts,
+        seed=config.seed,
+        **encoding,
+        **where,
+    )
+    [held_out] = evaluation_batches(
+        task.test, tokenizer, num_prompts=config.eval.num_prompts, **encoding
+    )
+  check_same_rows(prompts, held_out)
+  return task, prompts, held_out
 
 
 def _warn_of_undivided(config: Any, mesh: Any, model: CausalLM) -> None:
@@ -198,22 +223,15 @@ def make_method(config: Any) -> program_lib.Method:
 
 
 def _make_evaluation(
-    config: Any, mesh: Any, model: CausalLM, tokenizer: Any, task: Any,
-    verify: Any, key: jax.Array,
+    config: Any, mesh: Any, model: CausalLM, tokenizer: Any,
+    batch: PromptBatch, verify: Any, key: jax.Array,
 ) -> evaluate.Evaluation:
-  settings, sampling_mesh = config.eval, meshes.sampling_mesh(config, mesh)
-  [batch] = evaluation_batches(
-      task.test,
-      tokenizer,
-      num_prompts=settings.num_prompts,
-      max_prompt_length=config.max_prompt_length,
-      add_special_tokens=task.chat is None,
-  )
+  sampling_mesh = meshes.sampling_mesh(config, mesh)
   program = program_lib.evaluation_program(config, mesh, model, tokenizer)
   evaluate_fn = evaluate.make_evaluate_fn(
       sample=program.sample,
       batch=batch,
-      num_samples=settings.num_samples,
+      num_samples=config.eval.num_samples,
       verify=verify,
       key=key,
       mesh=sampling_mesh,
@@ -245,6 +263,7 @@ def train(config: Any, workdir: str) -> bool:
   """Trains until `config.total_steps`; False if a signal ended it before."""
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(command_line.stop_on_signals())
+    workdir_lib.check_same_start(config)
     with processes.failing_together():  # Before anything compiles.
       if processes.is_main():
         workdir_lib.check(workdir, config)
@@ -269,6 +288,9 @@ def run_evaluate() -> None:
   """
 
   def body(config, workdir):
+    workdir_lib.check_same_start(
+        config, **{'--workdir': 'a folder' if workdir else 'not given'}
+    )
     parts = build(config, to_train=False)
     with contextlib.closing(parts.scorer):
       state = parts.state

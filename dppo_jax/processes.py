@@ -155,6 +155,40 @@ def gather(value: Any) -> list[Any]:
   ]
 
 
+class Difference(NamedTuple):
+  """Something that a process has otherwise than process 0."""
+
+  process: int
+  name: str
+  value: Any  # None if it has no such thing.
+  of_first: Any
+
+
+def differences(values: dict[str, Any]) -> list[Difference]:
+  """In what a process differs from process 0; the same answer on all.
+
+  Args:
+    values: of this process, by name; they go through JSON.
+
+  Returns:
+    the differences of the first process that has any, in the order of names.
+  """
+  first, *others = gather(values)
+  for process, other in enumerate(others, start=1):
+    pairs = {
+        name: (other.get(name), first.get(name))
+        for name in sorted(first.keys() | other.keys())
+    }
+    found = [
+        Difference(process, name, *pair)
+        for name, pair in pairs.items()
+        if len({json.dumps(x) for x in pair}) > 1  # NaN is as NaN.
+    ]
+    if found:
+      return found
+  return []
+
+
 def total(values: np.ndarray) -> np.ndarray:
   """The sum over all processes, of 32-bit numbers."""
   if jax.process_count() == 1:

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from dppo_jax import processes
+
 # What may change between two starts of the same run: what is learned stays the
 # same up to rounding.
 FREE = (
@@ -49,6 +51,8 @@ FREE = (
     'scoring.num_workers',
     'scoring.timeout_s',
 )
+# What hosts may have of their own, in the same run.
+_OF_A_HOST = ('compilation_cache', 'scoring.num_workers')
 _MOST_NAMED = 4  # Settings that differ, in one message.
 # Not with learner.reuse_forward, as a checkpoint holds what the sampler kept.
 _SHAPE_WHAT_IS_KEPT = (
@@ -104,6 +108,40 @@ def check(
           f'Work directory {str(folder)!r} belongs to a different config: '
           f'{changes}. {way_out}'
       )
+
+
+def check_same_start(config: Any, **others: Any) -> None:
+  """Raises a ValueError on all processes if one was started otherwise.
+
+  They would learn from different rows or by different rules, or wait for each
+  other for ever. The work directory is compared by `check_shared`: it may have
+  another name on another host.
+
+  Args:
+    config: of this process.
+    others: by name what else must be the same, beside the commit.
+  """
+  settings = others | {
+      f'config.{name}': value
+      for name, value in _flatten(to_json(config)).items()
+      if name not in _OF_A_HOST
+  }
+  commit = _commit()
+  if all(processes.gather(commit)):  # Where it is known.
+    settings['commit'] = commit
+  found = processes.differences(settings)
+  if not found:
+    return
+  named = ', '.join(
+      f'{x.name}={x.value!r} and process 0 {x.of_first!r}'
+      for x in found[:_MOST_NAMED]
+  )
+  if more := found[_MOST_NAMED:]:
+    named += f', and {len(more)} more'
+  raise ValueError(
+      f'Process {found[0].process} has {named}; start all with the same '
+      'command.'
+  )
 
 
 def _has_only_failed(folder: pathlib.Path) -> bool:

@@ -91,7 +91,7 @@ def launch(tmp_path_factory):
 
   def run(
       count, workdir, *, of_slurm=False, signal_at=(0, 0, ''), heartbeat_s=900,
-      **options
+      of_last=(), **options
   ):
     folder = tmp_path_factory.mktemp('out')
     who, *when = signal_at
@@ -109,7 +109,8 @@ def launch(tmp_path_factory):
             [sys.executable, '-c', textwrap.dedent(SPY),
              f'--config={ROOT}/experiments/small/config.py',
              f'--workdir={workdir}', *flags,
-             *(f'--config.{k}={v}' for k, v in (SIZES | options).items())],
+             *(f'--config.{k}={v}' for k, v in (SIZES | options).items()),
+             *(of_last if i == count - 1 else ())],
             env=environment | variables | {
                 'SCORED': str(folder / f'{i}.jsonl'),
                 'SIGNAL_AT': json.dumps(when if i == who else [0, '']),
@@ -289,6 +290,22 @@ def test_what_only_the_first_process_can_see_is_an_error_of_all(launch, pair):
 
 @pytest.mark.several_devices
 @pytest.mark.slow
+def test_processes_that_were_started_otherwise_are_refused(launch, tmp_path):
+  done = launch(
+      2, tmp_path / 'run', of_last=['--config.optimizer.learning_rate=0.003']
+  )
+  assert_good(done, returncode=2)
+  for process in done:
+    assert re.search(
+        '^error: Process 1 has config.optimizer.learning_rate=0.003 and '
+        'process 0 0.0003; start all with the same command.$',
+        process.stderr, re.M,
+    )
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.several_devices
+@pytest.mark.slow
 def test_sigterm_to_one_saves_and_ends_all_and_they_continue_bitwise(
     launch, pair, tmp_path
 ):
@@ -413,6 +430,18 @@ def test_one_process_has_everything():
   )
   with pytest.raises(KeyError), processes.failing_together():
     raise KeyError
+
+
+def test_the_first_process_that_differs_is_named_with_all_it_differs_in(
+    monkeypatch
+):
+  assert processes.differences({'a': 1}) == []
+  nan = float('nan')
+  others = [{'a': 1, 'b': nan}, {'a': 2, 'c': 3, 'b': nan}, {'a': 4, 'b': nan}]
+  monkeypatch.setattr(processes, 'gather', lambda x: [x, *others])
+  assert processes.differences({'a': 1, 'b': nan}) == [
+      (2, 'a', 2, 1), (2, 'c', 3, None)
+  ]
 
 
 @pytest.mark.parametrize('given, message', [

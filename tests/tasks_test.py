@@ -49,6 +49,34 @@ def run_python(code, *args, **env):
   )
 
 
+@pytest.mark.parametrize('kind, message', [
+  ('training', '3 of digest [0-9a-f]{16}; process 0 6 of digest'),
+  ('held-out', '4 of digest [0-9a-f]{16}; process 0 4 of digest'),
+])
+def test_a_process_that_reads_other_rows_is_refused(monkeypatch, kind, message):
+  def read(train, test):
+    held_out = prompts.evaluation_batches(
+      test, DigitTokenizer(), num_prompts=4, max_prompt_length=8
+    )
+    return iterator(train), held_out[0]
+
+  changed = [row | {'answer': '7'} for row in numbered(4)]
+  theirs = {
+    'training': (numbered(3), numbered(4)), 'held-out': (numbered(6), changed)
+  }
+  told = []
+  monkeypatch.setattr(
+    prompts.processes, 'gather', lambda x: told.append(x) or [told[0], x]
+  )
+  ours = read(numbered(6), numbered(4))
+  prompts.check_same_rows(*ours)
+  prompts.check_same_rows(*ours)
+  with pytest.raises(
+    ValueError, match=f'Process 1 reads other {kind} rows than .*{message}'
+  ):
+    prompts.check_same_rows(*read(*theirs[kind]))
+
+
 # What ends a completion.
 
 

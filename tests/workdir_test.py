@@ -177,6 +177,65 @@ def test_the_end_of_a_decaying_schedule_may_not_move(tmp_path):
     workdir.prepare(tmp_path, config_with(total_steps=7, **cosine))
 
 
+def beside(monkeypatch, **theirs):
+  """As if process 1 had some things otherwise than this one, process 0."""
+
+  def gather(value):
+    if isinstance(value, str):  # The commit.
+      return [value, theirs.get('commit', value)]
+    theirs_of_it = {k: v for k, v in theirs.items() if k != 'commit'}
+    if 'commit' in value:
+      theirs_of_it['commit'] = theirs.get('commit', value['commit'])
+    return [value, value | theirs_of_it]
+
+  monkeypatch.setattr(workdir.processes, 'gather', gather)
+
+
+def test_processes_with_other_settings_are_refused_with_both_values(
+    monkeypatch
+):
+  config = config_with(seed=7)
+  workdir.check_same_start(config)  # One process is like itself.
+  beside(monkeypatch)
+  workdir.check_same_start(config)
+  beside(monkeypatch, **{'config.seed': 8})
+  with pytest.raises(ValueError, match='^Process 1 has config.seed=8 and '
+                     'process 0 7; start all with the same command.$'):
+    workdir.check_same_start(config)
+  beside(monkeypatch, **{f'config.{x}': -1 for x in ('seed', *'abcdef')})
+  with pytest.raises(ValueError, match='config.a=-1 and process 0 None, .*'
+                     'process 0 None, and 3 more; start'):
+    workdir.check_same_start(config)
+  beside(monkeypatch, **{'--workdir': 'not given'})
+  with pytest.raises(
+      ValueError, match="--workdir='not given' and process 0 'a folder'"
+  ):
+    workdir.check_same_start(config, **{'--workdir': 'a folder'})
+
+
+def test_processes_may_have_caches_and_workers_of_their_own(monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+      workdir.processes, 'gather', lambda x: seen.append(x) or [x]
+  )
+  workdir.check_same_start(default.get_config())
+  names = seen[-1]
+  assert 'config.compilation_cache' not in names
+  assert 'config.scoring.num_workers' not in names
+  assert 'config.scoring.timeout_s' in names
+
+
+def test_processes_of_another_commit_are_refused_where_it_is_known(
+    monkeypatch
+):
+  monkeypatch.setattr(workdir, '_commit', lambda: 'abc')
+  beside(monkeypatch, commit='')
+  workdir.check_same_start(default.get_config())
+  beside(monkeypatch, commit='abc+')
+  with pytest.raises(ValueError, match="commit='abc[+]' and process 0 'abc'"):
+    workdir.check_same_start(default.get_config())
+
+
 def test_a_damaged_description_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"seed": 0,')
   with pytest.raises(ValueError, match='config.json is damaged.*--workdir'):

@@ -279,15 +279,42 @@ def _checked(
         _check_length(text, length, max_prompt_length, 'To learn from')
       num_long += length > max_prompt_length
       longest = max(longest, (text, length), key=lambda x: x[1])
-      answer = row['answer']
-      answer = answer if isinstance(answer, str) else None
-      digest.update(repr((text, answer)).encode())
+      digest.update(_bytes(text, row['answer']))
   _check_length(
     *longest,
     max_prompt_length,
     f'{num_long:,} of {len(rows):,} to learn from are too long, the longest',
   )
   return digest.hexdigest()[:16]
+
+
+def _bytes(prompt: str, answer: Any) -> bytes:
+  """What a digest knows of a row."""
+  return repr((prompt, answer if isinstance(answer, str) else None)).encode()
+
+
+def check_same_rows(prompts: 'PromptIterator', held_out: PromptBatch) -> None:
+  """Raises a ValueError on all processes if one has read other rows.
+
+  Its file may be an older one, or half a copy.
+
+  Args:
+    prompts: to learn from.
+    held_out: all that is evaluated on.
+  """
+  digest = hashlib.sha256()
+  for row in zip(held_out.texts, held_out.answers, strict=True):
+    digest.update(_bytes(*row))
+  found = processes.differences({
+      'held-out': f'{len(held_out.texts)} of digest {digest.hexdigest()[:16]}',
+      'training': prompts.describe_rows(),
+  })
+  for x in found:
+    raise ValueError(
+        f'Process {x.process} reads other {x.name} rows than process 0 '
+        f'({x.value}; process 0 {x.of_first}). Give the task of all of them, '
+        'config.task, the same data.'
+    )
 
 
 def end_ids(
@@ -458,6 +485,10 @@ class PromptIterator:
     """Reads the batch that comes next, which is as if it had not been read."""
     if self._ahead is None:
       self._ahead = (self.get_state(), self._read())
+
+  def describe_rows(self) -> str:
+    """How many rows there are, and a digest that tells them from others."""
+    return '{num_rows} of digest {rows}'.format_map(self._identity)
 
   def _read(self) -> PromptBatch:
     numbers = next(self._batches)
