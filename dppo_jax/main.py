@@ -264,11 +264,12 @@ def train(config: Any, workdir: str) -> bool:
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(command_line.stop_on_signals())
     workdir_lib.check_same_start(config)
+    folder = pathlib.Path(workdir).expanduser()
     with processes.failing_together():  # Before anything compiles.
       if processes.is_main():
         workdir_lib.check(workdir, config)
-        folder = pathlib.Path(workdir).expanduser()
         stack.enter_context(workdir_lib.locked(folder))
+    workdir_lib.check_shared(folder)
     parts = build(config)
     return training.train(config, parts, workdir, stop.after)
 
@@ -296,7 +297,7 @@ def run_evaluate() -> None:
       state = parts.state
       if workdir:
         try:
-          state = training.latest_state(config, parts, pathlib.Path(workdir))
+          state = training.latest_state(config, parts, workdir)
         except FileNotFoundError as error:
           raise FileNotFoundError(
               f'{error} Leave out --workdir to evaluate the model that the '

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -272,7 +273,7 @@ def _restore(config, parts, checkpoints, blank, *, goes_on=False):
 
 
 def latest_state(
-    config: Any, parts: Parts, workdir: pathlib.Path
+    config: Any, parts: Parts, workdir: str | os.PathLike
 ) -> TrainState:
   """The state of the latest checkpoint; `parts.state` is deleted for it.
 
@@ -280,7 +281,8 @@ def latest_state(
     FileNotFoundError: there is none.
     ValueError: it is of another model or config.
   """
-  folder = workdir / 'checkpoints'
+  folder = pathlib.Path(workdir).expanduser() / 'checkpoints'
+  workdir_lib.check_same_run(workdir)
   # Nothing else of adapters tells what they are multiplied by.
   workdir_lib.check(workdir, config, only='lora.', way_out=OWN_FLAGS)
   if not folder.is_dir():

@@ -10,7 +10,9 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from typing import Any
+import uuid
 
 import jax
 
@@ -53,6 +55,7 @@ FREE = (
 )
 # What hosts may have of their own, in the same run.
 _OF_A_HOST = ('compilation_cache', 'scoring.num_workers')
+_APPEARS_WITHIN_S = 10  # What one host wrote, on another.
 _MOST_NAMED = 4  # Settings that differ, in one message.
 # Not with learner.reuse_forward, as a checkpoint holds what the sampler kept.
 _SHAPE_WHAT_IS_KEPT = (
@@ -224,6 +227,61 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
         if new and list(folder.iterdir()) == [lock]:
           lock.unlink()
           folder.rmdir()
+
+
+def check_shared(folder: pathlib.Path) -> None:
+  """Raises an OSError on all processes if one has another folder of this name.
+
+  Its checkpoints would be there, and process 0 would wait for them here. For a
+  moment there is a file of process 0, which holds the directory.
+  """
+  if jax.process_count() == 1:
+    return
+  probe = folder / f'.shared-{uuid.uuid4().hex}'
+  try:
+    with processes.failing_together():
+      if processes.is_main():
+        probe.touch()
+    [name, *_] = processes.gather(probe.name)
+    places = processes.gather(
+        None if _appears(folder / name) else str(folder.absolute())
+    )
+  finally:
+    with contextlib.suppress(OSError):
+      probe.unlink(missing_ok=True)
+  for process, place in enumerate(places):
+    if place is not None:
+      raise OSError(
+          f'Work directory {place!r} of process {process} is not the folder of '
+          'process 0; it must be storage that all see. Choose another with '
+          '--workdir.'
+      )
+
+
+def check_same_run(folder: str | os.PathLike) -> None:
+  """Raises an OSError on all processes if one has another run in its folder.
+
+  For who only reads, who leaves no file in it.
+  """
+  path = pathlib.Path(folder).expanduser() / 'config.json'
+  with processes.failing_together():
+    text = path.read_text() if path.is_file() else ''
+  for x in processes.differences({'run': text}):
+    raise OSError(
+        f'Work directory {str(folder)!r} holds for process {x.process} '
+        f'{"another run than" if x.value else "no run, but one"} for process '
+        '0; it must be storage that all see.'
+    )
+
+
+def _appears(path: pathlib.Path) -> bool:
+  """Whether there is such a file, for which others may have to be asked."""
+  give_up = time.monotonic() + _APPEARS_WITHIN_S
+  while not path.exists():
+    if time.monotonic() > give_up:
+      return False
+    time.sleep(0.1)
+  return True
 
 
 def to_json(config: Any) -> dict[str, Any]:

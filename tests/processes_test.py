@@ -306,6 +306,19 @@ def test_processes_that_were_started_otherwise_are_refused(launch, tmp_path):
 
 @pytest.mark.several_devices
 @pytest.mark.slow
+def test_a_directory_that_not_all_see_is_refused_and_none_is_left(
+    launch, tmp_path
+):
+  theirs = tmp_path / 'theirs'
+  done = launch(2, tmp_path / 'run', of_last=[f'--workdir={theirs}'])
+  assert_good(done, returncode=2)
+  for process in done:
+    assert f"error: Work directory '{theirs}' of process 1" in process.stderr
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.several_devices
+@pytest.mark.slow
 def test_sigterm_to_one_saves_and_ends_all_and_they_continue_bitwise(
     launch, pair, tmp_path
 ):

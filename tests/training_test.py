@@ -87,6 +87,15 @@ def test_a_second_run_in_a_directory_changes_nothing_in_it(
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
+def test_the_run_that_is_read_may_be_in_the_home_directory(
+    tmp_path, monkeypatch
+):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  where = re.escape(str(tmp_path / 'run' / 'checkpoints'))
+  with pytest.raises(FileNotFoundError, match=f'{where} does not exist'):
+    training.latest_state(default.get_config(), None, '~/run')
+
+
 @pytest.mark.slow
 def test_without_a_checkpoint_the_start_is_left_alone(tmp_path):
   config = default.get_config()

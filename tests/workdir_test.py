@@ -236,6 +236,58 @@ def test_processes_of_another_commit_are_refused_where_it_is_known(
     workdir.check_same_start(default.get_config())
 
 
+def test_a_directory_that_another_process_does_not_see_is_refused(
+    tmp_path, monkeypatch
+):
+  workdir.check_shared(tmp_path / 'nowhere')  # One process asks nobody.
+  theirs = []  # No failure, a name that nobody looks for, what it misses.
+
+  def gather(value):
+    if value is not None:
+      assert [x.name for x in tmp_path.iterdir()] == [value]
+    return [value, theirs.pop(0)]
+
+  monkeypatch.setattr(workdir.processes, 'gather', gather)
+  monkeypatch.setattr(workdir.jax, 'process_count', lambda: 2)
+  theirs[:] = None, '.shared-1', None
+  workdir.check_shared(tmp_path)
+  assert not list(tmp_path.iterdir())
+  theirs[:] = None, '.shared-1', '/there'
+  with pytest.raises(OSError, match="'/there' of process 1 is not the folder "
+                     'of process 0; it must be storage that all see'):
+    workdir.check_shared(tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_what_another_host_wrote_may_take_a_while_to_appear(
+    tmp_path, monkeypatch
+):
+  monkeypatch.setattr(
+      workdir.time, 'sleep', lambda _: (tmp_path / 'late').touch()
+  )
+  assert workdir._appears(tmp_path / 'late')
+  monkeypatch.setattr(workdir, '_APPEARS_WITHIN_S', 0)
+  assert not workdir._appears(tmp_path / 'never')
+
+
+@pytest.mark.parametrize('theirs, holds', [
+    ('{"seed": 1}', 'another run than for process 0'),
+    ('', 'no run, but one for process 0'),
+])
+def test_who_reads_a_run_on_several_processes_reads_the_same(
+    tmp_path, monkeypatch, theirs, holds
+):
+  workdir.check_same_run(tmp_path)
+  workdir.prepare(tmp_path, default.get_config())
+  workdir.check_same_run(tmp_path)
+  monkeypatch.setattr(
+      workdir.processes, 'gather',
+      lambda x: [x, x and {'run': theirs}],
+  )
+  with pytest.raises(OSError, match=f'holds for process 1 {holds}; it must'):
+    workdir.check_same_run(tmp_path)
+
+
 def test_a_damaged_description_is_named(tmp_path):
   (tmp_path / 'config.json').write_text('{"seed": 0,')
   with pytest.raises(ValueError, match='config.json is damaged.*--workdir'):
