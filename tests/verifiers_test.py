@@ -247,20 +247,43 @@ def test_a_verifier_that_fails_on_a_whole_batch_stops_the_run():
 
 
 def test_a_verifier_may_fail_on_the_whole_part_of_one_process():
-  others = np.array([0, 1, 0, 3])  # Timeouts, errors, crashes; completions.
+  # Timeouts, errors, crashes; completions; processes on which all fail.
+  others = np.array([0, 1, 0, 3, 0])
   scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
   np.testing.assert_array_equal(scorer.score(['b', 'b'], ['x', 'x']), [0, 0])
   assert scorer.take_counts()['verifier/errors'] == 3
-  others = np.array([0, 2, 1, 3])
+  others = np.array([0, 2, 1, 3, 0])
   scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
   with pytest.raises(ValueError, match='failed on all 4 completions'):
     scorer.score(['b'], ['x'])
-  others = np.array([1, 2, 0, 3])
+  others = np.array([1, 2, 0, 3, 0])
   for scored, where in (([], 'in another process'), (['b'], "KeyError: 'x'")):
     scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
     with pytest.raises(ValueError, match=f'last time .*{where}') as error:
       scorer.score(scored, ['x'] * len(scored))
     assert '1 took more than config.scoring.timeout_s=10' in str(error.value)
+
+
+def test_a_verifier_that_is_broken_on_one_process_stops_the_run_on_all():
+  def beside(num_broken):
+    others = np.array([0, 0, 0, 3, num_broken])
+    return scoring.Scorer(fails_on_b, total=lambda x: x + others)
+
+  with pytest.raises(ValueError, match='fails on all completions of 1 of the '
+                     "processes, and not .* the last time it raised KeyError"):
+    beside(0).score(['b', 'b'], ['x', 'y'])
+  with pytest.raises(ValueError, match='of 2 of the processes, and not on '
+                     'others; the last time in another process'):
+    beside(2).score(['a', 'b'], ['x', 'y'])
+  # One bad row may be all that a process has of a batch, but not of two.
+  scorer = beside(0)
+  scorer.score(['b', 'b'], ['x', 'x'])
+  scorer.score(['b', 'a'], ['y', 'y'])
+  scorer.score(['b', 'b'], ['x', 'x'])
+  scorer.score([], [])
+  scorer.score(['b'], ['y'])
+  with pytest.raises(ValueError, match='1 of the processes'):
+    scorer.score(['b', 'b'], ['y', 'y'])
 
 
 @pytest.mark.parametrize('reward', [

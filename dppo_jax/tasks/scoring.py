@@ -144,6 +144,7 @@ class Scorer:
     self.errors = 0
     self._counted = (0, 0, 0)
     self._last_failure = ''
+    self._failing: list[str] = []  # See `_all_fails_here`.
     self._score = score
     self._total = total
     self._timeout_s = timeout_s
@@ -162,7 +163,7 @@ class Scorer:
     Raises:
       ValueError: lengths differ, a reward is not a finite number, or the
         verifier raised, died or ran out of time on every one of several
-        completions.
+        completions, or on one process on all to more than one answer.
     """
     if len(completions) != len(answers):
       raise ValueError(
@@ -176,7 +177,10 @@ class Scorer:
       for call, *pair in zip(calls, completions, answers, strict=True)
     ]
     new = [now - then for now, then in zip(self._counts(), before)]
-    *new, count = self._total(np.array([*new, len(rewards)], np.int32)).tolist()
+    broken = self._all_fails_here(sum(new), answers)
+    *new, count, num_broken = self._total(
+      np.array([*new, len(rewards), broken], np.int32)
+    ).tolist()
     self.timeouts, self.errors, self.crashes = map(sum, zip(before, new))
     # One alone says little: all others of the batch may have been cut off.
     if sum(new) == count > 1:
@@ -191,7 +195,30 @@ class Scorer:
         )
         + 'Call it by hand on such a completion and answer.'
       )
+    if num_broken:
+      last = self._last_failure if broken else 'in another process'
+      raise ValueError(
+        f'The verifier of config.task fails on all completions of {num_broken} '
+        f'of the processes, and not on others; the last time {last}. Call it '
+        'by hand on that host: a package or file may be missing there.'
+      )
     return np.array(rewards, np.float32)
+
+  def _all_fails_here(self, num_failed: int, answers: list[str]) -> bool:
+    """Whether the verifier fails in this process, whatever the answer.
+
+    On one alone, that of a bad row, it may: a process may have no more of a
+    batch. So batches in a row count.
+    """
+    if num_failed < len(answers):
+      self._failing = []
+      return False
+    if len(answers) < 2:
+      return False
+    for answer in answers:
+      if len(self._failing) < 2 and answer not in self._failing:
+        self._failing.append(answer)
+    return len(self._failing) > 1
 
   def _calls(
     self, pairs: list[tuple[str, str]]
