@@ -95,6 +95,8 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
   """SIGTERM and the first Ctrl-C save and stop; a second Ctrl-C kills.
 
+  A second SIGTERM changes nothing: whoever sends two still wants it saved.
+
   A notice of the cloud that this machine goes away counts as SIGTERM. Of
   several processes one gets the signal and all of them stop.
   """
@@ -103,7 +105,10 @@ def stop_on_signals() -> Iterator[Stop]:
 
   def request(number, _):
     logging.warning('Got %s: stopping.', signal.Signals(number).name)
-    signal.signal(number, signal.default_int_handler)
+    if number == signal.SIGINT:
+      # Of several, nobody is left waiting for the others at the exit.
+      again = signal.SIG_DFL if several else signal.default_int_handler
+      signal.signal(number, again)
     if several:
       os.kill(os.getpid(), signal.SIGTERM)
     else:

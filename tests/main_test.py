@@ -994,15 +994,34 @@ def test_evaluating_a_directory_without_a_run_is_refused(cli, tmp_path):
 # In this process.
 
 
-def test_a_signal_asks_once_and_the_handlers_come_back():
+def test_only_a_second_ctrl_c_interrupts_and_the_handlers_come_back():
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   with command_line.stop_on_signals() as stop:
     assert not stop.after(1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.after(2)
+    os.kill(os.getpid(), signal.SIGTERM)  # Once more, for nothing.
+    os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), signal.SIGINT)
       signal.sigtimedwait([], 0)  # Lets the handler run.
   assert before == (
       signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   )
+
+
+def test_of_several_processes_a_second_ctrl_c_ends_this_one_at_once(
+    monkeypatch
+):
+  got = []
+  before = signal.signal(signal.SIGTERM, lambda *_: got.append('SIGTERM'))
+  monkeypatch.setattr(command_line.jax, 'process_count', lambda: 2)
+  try:
+    with command_line.stop_on_signals():
+      os.kill(os.getpid(), signal.SIGINT)
+      signal.sigtimedwait([], 0)  # Lets the handler run.
+      assert got == ['SIGTERM']  # Of which JAX tells the others.
+      # Nothing of Python's, which would wait for the others at its exit.
+      assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+  finally:
+    signal.signal(signal.SIGTERM, before)
