@@ -10,6 +10,8 @@ which every parser accepts, and `read` gives it back as NaN (TensorBoard gets
 the value itself).
 """
 
+from collections.abc import Iterator
+import contextlib
 import json
 import math
 import os
@@ -210,8 +212,9 @@ class _JsonLines:
     self._rewrite(_read_lines(path))
 
   def append(self, rows: list[dict[str, Any]]) -> None:
-    self._file.write(''.join(_line(row) for row in rows))
-    self._file.flush()
+    with _naming(self._path):
+      self._file.write(''.join(_line(row) for row in rows))
+      self._file.flush()
 
   def truncate_after(self, step: int) -> None:
     rows = _read_lines(self._path)
@@ -219,14 +222,29 @@ class _JsonLines:
     self._rewrite([row for row in rows if row['step'] <= step])
 
   def close(self) -> None:
-    self._file.close()
+    with _naming(self._path):  # What `append` could not write, it would.
+      self._file.close()
 
   def _rewrite(self, rows: list[dict[str, Any]]) -> None:
     """Replaces the file at once, so that being killed here loses nothing."""
     new = self._path.with_suffix('.tmp')
-    new.write_text(''.join(_line(row) for row in rows), encoding='utf-8')
-    os.replace(new, self._path)
-    self._file = open(self._path, 'a', encoding='utf-8')
+    with _naming(self._path):
+      new.write_text(''.join(_line(row) for row in rows), encoding='utf-8')
+      os.replace(new, self._path)
+      self._file = open(self._path, 'a', encoding='utf-8')
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+  """An error of the file system says of which file, and what to do."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(
+        f'{path} cannot be written: {error.strerror or error}. Free some space '
+        'or make it writable; the same command goes on from the last '
+        'checkpoint.'
+    ) from error
 
 
 class _TensorBoard:

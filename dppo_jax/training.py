@@ -99,7 +99,8 @@ def train(
         workdir / 'checkpoints', keep=config.keep_checkpoints
     )
     stack.enter_context(contextlib.closing(checkpoints))
-    writer = stack.enter_context(_make_writer(config, workdir))
+    with processes.failing_together():
+      writer = stack.enter_context(_make_writer(config, workdir))
     run = _start(config, parts, checkpoints, writer)
     state, backlog, logbook = run.state, run.backlog, run.logbook
     del run  # Its state is donated to the first step.

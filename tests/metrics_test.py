@@ -127,6 +127,20 @@ def test_a_bad_line_elsewhere_is_named(tmp_path):
     metrics.read(tmp_path)
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='Needs /dev/full.')
+def test_a_full_disk_is_named_by_file_with_a_way_out(tmp_path):
+  writer = metrics.MetricsWriter(tmp_path, tensorboard=False)
+  writer._metrics._file = open('/dev/full', 'a', encoding='utf-8')
+  message = (
+      'metrics.jsonl cannot be written: No space left on device. Free some '
+      'space .* the same command goes on from the last checkpoint'
+  )
+  with pytest.raises(OSError, match=message):
+    writer.write(1, {'loss': 0.5})
+  with pytest.raises(OSError, match=message):  # Not by a bare number either.
+    writer.close()
+
+
 def test_a_run_without_logs_reads_as_empty(tmp_path):
   assert metrics.read(tmp_path) == []
   assert metrics.read_samples(tmp_path) == []
