@@ -93,10 +93,13 @@ class Checkpoints:
       abstract_arrays: PyTree,
       *,
       when_found: Callable[[int, dict[str, Any]], None] = lambda *_: None,
+      goes_on: bool = True,
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
     """Restores the newest good checkpoint, bit for bit.
 
-    A newer one that is damaged is renamed to `corrupt-<step>`, with a warning.
+    A newer one that is damaged is renamed to `corrupt-<step>`, with a warning,
+    if the run goes on here. Who only reads may do so beside it: a checkpoint
+    that it deletes meanwhile is not damaged, and a newer one is read.
 
     Args:
       abstract_arrays: pytree of `jax.ShapeDtypeStruct` or arrays, as saved.
@@ -104,6 +107,8 @@ class Checkpoints:
         on the first local device where none is given.
       when_found: called with step and host once there is a checkpoint that
         fits, before there is an array of it: time to refuse it, or make room.
+        Called again for a newer one, should the first be deleted.
+      goes_on: whether the caller will save here, so that nobody else does.
 
     Returns:
       (step, arrays, host), or None if nothing was ever saved.
@@ -111,11 +116,23 @@ class Checkpoints:
     Raises:
       ValueError: if every checkpoint is damaged, or if the newest good one
         belongs to another model or config.
+      FileNotFoundError: what several processes read was deleted meanwhile.
     """
     self.wait()
-    step = self._newest_good_step()
-    if step is None:
-      return None
+    while (step := self._newest_good_step(goes_on)) is not None:
+      try:
+        return self._restore(step, abstract_arrays, when_found)
+      except Exception as error:
+        if goes_on or step in self.steps():
+          raise
+        if jax.process_count() > 1:  # Some may have it, and wait for the rest.
+          raise FileNotFoundError(
+              f'Checkpoint {self._path(step)} was deleted while it was read, '
+              'as the run in this folder has saved others. Start again.'
+          ) from error
+    return None
+
+  def _restore(self, step, abstract_arrays, when_found):
     contents = _read_manifest(self._path(step))
     wanted = _named_leaves(abstract_arrays)
     try:
@@ -186,9 +203,9 @@ class Checkpoints:
         if path.name[0].isdigit() and ocp.utils.is_tmp_checkpoint(path):
           path.rmtree(missing_ok=True)
 
-  def _newest_good_step(self) -> int | None:
+  def _newest_good_step(self, goes_on: bool) -> int | None:
     """What process 0 finds, told to all: they must restore the same step."""
-    found = self._set_aside_damaged() if jax.process_index() == 0 else None
+    found = self._find_good(goes_on) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
       message = np.int32(0 if found is None else found)
       found = int(multihost_utils.broadcast_one_to_all(message))
@@ -200,19 +217,25 @@ class Checkpoints:
       )
     return None if found == _NO_CHECKPOINT else found
 
-  def _set_aside_damaged(self) -> int:
-    """Returns the newest good step; renames the damaged ones after it."""
-    damaged = {}
-    for step in reversed(self.steps()):
+  def _find_good(self, goes_on: bool) -> int:
+    """The newest good step; renames the damaged ones after it for `goes_on`."""
+    steps, damaged = self.steps(), {}
+    while steps:
+      step = steps.pop()
       reason = _find_damage(self._path(step))
       if reason is None:
         for bad_step, why in damaged.items():
-          aside = self._rename_corrupt(bad_step)
-          logging.warning('Checkpoint of step %d is damaged (%s): moved to %s,'
-                          ' falling back to step %d.',
-                          bad_step, why, aside.name, step)
+          moved = ''
+          if goes_on:
+            moved = f'moved to {self._rename_corrupt(bad_step).name}, '
+          logging.warning('Checkpoint of step %d is damaged (%s): %sfalling'
+                          ' back to step %d.', bad_step, why, moved, step)
         return step
-      damaged[step] = reason
+      now = self.steps()
+      if step not in now or max(now) > max(damaged, default=step):
+        steps, damaged = now, {}  # A run goes on here, and deleted it.
+      else:
+        damaged[step] = reason
     # Renamed, they would look like no checkpoint at all to the next start.
     for step, why in damaged.items():
       logging.error('Checkpoint of step %d is damaged (%s).', step, why)

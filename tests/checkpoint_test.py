@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 
+from dppo_jax import checkpoint
 from dppo_jax.checkpoint import Checkpoints
 from dppo_jax.types import Rollout
 from dppo_jax.types import ScoredRollout
@@ -252,6 +254,63 @@ def test_falls_back_past_a_damaged_checkpoint(tmp_path, damage, warnings):
   damage(tmp_path / '2')
   assert_restores(checkpoints, step=1)
   assert sorted(os.listdir(tmp_path)) == ['1', 'corrupt-2', 'corrupt-2-2']
+
+
+def test_who_only_reads_falls_back_and_renames_nothing(tmp_path, warnings):
+  save_steps(tmp_path, 1, 2)
+  truncate(tmp_path / '2')
+  step, _, _ = Checkpoints(tmp_path).restore_latest(
+      make_arrays(), goes_on=False
+  )
+  assert step == 1
+  [line] = warnings
+  assert 'step 2 is damaged' in line and 'falling back to step 1' in line
+  assert sorted(os.listdir(tmp_path)) == ['1', '2']
+
+
+@pytest.mark.parametrize('keep', [1, 2])
+def test_what_a_run_deletes_while_it_is_checked_is_not_damaged(
+    tmp_path, monkeypatch, warnings, keep
+):
+  steps = [1, 2][-keep:]
+  save_steps(tmp_path, *steps)
+  find, looked_at = checkpoint._find_damage, []
+
+  def find_slowly(directory):
+    looked_at.append(int(directory.name))
+    if len(looked_at) == 1:  # The run saves another, and deletes all others.
+      save_steps(tmp_path, 3)
+      for step in steps:
+        shutil.rmtree(tmp_path / str(step))
+    return find(directory)
+
+  monkeypatch.setattr(checkpoint, '_find_damage', find_slowly)
+  step, _, host = Checkpoints(tmp_path).restore_latest(
+      make_arrays(), goes_on=False
+  )
+  assert step == host['step'] == 3
+  assert looked_at == [2, 3] and not warnings
+
+
+def test_what_a_run_deletes_before_it_is_read_is_followed_by_a_newer_one(
+    tmp_path
+):
+  save_steps(tmp_path, 1)
+  arrays, found = make_arrays(7), []
+
+  def when_found(step, host):
+    found.append((step, host['step']))
+    jax.tree.map(lambda x: x.delete(), arrays)  # As a run does, twice here.
+    if step == 1:
+      save_steps(tmp_path, 2)
+      shutil.rmtree(tmp_path / '1')
+
+  step, restored, _ = Checkpoints(tmp_path).restore_latest(
+      make_abstract(arrays), when_found=when_found, goes_on=False
+  )
+  assert found == [(1, 1), (2, 2)]
+  assert step == 2
+  assert_bitwise_equal(restored, make_arrays(2))
 
 
 def test_misses_any_one_file(tmp_path):
