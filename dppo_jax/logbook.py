@@ -146,12 +146,7 @@ class Logbook:
         row[int(token)] = count
 
   def write_scatter(self, path: pathlib.Path) -> None:
-    """Rows [mu, ratio, |pi - mu|, dropped] of the last step's tokens.
-
-    Without a step since the start, what is there stays.
-    """
-    if not len(self._scatter):
-      return
+    """Rows [mu, ratio, |pi - mu|, dropped] of the last step's tokens."""
     path.write_text(json.dumps(np.round(self._scatter, 6).tolist()) + '\n')
 
   def write_masked_tokens(self, path: pathlib.Path, tokenizer: Any) -> None:

@@ -152,6 +152,8 @@ def train(
       )
       stopping = should_stop(step)
       owed |= step % config.checkpoint_every == 0 or last or stopping
+      if last:  # Before its checkpoint, after which no step comes.
+        _write_scatter(logbook, workdir)
       if owed and healthy:
         logbook.flush()  # A checkpoint never knows more than the log.
         _save(checkpoints, parts, step, state, backlog, logbook)
@@ -265,7 +267,9 @@ def _restore(config, parts, checkpoints, blank, *, goes_on=False):
       parts.prompts.check_state(host['prompts'])
     jax.tree.map(lambda x: x.delete(), start._replace(frozen=(), products=()))
 
-  restored = checkpoints.restore_latest(wanted, when_found=when_found)
+  restored = checkpoints.restore_latest(
+      wanted, when_found=when_found, goes_on=goes_on
+  )
   if restored is None:
     return None
   step, arrays, host = restored
@@ -511,6 +515,12 @@ def write_model(
       )
 
 
+def _write_scatter(logbook: Logbook, workdir: pathlib.Path) -> None:
+  with processes.failing_together():
+    if processes.is_main():
+      logbook.write_scatter(workdir / 'scatter.json')
+
+
 def _write_report(
     parts: Parts, logbook: Logbook, workdir: pathlib.Path
 ) -> None:
@@ -519,7 +529,6 @@ def _write_report(
     if not processes.is_main():
       return
     logbook.write_masked_tokens(workdir / 'masked_tokens.json', parts.tokenizer)
-    logbook.write_scatter(workdir / 'scatter.json')
     logbook.flush()
     path = report.write_report(workdir)
     logging.info('Done. Report: %s  Model: %s', path, workdir / 'model')

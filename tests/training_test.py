@@ -1,5 +1,6 @@
 """A run in this process: what is on its devices, and what it says."""
 
+import json
 import re
 import types
 
@@ -85,6 +86,23 @@ def test_a_second_run_in_a_directory_changes_nothing_in_it(
     with pytest.raises(BlockingIOError, match='Another run is working in'):
       main.train(config, str(tmp_path))
   assert (tmp_path / 'config.json').read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_run_stopped_at_its_last_step_has_the_plots_of_single_tokens(
+    tmp_path
+):
+  config = default.get_config()
+  config.update_from_flattened_dict(SMALL)
+  with tiny_model.quick_compilation():
+    for stopped in (True, False):
+      ended = training.train(
+          config, main.build(config), tmp_path,
+          should_stop=lambda step, stopped=stopped: stopped and step == 2,
+      )
+      assert ended != stopped
+  assert (tmp_path / 'report.html').exists()
+  assert json.loads((tmp_path / 'scatter.json').read_text())
 
 
 def test_the_run_that_is_read_may_be_in_the_home_directory(
