@@ -14,14 +14,19 @@ import contextlib
 import json
 import os
 import re
+import threading
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
 from dppo_jax.types import PyTree
 
+# Of JAX; then it gives up, by SIGABRT.
+_MEETING_TIMEOUT_S = 300
+_QUIET_FOR_S = 10  # Before who waits says so.
 # One that fails says so to the others by leaving, and they wait no longer.
 _SHUTDOWN_TIMEOUT_S = 30
 # Of the CPU, where it is to look like several devices.
@@ -52,25 +57,50 @@ def initialize(
   """
   timeouts = {
       'heartbeat_timeout_seconds': heartbeat_timeout_s,
+      'initialization_timeout': _MEETING_TIMEOUT_S,
       'shutdown_timeout_seconds': _SHUTDOWN_TIMEOUT_S,
   }
   _check_arguments(coordinator, num_processes, process_id)
   allow_threads()
   if coordinator is not None:
-    jax.distributed.initialize(
-        coordinator,
-        num_processes,
-        process_id,
-        cluster_detection_method='deactivate',
-        **timeouts,
-    )
+    with _saying_that_it_waits(coordinator, num_processes, process_id):
+      jax.distributed.initialize(
+          coordinator,
+          num_processes,
+          process_id,
+          cluster_detection_method='deactivate',
+          **timeouts,
+      )
   elif num_processes is None and not _is_alone(os.environ):
     try:
-      jax.distributed.initialize(**timeouts)
+      with _saying_that_it_waits():
+        jax.distributed.initialize(**timeouts)
     except ValueError as error:
       # What it says where it knows no cluster, and nobody has named one.
       if 'coordinator_address' not in str(error):
         raise
+
+
+@contextlib.contextmanager
+def _saying_that_it_waits(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Iterator[None]:
+  """A warning if the others take their time, of which JAX says nothing."""
+  who = 'This process'
+  if process_id is not None:
+    who = f'Process {process_id} of {num_processes}'
+  timer = threading.Timer(_QUIET_FOR_S, logging.warning, [
+      '%s still waits for the others%s, at most %d s.',
+      who, f' at {coordinator}' if coordinator else '', _MEETING_TIMEOUT_S,
+  ])
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
 
 
 def allow_threads() -> None:

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from typing import NamedTuple
 
 import jax
@@ -319,6 +320,20 @@ def test_a_directory_that_not_all_see_is_refused_and_none_is_left(
 
 @pytest.mark.several_devices
 @pytest.mark.slow
+def test_a_log_that_cannot_be_opened_is_an_error_of_all(
+    launch, pair, tmp_path
+):
+  workdir = as_of_step(2, pair[0], tmp_path / 'run')
+  path = workdir / 'metrics.jsonl'
+  path.write_text('{"step": 0,\n' + path.read_text())
+  done = launch(2, workdir)
+  assert_good(done, returncode=2)
+  for process in done:
+    assert 'metrics.jsonl:1 is not JSON' in process.stderr
+
+
+@pytest.mark.several_devices
+@pytest.mark.slow
 def test_sigterm_to_one_saves_and_ends_all_and_they_continue_bitwise(
     launch, pair, tmp_path
 ):
@@ -468,6 +483,22 @@ def test_the_first_process_that_differs_is_named_with_all_it_differs_in(
 def test_flags_that_do_not_belong_together_are_named(given, message):
   with pytest.raises(ValueError, match=message):
     processes.initialize(**given)
+
+
+@pytest.mark.parametrize('seconds, said', [(0, ''), (
+    0.5, 'Process 1 of 3 still waits for the others at a:1, at most 300 s.'
+)])
+def test_who_waits_for_others_says_so_after_a_while(
+    monkeypatch, caplog, seconds, said
+):
+  monkeypatch.setattr(processes, '_QUIET_FOR_S', 0.1)
+  monkeypatch.setattr(processes, 'allow_threads', lambda: None)
+  monkeypatch.setattr(
+      processes.jax.distributed, 'initialize',
+      lambda *_, **__: time.sleep(seconds),
+  )
+  processes.initialize(coordinator='a:1', num_processes=3, process_id=1)
+  assert caplog.messages == [said][:bool(said)]
 
 
 @pytest.mark.several_devices
