@@ -115,21 +115,27 @@ class Checkpoints:
 
     Raises:
       ValueError: if every checkpoint is damaged, or if the newest good one
-        belongs to another model or config.
-      FileNotFoundError: what several processes read was deleted meanwhile.
+        belongs to another model or config, or what several processes read
+        was deleted meanwhile.
     """
     self.wait()
-    while (step := self._newest_good_step(goes_on)) is not None:
+    step = self._newest_good_step(goes_on)
+    while step is not None:
       try:
         return self._restore(step, abstract_arrays, when_found)
       except Exception as error:
-        if goes_on or step in self.steps():
+        # Deleted, also by half, is what a run has saved a newer one than.
+        if goes_on or step == self.latest_step():
           raise
         if jax.process_count() > 1:  # Some may have it, and wait for the rest.
-          raise FileNotFoundError(
-              f'Checkpoint {self._path(step)} was deleted while it was read, '
-              'as the run in this folder has saved others. Start again.'
+          raise ValueError(
+              f'Checkpoint {self._path(step)} could not be read ({error}), and '
+              'the run in this folder has saved others since. Start again.'
           ) from error
+        newer = self._newest_good_step(goes_on)
+        if newer == step:
+          raise
+        step = newer
     return None
 
   def _restore(self, step, abstract_arrays, when_found):

@@ -233,8 +233,14 @@ def _check_numbers(section, path):
   for name, value in section.items():
     if isinstance(value, ml_collections.ConfigDict):
       _check_numbers(value, f'{path}.{name}')
-    elif isinstance(value, float) and math.isnan(value):
+    elif any(isinstance(x, float) and math.isnan(x) for x in _leaves(value)):
       raise ValueError(f'{path}.{name}={value} is not a number.')
+
+
+def _leaves(value):
+  if not isinstance(value, (tuple, list)):
+    return [value]
+  return [x for part in value for x in _leaves(part)]
 
 
 def _get(config, name):
@@ -310,8 +316,9 @@ def _check_dual(config):
         f'config.loss.name={loss!r} and '
         f'config.dual.name={config.dual.name!r} do not go together: '
         + (f'{loss} needs a dual, for example projected_ascent.' if constrained
-           else f'a dual is the price of a constraint, and {loss} has none; a '
-           'loss that has one is registered with_facts(constrained=True).')
+           else f'a dual is the price of a constraint, and {loss} has none; '
+           "use dual.name='none'. (A loss that has one says so, "
+           'by register.with_facts(constrained=True).)')
     )
   if loss == 'r2vpo' and config.loss.center == 'mean':
     if config.learner.num_microbatches != 1:

@@ -15,6 +15,7 @@ from absl import flags
 from absl import logging
 import jax
 from jax.experimental import multihost_utils
+import ml_collections
 from ml_collections import config_flags
 
 from dppo_jax import advantages
@@ -194,6 +195,11 @@ class _WithNamedParts(flags.ArgumentParser):
 
   def parse(self, argument: str) -> Any:
     config = self._parser.parse(argument)
+    if not isinstance(config, ml_collections.ConfigDict):
+      raise app.UsageError(
+          f'get_config() of {argument} returns a {type(config).__name__} and '
+          'no ConfigDict; start from configs.default.get_config().'
+      )
     asked = _values_given(sys.argv)
     parts = {}
     try:

@@ -31,6 +31,7 @@ def export(config: Any, workdir: str | pathlib.Path) -> None:
     ValueError: the directory belongs to a run with another config.
   """
   workdir_lib.check_same_start(config)
+  workdir_lib.check_same_run(workdir)
   workdir_lib.check(workdir, config, way_out=training.OWN_FLAGS)
   workdir = pathlib.Path(workdir).expanduser()
   parts = main.build(config, to_train=False)

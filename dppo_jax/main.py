@@ -292,6 +292,8 @@ def run_evaluate() -> None:
     workdir_lib.check_same_start(
         config, **{'--workdir': 'a folder' if workdir else 'not given'}
     )
+    if workdir:
+      workdir_lib.check_same_run(workdir)
     parts = build(config, to_train=False)
     with contextlib.closing(parts.scorer):
       state = parts.state

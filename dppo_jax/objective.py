@@ -29,11 +29,11 @@ from dppo_jax import target as target_lib
 from dppo_jax import trust_regions
 from dppo_jax.models.causal_lm import CausalLM
 from dppo_jax.target import Anchor
-from dppo_jax.types import check_shape
 from dppo_jax.types import Divergence
 from dppo_jax.types import is_by_token
 from dppo_jax.types import LossFn
 from dppo_jax.types import LossInputs
+from dppo_jax.types import of_shape
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rollout
 from dppo_jax.types import Rows
@@ -167,16 +167,12 @@ def make_prepare_fn(
       chunk_size=chunk_size, prompt_length=prompt_length, arrange=arrange,
   )
 
-  def references(state, rows):
-    if not extras.uses_sampled_kl:
-      return ()
-    return in_parts(
-        divergences.token_logprobs, state.reference, _own_routing(rows)
-    )
+  references = _make_references(extras, in_parts)
 
   def prepare(state, scored, products=()):
     rollout = scored.rollout
     rewards = shaping_fn(scored.rewards, jnp.sum(rollout.token_mask, axis=-1))
+    of_shape('shaping', shaping_fn, rewards, scored.rewards.shape)
     rollout, rewards, replayed = _choose_groups(
         ScoredRollout(rollout, rewards, scored.replayed),
         num_groups=num_groups,
@@ -194,8 +190,9 @@ def make_prepare_fn(
       rewards -= _kl_of_completions(extras, rollout, reference_logprobs)
     else:
       reference_logprobs = references(state, rows)
-    advantages = advantage_fn(rewards)
-    check_shape('advantage', advantage_fn, advantages, rewards.shape)
+    advantages = of_shape(
+        'advantage', advantage_fn, advantage_fn(rewards), rewards.shape
+    )
     anchored = Anchor(rollout.behaviour_logprobs, rollout.record)
     if anchor == 'recomputed':
       recompute = functools.partial(_anchor_of, divergence)
@@ -207,7 +204,9 @@ def make_prepare_fn(
         policy_version=everywhere(rollout.policy_version),
         anchor=anchored,
         advantages=jnp.where(mask, advantages[:, None], 0.0),
-        weights=normalizer(mask),
+        weights=of_shape(
+            'normalizer', normalizer, normalizer(mask), mask.shape
+        ),
         reference_logprobs=reference_logprobs,
         replayed=jax.tree.map(everywhere, replayed),
     )
@@ -223,6 +222,19 @@ def _choose_groups(scored, *, num_groups, group_size):
       scored.rewards, group_size=group_size
   )[: num_groups * group_size]
   return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), scored)
+
+
+def _make_references(extras, in_parts):
+  """Log-probs of tokens under the reference policy; () if nobody asks."""
+
+  def references(state, rows):
+    if not extras.uses_sampled_kl:
+      return ()
+    return in_parts(
+        divergences.token_logprobs, state.reference, _own_routing(rows)
+    )
+
+  return references
 
 
 def _anchor_of(divergence, logits, targets):
@@ -400,7 +412,7 @@ def _make_token_loss(divergence, region_fn, loss_fn, extras, dual):
         segment_ids=batch.rows.target_segments,
         threshold=divergence.threshold,
     ))
-    check_shape('trust region', region_fn, region, mask.shape)
+    of_shape('trust region', region_fn, region, mask.shape)
     loss, metrics = _checked(loss_fn, mask.shape, loss_fn(LossInputs(
         logprobs=target.logprobs,
         behaviour_logprobs=batch.behaviour_logprobs,
@@ -429,15 +441,15 @@ def _checked(loss_fn, shape, returned):
       'they are).'
   )
   if not (isinstance(returned, tuple) and len(returned) == 2):
-    raise ValueError(f'The loss returns one thing and not two: {expected}')
+    raise ValueError(f'The loss must return (loss, metrics): {expected}')
   loss, metrics = returned
   for name in _METRICS:
     if name not in metrics:
       raise ValueError(f'The loss returns no metric {name!r}; {expected}')
-  check_shape('loss', loss_fn, loss, shape)
+  of_shape('loss', loss_fn, loss, shape)
   own = {k: x for k, x in metrics.items() if k not in (*_METRICS, 'constraint')}
   for name in (*_METRICS, *own):
-    check_shape(f'metric {name!r} of the loss', loss_fn, metrics[name], shape)
+    of_shape(f'metric {name!r} of the loss', loss_fn, metrics[name], shape)
   known = {k: x for k, x in metrics.items() if k not in own}
   return loss, known | ({'own': own} if own else {})
 

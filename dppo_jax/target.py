@@ -17,9 +17,9 @@ from dppo_jax import sampling
 from dppo_jax.models import experts
 from dppo_jax.models import products as products_lib
 from dppo_jax.models.causal_lm import CausalLM
-from dppo_jax.types import check_shape
 from dppo_jax.types import Divergence
 from dppo_jax.types import given
+from dppo_jax.types import of_shape
 from dppo_jax.types import PyTree
 from dppo_jax.types import Rows
 
@@ -260,7 +260,7 @@ def make_summed_loss(
     logprobs, entropy = divergences.logprobs_and_entropy(logits, targets)
     detached = jax.lax.stop_gradient(logits)
     measured = divergence.measure(detached, targets, anchor.record)
-    check_shape('divergence', divergence.measure, measured, targets.shape)
+    of_shape('divergence', divergence.measure, measured, targets.shape)
     if divergence.direction is None:
       direction = logprobs - anchor.logprobs
     else:

@@ -287,7 +287,6 @@ def latest_state(
     ValueError: it is of another model or config.
   """
   folder = pathlib.Path(workdir).expanduser() / 'checkpoints'
-  workdir_lib.check_same_run(workdir)
   # Nothing else of adapters tells what they are multiplied by.
   workdir_lib.check(workdir, config, only='lora.', way_out=OWN_FLAGS)
   if not folder.is_dir():
@@ -516,9 +515,14 @@ def write_model(
 
 
 def _write_scatter(logbook: Logbook, workdir: pathlib.Path) -> None:
-  with processes.failing_together():
-    if processes.is_main():
-      logbook.write_scatter(workdir / 'scatter.json')
+  """For a plot; a checkpoint comes next, and does not wait for it."""
+  if not processes.is_main():
+    return
+  path = workdir / 'scatter.json'
+  try:
+    logbook.write_scatter(path)
+  except OSError as error:
+    logging.warning('%s is not written: %s', path, error)
 
 
 def _write_report(

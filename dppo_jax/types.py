@@ -121,8 +121,8 @@ class LossInputs(NamedTuple):
 LossFn = Callable[[LossInputs], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def check_shape(what: str, fn: Callable, value: Any, shape: tuple) -> None:
-  """Refuses what NumPy's rules would stretch, and so mean something else.
+def of_shape(what: str, fn: Callable, value: Any, shape: tuple) -> Any:
+  """`value`; refuses what NumPy's rules would stretch, and so change.
 
   Args:
     what: it is, for example 'advantage'.
@@ -136,6 +136,7 @@ def check_shape(what: str, fn: Callable, value: Any, shape: tuple) -> None:
         f'The {what} {maker!r} returns an array of shape {jnp.shape(value)}; '
         f'here it must be {tuple(shape)}, one number for each.'
     )
+  return value
 
 
 def by_token(fn: Callable) -> Callable:

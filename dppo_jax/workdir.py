@@ -54,7 +54,10 @@ FREE = (
     'scoring.timeout_s',
 )
 # What hosts may have of their own, in the same run.
-_OF_A_HOST = ('compilation_cache', 'scoring.num_workers')
+_OF_A_HOST = (
+    'compilation_cache', 'scoring.num_workers', 'task.data_dir',
+    'task.train_path', 'task.test_path',
+)
 _APPEARS_WITHIN_S = 10  # What one host wrote, on another.
 _MOST_NAMED = 4  # Settings that differ, in one message.
 # Not with learner.reuse_forward, as a checkpoint holds what the sampler kept.
@@ -141,10 +144,10 @@ def check_same_start(config: Any, **others: Any) -> None:
   )
   if more := found[_MOST_NAMED:]:
     named += f', and {len(more)} more'
-  raise ValueError(
-      f'Process {found[0].process} has {named}; start all with the same '
-      'command.'
-  )
+  way_out = 'start all with the same command'
+  if [x.name for x in found] == ['commit']:
+    way_out = 'check the same one out for all, with the same changes'
+  raise ValueError(f'Process {found[0].process} has {named}; {way_out}.')
 
 
 def _has_only_failed(folder: pathlib.Path) -> bool:
@@ -277,11 +280,12 @@ def check_same_run(folder: str | os.PathLike) -> None:
 def _appears(path: pathlib.Path) -> bool:
   """Whether there is such a file, for which others may have to be asked."""
   give_up = time.monotonic() + _APPEARS_WITHIN_S
-  while not path.exists():
-    if time.monotonic() > give_up:
-      return False
+  while time.monotonic() < give_up:
+    with contextlib.suppress(OSError):  # Not there for this process either.
+      if path.exists():
+        return True
     time.sleep(0.1)
-  return True
+  return False
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -292,8 +292,16 @@ def test_what_a_run_deletes_while_it_is_checked_is_not_damaged(
   assert looked_at == [2, 3] and not warnings
 
 
+def delete_files(directory):
+  """What a deletion has done before it deletes the folders, too."""
+  for path in directory.rglob('*'):
+    if path.is_file():
+      path.unlink()
+
+
+@pytest.mark.parametrize('delete', [shutil.rmtree, delete_files])
 def test_what_a_run_deletes_before_it_is_read_is_followed_by_a_newer_one(
-    tmp_path
+    tmp_path, delete
 ):
   save_steps(tmp_path, 1)
   arrays, found = make_arrays(7), []
@@ -303,7 +311,7 @@ def test_what_a_run_deletes_before_it_is_read_is_followed_by_a_newer_one(
     jax.tree.map(lambda x: x.delete(), arrays)  # As a run does, twice here.
     if step == 1:
       save_steps(tmp_path, 2)
-      shutil.rmtree(tmp_path / '1')
+      delete(tmp_path / '1')
 
   step, restored, _ = Checkpoints(tmp_path).restore_latest(
       make_abstract(arrays), when_found=when_found, goes_on=False
@@ -311,6 +319,14 @@ def test_what_a_run_deletes_before_it_is_read_is_followed_by_a_newer_one(
   assert found == [(1, 1), (2, 2)]
   assert step == 2
   assert_bitwise_equal(restored, make_arrays(2))
+
+
+def test_who_only_reads_tries_once_what_cannot_be_restored(tmp_path):
+  save_steps(tmp_path, 1, 2)
+  truncate(tmp_path / '2')  # So that the newest is not the newest good one.
+  other = {'another': jax.ShapeDtypeStruct((1,), jnp.float32)}
+  with pytest.raises(ValueError, match='is of another model or config'):
+    Checkpoints(tmp_path).restore_latest(other, goes_on=False)
 
 
 def test_misses_any_one_file(tmp_path):

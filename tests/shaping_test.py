@@ -256,7 +256,7 @@ def without(name):
 @pytest.mark.parametrize('change, message', [
     (without('capped'), "returns no metric 'capped'; beside the loss of each "
      'token .*types.LossFn'),
-    (lambda loss, _: loss, 'returns one thing and not two: beside the loss'),
+    (lambda loss, _: loss, r'must return \(loss, metrics\): beside the loss'),
     (lambda loss, metrics: (jnp.mean(loss), metrics),
      r"The loss 'own_loss' returns an array of shape \(\); here it must be \("),
     (lambda loss, metrics: (jnp.sum(loss, -1, keepdims=True), metrics),
@@ -294,6 +294,23 @@ def test_an_advantage_that_is_not_one_of_each_completion_is_refused(shape):
   with pytest.raises(ValueError, match="The advantage '.*' returns an array of "
                      r'shape .*; here it must be \(8,\), one number for each'):
     run_once(advantage_fn=own_advantage())
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'normalizer': lambda mask: 1 / jnp.sum(mask, -1, keepdims=True)},
+     r'The normalizer .* shape \(8, 1\); here it must be \(8, 4\)'),
+    ({'normalizer': lambda mask: 1 / jnp.sum(mask)},
+     r'The normalizer .* shape \(\); here it must be \(8, 4\)'),
+    ({'shaping_fn': lambda rewards, lengths: rewards[:, None]},
+     r'The shaping .* shape \(8, 1\); here it must be \(8,\)'),
+], ids=['column', 'number', 'shaping'])
+def test_what_is_not_one_number_of_each_token_or_completion_is_refused(
+    options, message
+):
+  prepare, _ = make_objective(**options)
+  _, target, _, _ = policies()
+  with pytest.raises(ValueError, match=message):
+    prepare(types.SimpleNamespace(params=table(target)), scored())
 
 
 def test_a_divergence_of_all_words_is_refused():

@@ -1,5 +1,6 @@
 r"""Verifiers: answers in a box, your own function, and what goes wrong."""
 
+import importlib.util
 import os
 import pickle
 import re
@@ -247,16 +248,17 @@ def test_a_verifier_that_fails_on_a_whole_batch_stops_the_run():
 
 
 def test_a_verifier_may_fail_on_the_whole_part_of_one_process():
-  # Timeouts, errors, crashes; completions; processes on which all fail.
-  others = np.array([0, 1, 0, 3, 0])
+  # Timeouts, errors, crashes; completions; processes on which all fail, and
+  # how many of the completions these had.
+  others = np.array([0, 1, 0, 3, 0, 0])
   scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
   np.testing.assert_array_equal(scorer.score(['b', 'b'], ['x', 'x']), [0, 0])
   assert scorer.take_counts()['verifier/errors'] == 3
-  others = np.array([0, 2, 1, 3, 0])
+  others = np.array([0, 2, 1, 3, 0, 0])
   scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
   with pytest.raises(ValueError, match='failed on all 4 completions'):
     scorer.score(['b'], ['x'])
-  others = np.array([1, 2, 0, 3, 0])
+  others = np.array([1, 2, 0, 3, 0, 0])
   for scored, where in (([], 'in another process'), (['b'], "KeyError: 'x'")):
     scorer = scoring.Scorer(fails_on_b, total=lambda x: x + others)
     with pytest.raises(ValueError, match=f'last time .*{where}') as error:
@@ -264,26 +266,41 @@ def test_a_verifier_may_fail_on_the_whole_part_of_one_process():
     assert '1 took more than config.scoring.timeout_s=10' in str(error.value)
 
 
-def test_a_verifier_that_is_broken_on_one_process_stops_the_run_on_all():
-  def beside(num_broken):
-    others = np.array([0, 0, 0, 3, num_broken])
-    return scoring.Scorer(fails_on_b, total=lambda x: x + others)
+def beside(*others, shown=8):
+  """A verifier of one process; others say what theirs did with 8."""
+  errors, broken, of_broken = others
+  others = np.array([0, errors, 0, shown, broken, of_broken])
+  return scoring.Scorer(fails_on_b, total=lambda x: x + others)
 
+
+def test_a_verifier_that_is_broken_on_one_process_stops_the_run_on_all():
+  scorer = beside(3, 0, 0)  # Of 8 elsewhere.
+  for answer in 'xyx':
+    scorer.score(['b'], [answer])  # One at a time.
   with pytest.raises(ValueError, match='fails on all completions of 1 of the '
                      "processes, and not .* the last time it raised KeyError"):
-    beside(0).score(['b', 'b'], ['x', 'y'])
+    scorer.score(['b'], ['y'])
   with pytest.raises(ValueError, match='of 2 of the processes, and not on '
                      'others; the last time in another process'):
-    beside(2).score(['a', 'b'], ['x', 'y'])
-  # One bad row may be all that a process has of a batch, but not of two.
-  scorer = beside(0)
-  scorer.score(['b', 'b'], ['x', 'x'])
-  scorer.score(['b', 'a'], ['y', 'y'])
-  scorer.score(['b', 'b'], ['x', 'x'])
-  scorer.score([], [])
-  scorer.score(['b'], ['y'])
-  with pytest.raises(ValueError, match='1 of the processes'):
-    scorer.score(['b', 'b'], ['y', 'y'])
+    beside(5, 2, 4).score(['a', 'b'], ['x', 'y'])
+
+
+@pytest.mark.parametrize('elsewhere, batches', [
+    # Most fail elsewhere, too: a policy that cannot write yet.
+    ((4, 0, 0), [(['b', 'b'], ['x', 'y'])] * 8),
+    # One succeeds now and then.
+    ((0, 0, 0), [(['bbba'[i % 4], 'b'], ['x', 'y']) for i in range(8)]),
+    # The same bad row again and again.
+    ((0, 0, 0), [(['b', 'b'], ['x', 'x'])] * 8),
+    # All of this process were cut off.
+    ((0, 0, 0), [([], [])] * 8),
+], ids=['everywhere', 'sometimes', 'row', 'nothing'])
+def test_a_verifier_may_fail_for_long_without_being_broken_here(
+    elsewhere, batches
+):
+  scorer = beside(*elsewhere)
+  for completions, answers in batches:
+    scorer.score(completions, answers)
 
 
 @pytest.mark.parametrize('reward', [
@@ -317,6 +334,22 @@ def test_a_verifier_that_no_worker_can_import_is_named():
   )):
     scoring.Scorer(inner, num_workers=1)
   assert scoring.Scorer(inner).score(['a'], ['b']) == 1
+
+
+def test_a_verifier_of_a_config_file_is_refused_before_workers_start(tmp_path):
+  # As ml_collections imports it, under a name that no worker can find.
+  path = tmp_path / 'mine.py'
+  path.write_text(OWN)
+  spec = importlib.util.spec_from_file_location('config_config', path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules['config_config'] = module
+  try:
+    spec.loader.exec_module(module)
+    with pytest.raises(ValueError, match="cannot import the verifier 'is_right'"
+                       r' by its name \(there is no module config_config\)'):
+      scoring.Scorer(module.is_right, num_workers=1)
+  finally:
+    del sys.modules['config_config']
 
 
 # Your own.

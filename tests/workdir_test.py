@@ -232,7 +232,8 @@ def test_processes_of_another_commit_are_refused_where_it_is_known(
   beside(monkeypatch, commit='')
   workdir.check_same_start(default.get_config())
   beside(monkeypatch, commit='abc+')
-  with pytest.raises(ValueError, match="commit='abc[+]' and process 0 'abc'"):
+  with pytest.raises(ValueError, match="commit='abc[+]' and process 0 'abc'; "
+                     'check the same one out for all'):
     workdir.check_same_start(default.get_config())
 
 

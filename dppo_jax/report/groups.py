@@ -190,7 +190,7 @@ def _parts(name: str) -> dict[str, str]:
   """
   try:
     from dppo_jax import algorithms  # Imports JAX, and starts no device.
-  except ImportError:
+  except (ImportError, RuntimeError):  # It refuses another jaxlib by this.
     return {}
   if name not in algorithms.names():
     return {}

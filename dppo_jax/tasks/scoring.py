@@ -7,6 +7,7 @@ crash belongs into worker processes: `Scorer(score, num_workers=8)`.
 
 from collections.abc import Callable
 import functools
+import importlib.machinery
 import multiprocessing
 import numbers
 import os
@@ -26,6 +27,8 @@ ScoreFn = Callable[[str, str], float]
 # policy that repeats itself does write them.
 _MAX_DIGITS = 1000
 _ANSWER = re.compile(rf'####\s*(-?[0-9]{{1,{_MAX_DIGITS}}})\s*\Z')
+# In a row, on all of which the verifier fails in one process and not in others.
+_FAILING_BATCHES = 4
 # Reward; a larger one is infinite in float32.
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -144,7 +147,7 @@ class Scorer:
     self.errors = 0
     self._counted = (0, 0, 0)
     self._last_failure = ''
-    self._failing: list[str] = []  # See `_all_fails_here`.
+    self._failing: list[list[str]] = []  # See `_all_fails_here`.
     self._score = score
     self._total = total
     self._timeout_s = timeout_s
@@ -163,7 +166,8 @@ class Scorer:
     Raises:
       ValueError: lengths differ, a reward is not a finite number, or the
         verifier raised, died or ran out of time on every one of several
-        completions, or on one process on all to more than one answer.
+        completions; or on all of this process, batch after batch, while it
+        does not on others.
     """
     if len(completions) != len(answers):
       raise ValueError(
@@ -178,9 +182,9 @@ class Scorer:
     ]
     new = [now - then for now, then in zip(self._counts(), before)]
     broken = self._all_fails_here(sum(new), answers)
-    *new, count, num_broken = self._total(
-      np.array([*new, len(rewards), broken], np.int32)
-    ).tolist()
+    *new, count, num_broken, of_broken = self._total(np.array(
+      [*new, len(rewards), broken, broken * len(rewards)], np.int32
+    )).tolist()
     self.timeouts, self.errors, self.crashes = map(sum, zip(before, new))
     # One alone says little: all others of the batch may have been cut off.
     if sum(new) == count > 1:
@@ -195,7 +199,8 @@ class Scorer:
         )
         + 'Call it by hand on such a completion and answer.'
       )
-    if num_broken:
+    # One that raises on most of what it is shown is no fault of a host.
+    if 2 * (sum(new) - of_broken) < (count - of_broken) * bool(num_broken):
       last = self._last_failure if broken else 'in another process'
       raise ValueError(
         f'The verifier of config.task fails on all completions of {num_broken} '
@@ -205,20 +210,17 @@ class Scorer:
     return np.array(rewards, np.float32)
 
   def _all_fails_here(self, num_failed: int, answers: list[str]) -> bool:
-    """Whether the verifier fails in this process, whatever the answer.
+    """Whether the verifier has failed on all in this process for some time.
 
-    On one alone, that of a bad row, it may: a process may have no more of a
-    batch. So batches in a row count.
+    A process may have few completions of a batch, all of a bad row even, so
+    batches in a row count, and more than one answer.
     """
     if num_failed < len(answers):
       self._failing = []
-      return False
-    if len(answers) < 2:
-      return False
-    for answer in answers:
-      if len(self._failing) < 2 and answer not in self._failing:
-        self._failing.append(answer)
-    return len(self._failing) > 1
+    elif answers:
+      self._failing = [*self._failing, answers][-_FAILING_BATCHES:]
+    different = {answer for batch in self._failing for answer in batch}
+    return len(self._failing) == _FAILING_BATCHES and len(different) > 1
 
   def _calls(
     self, pairs: list[tuple[str, str]]
@@ -308,16 +310,14 @@ def _make_pool(num_workers: int, score: ScoreFn):
       'Scoring in worker processes needs the package pebble; '
       "pip install 'dppo_jax[verifiers]', or use num_workers=0."
     ) from error
-  try:
-    pickle.dumps(score)
-  except Exception as error:  # Of three kinds at least.
+  if reason := _no_import(score):
     raise ValueError(
       f'config.scoring.num_workers={num_workers}, but a worker cannot import '
       f'the verifier {getattr(score, "__name__", score)!r} by its name '
-      f'({type(error).__name__}: {error}). Put it into a module, or a file '
-      'that holds no config, and name that in config.task.verifier if the task '
-      'has it; or use num_workers=0.'
-    ) from error
+      f'({reason}). Put it into a module, or a file that holds no config, and '
+      'name that in config.task.verifier if the task has it; or use '
+      'num_workers=0.'
+    )
   return pebble.ProcessPool(
     max_workers=num_workers,
     context=multiprocessing.get_context('spawn'),
@@ -326,6 +326,20 @@ def _make_pool(num_workers: int, score: ScoreFn):
     initializer=_start_worker,
     initargs=(score,),
   )
+
+
+def _no_import(score: ScoreFn) -> str:
+  """Why another process cannot import a verifier; '' if it can."""
+  try:
+    pickle.dumps(score)
+  except Exception as error:  # Of three kinds at least.
+    return f'{type(error).__name__}: {error}'
+  package = getattr(score, '__module__', '__main__').partition('.')[0]
+  # A config file is a module here, under a name that no path has.
+  finder = importlib.machinery.PathFinder
+  if package != '__main__' and finder.find_spec(package) is None:
+    return f'there is no module {package}'
+  return ''
 
 
 class _Worker:
