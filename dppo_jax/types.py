@@ -121,21 +121,22 @@ class LossInputs(NamedTuple):
 LossFn = Callable[[LossInputs], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def of_shape(what: str, fn: Callable, value: Any, shape: tuple) -> Any:
+def of_shape(what: str, fn: Callable, value: PyTree, shape: tuple) -> PyTree:
   """`value`; refuses what NumPy's rules would stretch, and so change.
 
   Args:
     what: it is, for example 'advantage'.
     fn: that returned it; the factory that made it is named.
-    value: an array.
-    shape: it must have.
+    value: an array, or a tree of such.
+    shape: each must have.
   """
-  if jnp.shape(value) != tuple(shape):
-    maker = getattr(fn, '__qualname__', str(fn)).partition('.')[0]
-    raise ValueError(
-        f'The {what} {maker!r} returns an array of shape {jnp.shape(value)}; '
-        f'here it must be {tuple(shape)}, one number for each.'
-    )
+  for array in jax.tree.leaves(value):
+    if jnp.shape(array) != tuple(shape):
+      maker = getattr(fn, '__qualname__', str(fn)).partition('.')[0]
+      raise ValueError(
+          f'The {what} {maker!r} returns an array of shape {jnp.shape(array)}; '
+          f'here it must be {tuple(shape)}, one number for each.'
+      )
   return value
 
 

@@ -343,6 +343,7 @@ def test_shares_of_what_was_replayed_by_hand():
       'targets': jnp.zeros((1, 2, 3), jnp.int32),
       'constraint': (),
       'router': diagnostics.Router(),
+      'own': (),
   })
   metrics = tiny_model.jit(
       functools.partial(diagnostics.token_metrics, threshold=0.1)
