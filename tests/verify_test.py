@@ -75,5 +75,5 @@ def test_a_verifier_that_fails_on_nothing_has_not_failed_on_all():
   scorer = scoring.Scorer(lambda completion, answer: 1 / 0, total=total)
   _, rewards = call(scorer, ['1', '2'], [True, True])
   np.testing.assert_array_equal(rewards, [0, 0])
-  assert totals == [[0, 0, 0, 0, 0]]
+  assert totals == [[0] * 6]
   assert not any(scorer.take_counts().values())
