@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any
 
-import ml_collections
+import jax
 
 from dppo_jax import advantages
 from dppo_jax import halvings
@@ -79,7 +79,7 @@ def check(
     raise ValueError(
         f'config.seed={config.seed} must be between 0 and {2**32 - 1}.'
     )
-  _check_numbers(config, 'config')
+  _check_numbers(config)
   for name, meaning in _MEANING_OF_ZERO.items():
     value = _get(config, name)
     if value < 0:
@@ -229,18 +229,11 @@ def check_model(
       )
 
 
-def _check_numbers(section, path):
-  for name, value in section.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      _check_numbers(value, f'{path}.{name}')
-    elif any(isinstance(x, float) and math.isnan(x) for x in _leaves(value)):
-      raise ValueError(f'{path}.{name}={value} is not a number.')
-
-
-def _leaves(value):
-  if not isinstance(value, (tuple, list)):
-    return [value]
-  return [x for part in value for x in _leaves(part)]
+def _check_numbers(config):
+  for path, value in jax.tree.leaves_with_path(config.to_dict()):
+    if isinstance(value, float) and math.isnan(value):
+      name = jax.tree_util.keystr(path, simple=True, separator='.')
+      raise ValueError(f'config.{name}={value} is not a number.')
 
 
 def _get(config, name):

@@ -162,21 +162,18 @@ def run(body: Callable[[Any, str | None], bool]) -> None:
 
 def _make_configs_importable(argv: list[str]) -> None:
   """Config files import `configs.default`, wherever the program is started."""
-  given = []
-  for argument, following in zip(argv, [*argv[1:], '']):
-    name, equals, value = argument.lstrip('-').partition('=')
-    if name == 'config':
-      given.append(value if equals else following)
-      if not given[-1]:
-        raise ValueError(_WHICH)
-      path = pathlib.Path(given[-1].partition(':')[0]).resolve()
-      if not path.is_file():
-        raise FileNotFoundError(
-            f'There is no file {str(path)!r}. Configs are in configs/.'
-        )
-      folders = path.parent, *path.parent.parents
-      named = [x for x in folders if x.name == 'configs']
-      sys.path.append(str((named or folders)[0].parent))
+  given = [value for name, value in _given(argv) if name == 'config']
+  for value in given:
+    if not value:
+      raise ValueError(_WHICH)
+    path = pathlib.Path(value.partition(':')[0]).resolve()
+    if not path.is_file():
+      raise FileNotFoundError(
+          f'There is no file {str(path)!r}. Configs are in configs/.'
+      )
+    folders = path.parent, *path.parent.parents
+    named = [x for x in folders if x.name == 'configs']
+    sys.path.append(str((named or folders)[0].parent))
   if len(given) > 1:
     raise ValueError(f'--config is given {len(given)} times: {given}.')
 
@@ -200,13 +197,13 @@ class _WithNamedParts(flags.ArgumentParser):
           f'get_config() of {argument} returns a {type(config).__name__} and '
           'no ConfigDict; start from configs.default.get_config().'
       )
-    asked = _values_given(sys.argv)
+    asked = dict(_given(sys.argv))
     parts = {}
     try:
-      if 'algorithm' in asked:
-        parts = dict(algorithms.config(asked['algorithm']))
+      if 'config.algorithm' in asked:
+        parts = dict(algorithms.config(asked['config.algorithm']))
       for section, registry in _NAMED.items():
-        name = asked.get(f'{section}.name')
+        name = asked.get(f'config.{section}.name')
         if name and name != parts.get(section, config[section])['name']:
           parts[section] = registry.config(name)
     except ValueError as error:  # Absl would put the flag's name before it.
@@ -221,14 +218,13 @@ class _WithNamedParts(flags.ArgumentParser):
 flags.FLAGS['config'].parser = _WithNamedParts(flags.FLAGS['config'].parser)
 
 
-def _values_given(argv: list[str]) -> dict[str, str]:
-  """What `--config.NAME=VALUE` or `--config.NAME VALUE` says, by NAME."""
+def _given(argv: list[str]) -> Iterator[tuple[str, str]]:
+  """NAME and VALUE of each `--NAME=VALUE` or `--NAME VALUE`."""
   argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-  values = {}
   for argument, following in zip(argv, [*argv[1:], '']):
-    if found := re.match(r'--?config\.([\w.]+)(=(.*))?$', argument, re.DOTALL):
-      values[found[1]] = found[3] if found[2] else following
-  return values
+    if argument.startswith('-'):
+      name, equals, value = argument.lstrip('-').partition('=')
+      yield name, value if equals else following
 
 
 @contextlib.contextmanager

@@ -393,6 +393,16 @@ def _buckets(logits: jax.Array, recorded: TopK) -> dict[str, jax.Array]:
   return {'behaviour': _with_rest(behaviour), 'target': _with_rest(target)}
 
 
+def _over_top_k(distance, k: int, construction: str, limits) -> Divergence:
+  """A distance of both policies' buckets, where the top K are recorded."""
+
+  def measure(logits, tokens, recorded):
+    del tokens  # Already among the recorded buckets.
+    return distance(**_buckets(logits, recorded))
+
+  return Divergence(_record_top_k(k, construction), measure, limits)
+
+
 @register
 def topk_tv(
     *,
@@ -410,14 +420,8 @@ def topk_tv(
   authors' code instead lets a sampled token outside the top K replace the last
   of them, `'replace'`, which is coarser and so masks less.
   """
-  record = _record_top_k(k, construction)
-
-  def measure(logits, tokens, recorded):
-    del tokens  # Already among the recorded buckets.
-    return tv_of_buckets(**_buckets(logits, recorded))
-
   limits = _thresholds(threshold, threshold_low, threshold_high)
-  return Divergence(record, measure, limits)
+  return _over_top_k(tv_of_buckets, k, construction, limits)
 
 
 @register
@@ -434,14 +438,8 @@ def topk_kl(
   Eq. 16 of arXiv:2602.04879, K = 20, threshold 0.05 (App. F.3). For
   `construction` see `topk_tv`.
   """
-  record = _record_top_k(k, construction)
-
-  def measure(logits, tokens, recorded):
-    del tokens  # Already among the recorded buckets.
-    return kl_of_buckets(**_buckets(logits, recorded))
-
   limits = _thresholds(threshold, threshold_low, threshold_high)
-  return Divergence(record, measure, limits)
+  return _over_top_k(kl_of_buckets, k, construction, limits)
 
 
 @register

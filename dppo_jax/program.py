@@ -174,16 +174,13 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
   for name in ('mesh', 'num_devices', 'attention', 'num_stages'):
     del settings[name]
   sampling_mesh = meshes.sampling_mesh(config, mesh)
-  num_slots = settings.pop('num_slots')
-  sampler = sampling.make_sampler(
+  sampler = _make_sampler(
+      config,
       model,
+      tokenizer,
+      mesh,
       group_size=config.group_size,
-      max_completion_length=config.max_completion_length,
-      eos_ids=end_ids(tokenizer, config.stop, model.config.eos_token_ids),
-      pad_id=tokenizer.pad_token_id,
       record=divergence.record,
-      num_slots=num_slots // sharding.num_row_shards(sampling_mesh),
-      num_stages=run_attention.num_stages(config, mesh, model),
       record_routing=config.model.router_replay,
       **settings,
   )
@@ -197,6 +194,20 @@ def _make_rollout_fn(config, model, tokenizer, divergence: Divergence, mesh):
           head_dim=model.config.head_dim,
       ),
       group_size=config.group_size,
+  )
+
+
+def _make_sampler(config, model, tokenizer, mesh, *, num_slots, **options):
+  """What training and evaluation sample with; `options` are each one's own."""
+  shards = sharding.num_row_shards(meshes.sampling_mesh(config, mesh))
+  return sampling.make_sampler(
+      model,
+      max_completion_length=config.max_completion_length,
+      eos_ids=end_ids(tokenizer, config.stop, model.config.eos_token_ids),
+      pad_id=tokenizer.pad_token_id,
+      num_slots=num_slots // shards,
+      num_stages=run_attention.num_stages(config, mesh, model),
+      **options,
   )
 
 
@@ -324,18 +335,17 @@ def evaluation_program(
   settings = config.eval
   sampling_mesh = meshes.sampling_mesh(config, mesh)
   _, whole = run_attention.with_attention(config, mesh, model)
-  sampler = sampling.make_sampler(
+  sampler = _make_sampler(
+      config,
       whole,
+      tokenizer,
+      mesh,
       group_size=settings.num_samples,
-      max_completion_length=config.max_completion_length,
-      eos_ids=end_ids(tokenizer, config.stop, model.config.eos_token_ids),
-      pad_id=tokenizer.pad_token_id,
+      num_slots=settings.num_slots,
       temperature=settings.temperature,
       top_p=settings.top_p,
       top_k=settings.top_k,
       dtype=config.sampling.dtype,
-      num_slots=settings.num_slots // sharding.num_row_shards(sampling_mesh),
-      num_stages=run_attention.num_stages(config, mesh, model),
   )
   sample = evaluate.make_sample(
       sharding.by_rows(sampler, sampling_mesh, head_dim=model.config.head_dim),
