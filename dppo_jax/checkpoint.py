@@ -167,6 +167,17 @@ class Checkpoints:
     """The last of `steps()`, if any."""
     return max(self.steps(), default=None)
 
+  def latest_host(self) -> dict[str, Any] | None:
+    """What the newest one has for the host, if there is one that can be read.
+
+    Its arrays are not looked at: `restore_latest` says what is damaged.
+    """
+    try:
+      step = self.latest_step()
+      return None if step is None else _read_manifest(self._path(step))['host']
+    except (OSError, ValueError):
+      return None
+
   def wait(self) -> None:
     """Waits for the save in the background and raises what it raised.
 

@@ -49,12 +49,18 @@ from dppo_jax.tasks.scoring import Scorer
 from dppo_jax.tasks.verify import make_verify_fn
 
 
-def build(config: Any, *, to_train: bool = True) -> training.Parts:
+def build(
+    config: Any,
+    *,
+    to_train: bool = True,
+    workdir: pathlib.Path | None = None,
+) -> training.Parts:
   """Turns names into functions and puts the parameters on their devices.
 
   Args:
     config: of the run.
     to_train: False if no step will be taken: it is not compiled then.
+    workdir: of a run that may go on, with the rows that it was made with.
 
   Raises:
     ValueError: something cannot work, or has no room on the devices.
@@ -78,19 +84,14 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
   task, prompts, held_out = _read(
       config,
       tokenizer,
+      workdir,
       share=share,
       place=lambda x: processes.place(x, rows, config.num_prompts),
   )
   model = program_lib.architecture(
       config, *load.read_config(load.resolve(config.model.name))
   )
-  _warn_of_undivided(config, mesh, model)
-  run_attention.warn_of_no_kernel(config, mesh, model)
-  if config.sampling.num_devices and not config.staleness:
-    logging.warning(
-        'Learner and sampler have devices of their own, but with '
-        'config.staleness=0 each waits for the other; from 1 on they overlap.'
-    )
+  _warn(config, mesh, model)
   scorer = Scorer(task.score, **config.scoring, total=processes.total)
   verify = make_verify_fn(tokenizer, scorer)
   key_state, key_eval, key_adapters = jax.random.split(
@@ -146,11 +147,12 @@ def build(config: Any, *, to_train: bool = True) -> training.Parts:
 
 
 def _read(
-    config: Any, tokenizer: Any, **where: Any
+    config: Any, tokenizer: Any, workdir: pathlib.Path | None, **where: Any
 ) -> tuple[tasks.Task, PromptIterator, PromptBatch]:
   """The task, its prompts to learn from, and all that are held out.
 
-  What one process cannot read fails on all, and so do rows that differ.
+  What one process cannot read fails on all, and so do rows that differ, also
+  from those of the run in `workdir`.
   """
   with processes.failing_together():
     task = _build(tasks, config, 'task')
@@ -174,11 +176,17 @@ def _read(
         task.test, tokenizer, num_prompts=config.eval.num_prompts, **encoding
     )
   check_same_rows(prompts, held_out)
+  if workdir is not None:
+    training.check_rows(prompts, workdir)
   return task, prompts, held_out
 
 
-def _warn_of_undivided(config: Any, mesh: Any, model: CausalLM) -> None:
-  """Says which axes of parameters stay whole where a rule would split them."""
+def _warn(config: Any, mesh: Any, model: CausalLM) -> None:
+  """Says what works, but not as somebody who asked for it may think.
+
+  Axes of parameters that stay whole where a rule would split them, attention
+  without its kernel, and devices that wait.
+  """
   params = program_lib.abstract_params(config, model)
   names = [
       x for mesh in meshes.both(config, mesh)
@@ -186,6 +194,12 @@ def _warn_of_undivided(config: Any, mesh: Any, model: CausalLM) -> None:
   ]
   for name in dict.fromkeys(names):
     logging.warning('Not split, as it does not divide: %s', name)
+  run_attention.warn_of_no_kernel(config, mesh, model)
+  if config.sampling.num_devices and not config.staleness:
+    logging.warning(
+        'Learner and sampler have devices of their own, but with '
+        'config.staleness=0 each waits for the other; from 1 on they overlap.'
+    )
 
 
 def _use_compilation_cache(folder: str) -> None:
@@ -270,7 +284,7 @@ def train(config: Any, workdir: str) -> bool:
         workdir_lib.check(workdir, config)
         stack.enter_context(workdir_lib.locked(folder))
     workdir_lib.check_shared(folder)
-    parts = build(config)
+    parts = build(config, workdir=folder)
     return training.train(config, parts, workdir, stop.after)
 
 

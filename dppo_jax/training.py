@@ -169,6 +169,18 @@ def train(
   return True
 
 
+def check_rows(prompts: PromptIterator, workdir: pathlib.Path) -> None:
+  """Raises a ValueError if the run in `workdir` was made with other rows.
+
+  `train` does, too, but by then its step has been compiled.
+  """
+  with processes.failing_together():
+    with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as saved:
+      host = saved.latest_host()
+    if host is not None:
+      prompts.check_state(host['prompts'])
+
+
 class _Run(NamedTuple):
   """Where a run stands before its loop."""
 

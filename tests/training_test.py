@@ -9,6 +9,7 @@ import pytest
 import tiny_model
 
 from configs import default
+from dppo_jax import checkpoint
 from dppo_jax import main
 from dppo_jax import tracing
 from dppo_jax import trainable
@@ -81,11 +82,25 @@ def test_a_second_run_in_a_directory_changes_nothing_in_it(
   workdir.prepare(tmp_path, config)
   before = (tmp_path / 'config.json').read_bytes()
   config.checkpoint_every = 7  # Which may change between two starts.
-  monkeypatch.setattr(main, 'build', lambda config: pytest.fail('compiled'))
+  monkeypatch.setattr(main, 'build', lambda *_, **__: pytest.fail('compiled'))
   with workdir.locked(tmp_path):
     with pytest.raises(BlockingIOError, match='Another run is working in'):
       main.train(config, str(tmp_path))
   assert (tmp_path / 'config.json').read_bytes() == before
+
+
+def test_other_rows_than_those_of_the_run_are_refused_before_it_compiles(
+    tmp_path, monkeypatch
+):
+  config = default.get_config()
+  host = {'prompts': {'rows': 3}}
+  with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
+    saved.save(1, {'x': jax.numpy.ones(1)}, host)
+  monkeypatch.setattr(
+      main.fitting, 'make_program', lambda *_, **__: pytest.fail('compiled')
+  )
+  with pytest.raises(ValueError, match='saved with rows=3, now it is .* start'):
+    main.build(config, workdir=tmp_path)
 
 
 @pytest.mark.slow
