@@ -228,7 +228,7 @@ def make_method(config: Any) -> program_lib.Method:
       shaping_fn=_build(shaping, config, 'shaping', **known),
       normalizer=_build(normalizers, config, 'normalizer', **known),
       dual=_build(duals, config, 'dual', **known),
-      extras=objective.Extras(**config.extras),
+      extras=_naming('extras', objective.Extras, **config.extras),
       optimizer=_build(
           optim, config, 'optimizer',
           total_updates=config.total_steps * updates
@@ -265,8 +265,13 @@ def _build(module: Any, config: Any, section: str, **known) -> Any:
   name = options.pop('name')
   required = module.register.required(name)
   known = {k: v for k, v in known.items() if k in required}
+  return _naming(section, module.build, name, **options, **known)
+
+
+def _naming(section: str, make: Any, *arguments, **options) -> Any:
+  """What `make` returns; its errors name the section of the config."""
   try:
-    return module.build(name, **options, **known)
+    return make(*arguments, **options)
   except ValueError as error:
     if 'config.' in str(error):
       raise

@@ -649,6 +649,16 @@ def test_a_penalty_that_holds_nothing_back_is_refused(change, message):
   refused(message, **change)
 
 
+@pytest.mark.parametrize('change, message', [
+    ({'kl_estimator': 'k4'}, "config.extras: Unknown estimator 'k4'"),
+    ({'kl_where': 'los'}, "config.extras: Unknown place 'los'. Did you mean"),
+    ({'kl_estimator': 'full', 'kl_where': 'reward'},
+     "config.extras: kl_estimator='full' .* use kl_where='loss', or k1"),
+])
+def test_an_impossible_extra_term_is_named_with_its_section(change, message):
+  refused(message, **{f'extras.{k}': v for k, v in change.items()})
+
+
 @pytest.mark.parametrize('advantage, change, message', [
     ('raw', {'drop_groups_without_spread': True}, 'use another advantage, or '
      'drop_groups_without_spread=False'),
