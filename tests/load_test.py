@@ -241,6 +241,8 @@ def test_an_unsupported_architecture_lists_the_supported(tied):
 @pytest.mark.parametrize('change, message', [
     ({'layer_types': ['full_attention', 'chunked_attention']}, 'layer_types'),
     ({'attention_bias': True}, 'attention_bias'),
+    ({'is_causal': False}, 'is_causal=False'),
+    ({'model_type': 'llama', 'is_causal': False}, 'is_causal=False'),
     ({'hidden_act': 'relu'}, "hidden_act='relu'"),
     ({'model_type': 'llama', 'mlp_bias': True}, 'mlp_bias'),
     ({'model_type': 'qwen3_moe', 'mlp_only_layers': [0]}, 'mlp_only_layers'),

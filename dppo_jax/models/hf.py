@@ -62,6 +62,8 @@ def transformers() -> types.ModuleType:
 
 def sizes(hf_config: Any) -> dict[str, Any]:
   """The fields of `ModelConfig` that every family has, but for the rope."""
+  # No field of any family, but transformers heeds it in all of them.
+  refuse_unless(hf_config, is_causal=True)
   head_dim = getattr(hf_config, 'head_dim', None)
   if head_dim is None:
     head_dim = hf_config.hidden_size // hf_config.num_attention_heads
