@@ -13,8 +13,10 @@ import safetensors.numpy
 import tiny_model
 
 from dppo_jax.models import load
+from dppo_jax.models import weights
 
 FIRST = 'model.layers.0.self_attn.q_proj.weight'
+EMBEDDING = 'model.embed_tokens.weight'
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +182,7 @@ def test_tensors_that_are_not_needed_are_ignored(tied):
   plain = loaded(tied)
   # What torch writes when it does not know that the head is tied.
   edit_tensors(
-      tied, lambda x: x.update({'lm_head.weight': np.ones((64, 32), 'f4')})
+      tied, lambda x: x.update({'lm_head.weight': x[EMBEDDING].copy()})
   )
   tiny_model.assert_trees_equal(loaded(tied).params, plain.params)
 
@@ -297,6 +299,25 @@ def test_a_tensor_of_another_shape_is_named(tied):
   # 4 heads of 16.
   with pytest.raises(ValueError, match=rf"'{FIRST}'.*\(3, 32\).*\(64, 32\)"):
     load.from_pretrained(tied)
+
+
+@pytest.mark.parametrize('rows', [1, 63, 64])
+def test_a_tied_head_that_is_not_the_embedding_is_named(
+    tied, monkeypatch, rows
+):
+  monkeypatch.setattr(weights, '_ROWS_AT_ONCE', rows)
+
+  def edit(tensors):
+    head = tensors[EMBEDDING].copy()
+    head[-1, -1] += 1
+    tensors['lm_head.weight'] = head
+
+  edit_tensors(tied, edit)
+  with pytest.raises(
+      ValueError, match="'lm_head.weight' is not the embedding"
+  ) as error:
+    load.from_pretrained(tied)
+  assert str(tied / 'model.safetensors') in str(error.value)
 
 
 def test_tensors_that_the_architecture_does_not_have_are_named(tied):

@@ -31,6 +31,7 @@ _WEIGHTS = 'model.safetensors'
 _SHARD = 'model-{:05d}-of-{:05d}.safetensors'
 _PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
 _FLOATS = ('F64', 'F32', 'F16', 'BF16')
+_ROWS_AT_ONCE = 4096
 
 # Path in our tree -> name in a folder; those below `layers` are the family's.
 _NAMES = {
@@ -142,6 +143,8 @@ def to_params(
   """Checks all tensors, then reads them. See `load.from_pretrained`."""
   wanted = parameters(model)
   _check(model, wanted, stored, folder)
+  if model.config.tie_word_embeddings:
+    _check_tied(stored)
   placed: dict[str, Any] = {}
   if shardings is not None:
     tree = {p.path: jax.ShapeDtypeStruct(p.shape, dtype) for p in wanted}
@@ -275,6 +278,31 @@ def _check(
           f'{", ".join(_FLOATS)} are supported. Use the folder of the original '
           'weights if these are quantised.'
       )
+
+
+def _check_tied(stored: dict[str, StoredTensor]) -> None:
+  """Raises ValueError if there is a head that is not the embedding.
+
+  transformers 5 then uses that head, 4 did not.
+  """
+  head = stored.get(_NAMES['head/kernel'])
+  embedding = stored[_NAMES['embed/embedding']]
+  if head is None:
+    return
+  rows, width = embedding.shape
+  same = head.shape == embedding.shape and all(
+      np.array_equal(*(
+          tensor.read((slice(i, min(i + _ROWS_AT_ONCE, rows)), slice(0, width)))
+          for tensor in (head, embedding)
+      ))
+      for i in range(0, rows, _ROWS_AT_ONCE)
+  )
+  if not same:
+    raise ValueError(
+        f'{head.file}: tensor {_NAMES["head/kernel"]!r} is not the embedding, '
+        'though tie_word_embeddings of its config is true. Set that to false '
+        'if the head is meant, or take the tensor out.'
+    )
 
 
 def _reader(
