@@ -355,6 +355,17 @@ def test_an_index_names_safetensors_of_its_own_folder_only(tied, file):
     load.from_pretrained(tied)
 
 
+def test_two_sets_of_weights_in_a_folder_are_refused(tied):
+  index = tied / 'model.safetensors.index.json'
+  other = 'model-00001-of-00001.safetensors'
+  shutil.copy(tied / 'model.safetensors', tied / other)
+  index.write_text(json.dumps({'weight_map': {FIRST: other}}))
+  with pytest.raises(ValueError, match=f'has model.safetensors and.* {other}'):
+    load.from_pretrained(tied)
+  index.write_text(json.dumps({'weight_map': {FIRST: 'model.safetensors'}}))
+  load.from_pretrained(tied)
+
+
 @pytest.mark.parametrize('keep', [0, 5, 0.5, 0.999])
 def test_truncated_weights_are_named(tied, keep):
   path = tied / 'model.safetensors'

@@ -225,6 +225,12 @@ def _weights_files(folder: pathlib.Path) -> list[pathlib.Path]:
           f'{index} names {name!r}; only safetensors files in the same folder '
           'are read.'
       )
+  if (folder / _WEIGHTS).is_file() and _WEIGHTS not in names:
+    # Of readers, some take the one and some the other.
+    raise ValueError(
+        f'{folder} has {_WEIGHTS} and, in {_INDEX}, {names[0]}; which are the '
+        'weights? Take the older ones out of the folder.'
+    )
   return [folder / name for name in names]
 
 
