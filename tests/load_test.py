@@ -277,6 +277,21 @@ def test_a_variant_that_is_not_built_is_refused(tied, change, message):
   assert str(tied / 'config.json') in str(error.value)
 
 
+def test_null_in_a_rope_scaling_is_as_if_it_were_not_given(tied):
+  yarn = {
+      'rope_type': 'yarn', 'rope_theta': 1e4, 'factor': 4.0,
+      'original_max_position_embeddings': 16,
+  }
+  edit_config(tied, rope_parameters=yarn)
+  plain = loaded(tied).config
+  nulls = dict.fromkeys(['beta_fast', 'beta_slow', 'attention_factor'])
+  edit_config(tied, rope_parameters=yarn | nulls)
+  assert loaded(tied).config == plain
+  edit_config(tied, rope_parameters=yarn | {'factor': None})
+  with pytest.raises(ValueError, match="rope_type='yarn' needs factor"):
+    load.from_pretrained(tied)
+
+
 def test_a_config_that_transformers_refuses_is_named_in_one_line(tied):
   edit_config(tied, hidden_size='wide')
   with pytest.raises(ValueError, match='hidden_size') as error:

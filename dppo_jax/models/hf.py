@@ -126,7 +126,13 @@ def rope_fields(parameters: dict[str, Any]) -> dict[str, Any]:
       if parameters.get(name) is not None:
         raise ValueError(f'{name}={parameters[name]} of rope is not supported.')
     fields = {field.name: field.default for field in dataclasses.fields(make)}
-    given = {name: parameters[name] for name in fields if name in parameters}
+    given = {
+        name: parameters[name]
+        for name in fields
+        # transformers takes null for what is not given, and here for false.
+        if parameters.get(name) is not None
+        or (name == 'truncate' and name in parameters)
+    }
     missing = [
         name for name, default in fields.items()
         if name not in given and default is dataclasses.MISSING
