@@ -117,6 +117,25 @@ def test_transformers_reads_a_saved_folder_back(tmp_path, dtype):
   assert again.eos_token_id == config.eos_token_id == tokenizer.eos_token_id
 
 
+def test_a_tokenizer_that_is_copied_keeps_its_chat_template(tmp_path):
+  model, tokenizer = (
+      load.from_pretrained('embedded'), load.load_tokenizer('embedded')
+  )
+  tokenizer.chat_template = '{{ messages[0].content }}'
+  tokenizer.save_pretrained(tmp_path / 'first')
+  # What tokenizers without a tokenizer.json are made of.
+  for name in ('vocab.json', 'merges.txt'):
+    (tmp_path / 'first' / name).write_text('{}')
+  load.save_pretrained(
+      model, tmp_path / 'copy', tokenizer=tmp_path / 'first'
+  )
+  assert {x.name for x in (tmp_path / 'first').iterdir()} < {
+      x.name for x in (tmp_path / 'copy').iterdir()
+  }
+  again = load.load_tokenizer(tmp_path / 'copy')
+  assert again.chat_template == tokenizer.chat_template
+
+
 def test_weights_may_be_split_over_several_files(folder):
   whole = loaded(folder)
   path = folder / 'model.safetensors'

@@ -48,6 +48,11 @@ FAMILIES = {
 # The small model that ships with the package; see experiments/embedded_model.
 EMBEDDED = pathlib.Path(__file__).parents[1] / 'assets' / 'arithmetic_qwen3'
 
+# Of a folder, what a tokenizer may be made of.
+_TOKENIZER_FILES = (
+    '*token*', 'chat_template.*', 'vocab.*', 'merges.txt', 'spiece.model'
+)
+
 
 def from_pretrained(
     name: str | os.PathLike,
@@ -120,8 +125,9 @@ def save_pretrained(
   hf_config.dtype = str(params['embed']['embedding'].dtype)
   ends = set(model.config.eos_token_ids)
   if isinstance(tokenizer, (str, os.PathLike)):
-    for source in pathlib.Path(tokenizer).glob('*token*'):
-      shutil.copy(source, folder / source.name)
+    for pattern in _TOKENIZER_FILES:
+      for source in pathlib.Path(tokenizer).glob(pattern):
+        shutil.copy(source, folder / source.name)
   elif tokenizer is not None:
     tokenizer.save_pretrained(folder)
     hf_config.bos_token_id = tokenizer.bos_token_id
