@@ -45,6 +45,14 @@ def tokenizer():
 
 
 @pytest.fixture
+def starting(tokenizer):
+  """The same, which knows what it puts before a text."""
+  tokenizer.bos_token = '<bos>'
+  yield tokenizer
+  tokenizer.bos_token = None
+
+
+@pytest.fixture
 def bare(tokenizer):
   """The same without a template."""
   tokenizer.chat_template = None
@@ -215,3 +223,14 @@ def test_json_lines_hand_any_answer_to_your_own_verifier(tmp_path):
   [row] = built.train
   assert row['answer'] == '{"a": ["x", "y"]}'
   assert built.score('y', row['answer']) and not built.score('z', row['answer'])
+
+
+@pytest.mark.parametrize('text, tokens', [
+    ('one ?', '<bos> one ?'),
+    ('<bos> one ?', '<bos> one ?'),
+    ('<bos> <bos> one ?', '<bos> <bos> one ?'),
+    ('one <bos> <bos>', '<bos> one <bos> <bos>'),
+])
+def test_a_text_that_has_its_first_token_gets_no_second(starting, text, tokens):
+  batch = prompts.encode([text], starting, max_prompt_length=8)
+  assert words(batch.tokens[0][batch.mask[0]]) == tokens

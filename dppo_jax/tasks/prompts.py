@@ -198,9 +198,14 @@ def _tokenize(
 ) -> list[list[int]]:
   if not texts:
     return []
-  return tokenizer(
+  rows = tokenizer(
     list(texts), verbose=False, add_special_tokens=add_special_tokens
   )['input_ids']
+  start = getattr(tokenizer, 'bos_token_id', None)
+  if not add_special_tokens or start is None:
+    return rows
+  # A text that a template made elsewhere begins with one already.
+  return [row[1:] if row[:2] == [start, start] else row for row in rows]
 
 
 def encode(
