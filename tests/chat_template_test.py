@@ -234,3 +234,31 @@ def test_json_lines_hand_any_answer_to_your_own_verifier(tmp_path):
 def test_a_text_that_has_its_first_token_gets_no_second(starting, text, tokens):
   batch = prompts.encode([text], starting, max_prompt_length=8)
   assert words(batch.tokens[0][batch.mask[0]]) == tokens
+
+
+def test_a_tokenizer_that_ends_prompts_is_refused_without_a_template():
+  fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+      {word: i for i, word in enumerate(WORDS)}, unk_token='<pad>'
+  ))
+  fast.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  fast.post_processor = tokenizers.processors.TemplateProcessing(
+      single='$A <end>', special_tokens=[('<end>', 2)]
+  )
+  ending = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=fast, pad_token='<pad>', eos_token='<end>'
+  )
+
+  def open_(add_special_tokens):
+    return prompts.PromptIterator(
+        task('one ?').train,
+        ending,
+        num_prompts=1,
+        max_prompt_length=8,
+        seed=0,
+        add_special_tokens=add_special_tokens,
+    )
+
+  with pytest.raises(ValueError, match="puts its end '<end>' behind every"):
+    open_(True)
+  read = next(open_(False)).prompts
+  assert words(read.tokens[0][read.mask[0]]) == 'one ?'

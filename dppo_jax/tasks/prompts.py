@@ -293,6 +293,19 @@ def _checked(
   return digest.hexdigest()[:16]
 
 
+def _require_open_end(tokenizer: Any) -> None:
+  """Raises a ValueError if an end token would stand behind each prompt."""
+  ends, bare = (_tokenize(['a'], tokenizer, x)[0] for x in (True, False))
+  end = getattr(tokenizer, 'eos_token_id', None)
+  if ends[-1:] == [end] != bare[-1:]:
+    raise ValueError(
+      f'The tokenizer of this model puts its end {tokenizer.eos_token!r} '
+      'behind every text, so completions would follow an end. Take that out '
+      'of its files (add_eos_token in tokenizer_config.json, post_processor '
+      'in tokenizer.json), or use config.task.chat_template=True.'
+    )
+
+
 def _bytes(prompt: str, answer: Any) -> bytes:
   """What a digest knows of a row."""
   return repr((prompt, answer if isinstance(answer, str) else None)).encode()
@@ -441,7 +454,8 @@ class PromptIterator:
       add_special_tokens: see `encode`.
 
     Raises:
-      ValueError: a size that makes no sense, or a prompt that is too long.
+      ValueError: a size that makes no sense, a prompt that is too long, or a
+        tokenizer that ends prompts.
     """
     import grain  # Slow to import; only the training loop needs it.
 
@@ -457,6 +471,8 @@ class PromptIterator:
       'max_prompt_length': max_prompt_length,
       'add_special_tokens': add_special_tokens,
     }
+    if add_special_tokens:
+      _require_open_end(tokenizer)
     digest = _checked(source, tokenizer, **self._encoding)
     # What the order depends on; a position means nothing without it.
     self._identity = {
