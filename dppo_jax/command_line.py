@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from typing import Any
 
 from absl import app
@@ -172,8 +173,10 @@ def _make_configs_importable(argv: list[str]) -> None:
           f'There is no file {str(path)!r}. Configs are in configs/.'
       )
     folders = path.parent, *path.parent.parents
-    named = [x for x in folders if x.name == 'configs']
-    sys.path.append(str((named or folders)[0].parent))
+    roots = [x.parent for x in folders if x.name == 'configs']
+    # experiments/small/config.py is of a checkout, and not in its configs/.
+    roots += [x for x in folders if (x / 'configs' / 'default.py').is_file()]
+    sys.path.append(str((roots or [path.parent.parent])[0]))
   if len(given) > 1:
     raise ValueError(f'--config is given {len(given)} times: {given}.')
 
@@ -191,7 +194,17 @@ class _WithNamedParts(flags.ArgumentParser):
     self._parser = parser
 
   def parse(self, argument: str) -> Any:
-    config = self._parser.parse(argument)
+    try:
+      config = self._parser.parse(argument)
+    except ModuleNotFoundError as error:
+      if error.name != 'configs':
+        raise
+      raise app.UsageError(
+          f'{argument} imports `configs`, a folder of the checkout, and lies '
+          'outside: start in the checkout.'
+      ) from error
+    except (LookupError, NameError) as error:  # Mistakes of the file's own.
+      raise app.UsageError(_with_place(error, argument)) from error
     if not isinstance(config, ml_collections.ConfigDict):
       raise app.UsageError(
           f'get_config() of {argument} returns a {type(config).__name__} and '
@@ -213,6 +226,16 @@ class _WithNamedParts(flags.ArgumentParser):
         config[name] = value
     config.lock()
     return config
+
+
+def _with_place(error: Exception, config: str) -> str:
+  """The error, behind the line of the config file that made it."""
+  path = pathlib.Path(config.partition(':')[0]).resolve()
+  frames = traceback.extract_tb(error.__traceback__)
+  *_, place = [x for x in frames if pathlib.Path(x.filename) == path] or frames
+  return (
+      f'{place.filename}, line {place.lineno}: {type(error).__name__}: {error}'
+  )
 
 
 flags.FLAGS['config'].parser = _WithNamedParts(flags.FLAGS['config'].parser)

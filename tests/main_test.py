@@ -914,6 +914,43 @@ def test_a_config_is_given_once(cli, tmp_path):
   assert_one_line_error(done, '--config is given 2 times: .*grpo.py')
 
 
+@pytest.mark.parametrize('name', [
+    'configs/grpo.py', 'configs/paper/sanity.py', 'experiments/small/config.py',
+])
+def test_a_config_of_a_checkout_imports_its_configs_from_anywhere(
+    monkeypatch, tmp_path, name
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'path', [])
+  command_line._make_configs_importable(['main', f'--config={ROOT / name}'])
+  assert sys.path == [str(ROOT)]
+
+
+@pytest.mark.slow
+def test_a_config_outside_a_checkout_is_told_where_to_start(tmp_path):
+  (tmp_path / 'dppo_jax').symlink_to(ROOT / 'dppo_jax')
+  (tmp_path / 'own.py').write_text('from configs import default\n')
+  done = subprocess.run(
+      [sys.executable, '-m', 'dppo_jax.main', '--config=own.py'], cwd=tmp_path,
+      env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
+      capture_output=True, text=True, check=False,
+  )
+  assert_one_line_error(done, 'own.py imports `configs`.*start in the checkout')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('line, message', [
+    ("{}['beta']", "own.py, line 2: KeyError: 'beta'"),  # No setting's name.
+    ('return confg', "own.py, line 2: NameError: name 'confg' is not defined"),
+])
+def test_a_mistake_in_a_config_file_is_named_by_its_line(
+    cli, tmp_path, line, message
+):
+  config = tmp_path / 'own.py'
+  config.write_text(f'def get_config():\n  {line}\n')
+  assert_one_line_error(cli(config=str(config)), message)
+
+
 # Prints what a run would be given.
 SHOW = """
 from dppo_jax import command_line
