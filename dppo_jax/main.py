@@ -155,6 +155,7 @@ def _read(
   from those of the run in `workdir`.
   """
   with processes.failing_together():
+    vocab_size = load.read_config(load.resolve(config.model.name))[1].vocab_size
     task = _build(tasks, config, 'task')
     checks.check_verifier(config, may_hang=may_hang(task.score))
     task = prepare(
@@ -163,6 +164,7 @@ def _read(
     encoding = {
         'max_prompt_length': config.max_prompt_length,
         'add_special_tokens': task.chat is None,
+        'vocab_size': vocab_size,
     }
     prompts = PromptIterator(
         task.train,

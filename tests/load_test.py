@@ -1,6 +1,7 @@
 """Hugging Face folders in and out; what is wrong with one is named."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -14,6 +15,7 @@ import tiny_model
 
 from dppo_jax.models import load
 from dppo_jax.models import weights
+from dppo_jax.tasks import prompts
 
 FIRST = 'model.layers.0.self_attn.q_proj.weight'
 EMBEDDING = 'model.embed_tokens.weight'
@@ -469,6 +471,32 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
   with pytest.raises(ValueError, match='tokens, the embedding only 5') as error:
     load.load_tokenizer(tmp_path)
   assert str(tmp_path) in str(error.value)
+
+
+def test_an_added_token_may_lie_behind_the_embedding(tmp_path):
+  # As <image_soft_token> does in the text models of Gemma 3.
+  for source in load.EMBEDDED.iterdir():
+    shutil.copy(source, tmp_path / source.name)
+  size = load.read_config(load.EMBEDDED)[1].vocab_size
+  tokenizer = load.load_tokenizer('embedded')
+  filled = [f'<filling {i}>' for i in range(len(tokenizer), size)]
+  tokenizer.add_tokens([*filled, '<image>'], special_tokens=True)
+  tokenizer.save_pretrained(tmp_path)
+  read = load.load_tokenizer(tmp_path)
+  assert read.convert_tokens_to_ids('<image>') == size
+  encode = functools.partial(
+      prompts.encode, tokenizer=read, max_prompt_length=8, vocab_size=size
+  )
+  assert encode(['1+2=']).mask.any()
+  with pytest.raises(
+      ValueError, match=f"'1<image>2' holds '<image>', token {size} of"
+  ):
+    encode(['1<image>2'])
+  # What ends completions must be embedded.
+  read.eos_token = '<image>'
+  read.save_pretrained(tmp_path)
+  with pytest.raises(ValueError, match=f'tokens, the embedding only {size}'):
+    load.load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_tokenizer_is_named(tied):

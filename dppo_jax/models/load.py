@@ -253,7 +253,10 @@ def read_sizes(name: str) -> tuple[Any, layers.ModelConfig]:
 
 
 def load_tokenizer(name: str | os.PathLike) -> Any:
-  """The transformers tokenizer of a model, checked for an end token."""
+  """The transformers tokenizer of a model, checked for an end token.
+
+  Added tokens may have no embedding; `prompts.encode` finds those that do not.
+  """
   folder = resolve(name)
   is_gguf = _is_gguf(folder)
   if is_gguf:
@@ -268,16 +271,29 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
         f'{folder}: the tokenizer has no eos_token, so no completion could '
         f'ever end. Set {where}.'
     )
-  _, config = read_config(folder)
-  if len(tokenizer) > config.vocab_size:
-    raise ValueError(
-        f'{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding '
-        f'only {config.vocab_size} (vocab_size of its config). Use the '
-        'tokenizer that belongs to the model.'
-    )
   if tokenizer.pad_token_id is None:
     tokenizer.pad_token = tokenizer.eos_token
+  _check_embedded(tokenizer, folder)
   return tokenizer
+
+
+def _check_embedded(tokenizer: Any, folder: pathlib.Path) -> None:
+  """Raises ValueError if tokens have no embedding that a text may need.
+
+  Added ones may lie behind it, as Gemma 3's <image_soft_token> does: a prompt
+  with one is refused where it is encoded.
+  """
+  size = read_config(folder)[1].vocab_size
+  behind = {i for i in tokenizer.get_vocab().values() if i >= size}
+  needed = {
+      tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+  }
+  if behind & needed or behind - set(tokenizer.get_added_vocab().values()):
+    raise ValueError(
+        f'{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding '
+        f'only {size} (vocab_size of its config). Use the tokenizer that '
+        'belongs to the model.'
+    )
 
 
 def _read_tokenizer(folder: pathlib.Path) -> Any:

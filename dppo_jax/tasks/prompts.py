@@ -194,13 +194,24 @@ def _drop_long(
 
 
 def _tokenize(
-  texts: Sequence[str], tokenizer: Any, add_special_tokens: bool
+  texts: Sequence[str],
+  tokenizer: Any,
+  add_special_tokens: bool,
+  vocab_size: int | None = None,
 ) -> list[list[int]]:
   if not texts:
     return []
   rows = tokenizer(
     list(texts), verbose=False, add_special_tokens=add_special_tokens
   )['input_ids']
+  for text, row in zip(texts, rows, strict=True):
+    if vocab_size is not None and max(row, default=0) >= vocab_size:
+      raise ValueError(
+        f'prompt {base.shown(text)} holds '
+        f'{tokenizer.convert_ids_to_tokens(max(row))!r}, token {max(row)} of '
+        f'the tokenizer, and the model embeds {vocab_size} only (vocab_size of '
+        'its config). Take it out of the prompt or the chat template.'
+      )
   start = getattr(tokenizer, 'bos_token_id', None)
   if not add_special_tokens or start is None:
     return rows
@@ -215,6 +226,7 @@ def encode(
   max_prompt_length: int,
   source_name: str = '',
   add_special_tokens: bool = True,
+  vocab_size: int | None = None,
 ) -> types.Prompts:
   """Tokenizes prompts and pads them on the left.
 
@@ -225,14 +237,16 @@ def encode(
     source_name: where the prompts come from, for messages.
     add_special_tokens: False for texts that a chat template made, which have
       them already.
+    vocab_size: tokens that the model embeds; a tokenizer may have others.
 
   Returns:
     tokens [N, P] int32 and mask [N, P] bool, NumPy arrays.
 
   Raises:
-    ValueError: a prompt has more than P tokens, or none.
+    ValueError: a prompt has more than P tokens, none, or one that the model
+      does not embed.
   """
-  rows = _tokenize(texts, tokenizer, add_special_tokens)
+  rows = _tokenize(texts, tokenizer, add_special_tokens, vocab_size)
   shape = (len(rows), max_prompt_length)
   tokens = np.full(shape, tokenizer.pad_token_id, np.int32)
   mask = np.zeros(shape, bool)
@@ -266,6 +280,7 @@ def _checked(
   *,
   max_prompt_length: int,
   add_special_tokens: bool,
+  vocab_size: int | None,
 ) -> str:
   """Refuses prompts of no tokens or too many, and says of how many.
 
@@ -278,7 +293,7 @@ def _checked(
     stop = min(start + _CHECK_AT_ONCE, len(rows))
     some = [rows[i] for i in range(start, stop)]  # Which may read a file.
     texts = [row['prompt'] for row in some]
-    ids = _tokenize(texts, tokenizer, add_special_tokens)
+    ids = _tokenize(texts, tokenizer, add_special_tokens, vocab_size)
     for row, text, length in zip(some, texts, map(len, ids), strict=True):
       if not length:
         _check_length(text, length, max_prompt_length, 'To learn from')
@@ -377,6 +392,7 @@ def evaluation_batches(
   max_prompt_length: int,
   batch_size: int | None = None,
   add_special_tokens: bool = True,
+  vocab_size: int | None = None,
 ) -> list[PromptBatch]:
   """The same prompts each time: rows spread evenly over the source.
 
@@ -388,6 +404,7 @@ def evaluation_batches(
     batch_size: N; all in one batch if not given. The last batch is shorter if
       `num_prompts` is not a multiple.
     add_special_tokens: see `encode`.
+    vocab_size: see `encode`.
 
   Raises:
     ValueError: fewer rows than `num_prompts`, or a prompt that is too long.
@@ -406,6 +423,7 @@ def evaluation_batches(
       tokenizer,
       max_prompt_length=max_prompt_length,
       add_special_tokens=add_special_tokens,
+      vocab_size=vocab_size,
     )
     for i in range(0, num_prompts, batch_size)
   ]
@@ -439,6 +457,7 @@ class PromptIterator:
     share: processes.Share | None = None,
     place: Callable[[types.Prompts], types.Prompts] = lambda prompts: prompts,
     add_special_tokens: bool = True,
+    vocab_size: int | None = None,
   ):
     """Checks all prompts, then opens the pipeline.
 
@@ -452,6 +471,7 @@ class PromptIterator:
       place: from NumPy arrays of the rows that it holds, to what the compiled
         step takes.
       add_special_tokens: see `encode`.
+      vocab_size: see `encode`.
 
     Raises:
       ValueError: a size that makes no sense, a prompt that is too long, or a
@@ -470,6 +490,7 @@ class PromptIterator:
     self._encoding = {
       'max_prompt_length': max_prompt_length,
       'add_special_tokens': add_special_tokens,
+      'vocab_size': vocab_size,
     }
     if add_special_tokens:
       _require_open_end(tokenizer)
