@@ -459,6 +459,7 @@ def add(name, kind, value):
     (drop('token_embd.weight'), ["'token_embd.weight'"]),
     (put('llama.expert_count', 8), ['expert_count=8', 'folder']),
     (put('llama.rope.scaling.type', 'yarn'), ["'yarn'", 'linear']),
+    (put('llama.rope.scaling.attn_factor', 1.5), ['attn_factor=1.5']),
     (put('llama.rope.dimension_count', 4), ['dimension_count=4']),
     (put('llama.attention.head_count_kv', [2, 1]), ['head_count_kv']),
     (lambda m, _: m.pop('llama.block_count'), ['llama.block_count']),
@@ -471,6 +472,18 @@ def add(name, kind, value):
 def test_what_is_not_supported_is_named(tmp_path, edit, words):
   file, _ = write(tmp_path / 'model', edit=edit)
   fails(file, *words)
+
+
+@pytest.mark.parametrize('key', ['rope.scaling.factor', 'rope.scale_linear'])
+def test_a_rope_factor_without_a_type_is_linear(tmp_path, key):
+  def edit(metadata, _):
+    del metadata['llama.rope.scaling.type']
+    metadata[f'llama.{key}'] = metadata.pop('llama.rope.scaling.factor')
+
+  file, folder = write(tmp_path / 'model', 'llama_linear', edit=edit)
+  read, meant = (load.read_config(x)[1].rope_scaling for x in (file, folder))
+  assert meant is not None
+  assert read == meant
 
 
 def test_a_quantisation_that_nobody_knows_is_named(tmp_path):

@@ -458,7 +458,17 @@ def _read_part(
 
 
 def _rope_parameters(header: Header) -> dict[str, Any]:
-  kind = header.get('rope.scaling.type', 'none')
+  # A factor without a type is linear to llama.cpp; older files call it
+  # scale_linear.
+  old = header.get('rope.scale_linear', 0.0)
+  factor = header.get('rope.scaling.factor', old)
+  kind = header.get('rope.scaling.type', 'linear' if factor else 'none')
+  magnitude = header.get('rope.scaling.attn_factor', 1.0)
+  if magnitude != 1:
+    raise ValueError(
+        f'{header.path}: {header.architecture}.rope.scaling.attn_factor='
+        f'{magnitude} is not supported, only 1.0.'
+    )
   parameters = {
       'rope_type': 'default',
       'rope_theta': _shortest(header.get('rope.freq_base', 10000.0)),
@@ -470,7 +480,7 @@ def _rope_parameters(header: Header) -> dict[str, Any]:
         f'{header.path}: {header.architecture}.rope.scaling.type={kind!r} is '
         "not supported, only 'none' and 'linear'."
     )
-  factor = _shortest(header.get('rope.scaling.factor'))
+  factor = _shortest(factor or header.get('rope.scaling.factor'))
   return parameters | {'rope_type': 'linear', 'factor': factor}
 
 
