@@ -272,6 +272,7 @@ def test_an_unsupported_architecture_lists_the_supported(tied):
     ({'model_type': 'gemma3_text', 'attn_logit_softcapping': 50.0,
       'hidden_activation': 'silu', 'rope_parameters': None}, 'softcapping'),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),
+    ({'transformers_weights': 'b.safetensors'}, "='b.safetensors'"),
     (
         {'rope_parameters': {
             'rope_type': 'dynamic',

@@ -207,6 +207,11 @@ def read_config(folder: pathlib.Path) -> tuple[Any, layers.ModelConfig]:
         f'{path}: the weights are quantised (quantization_config), which is '
         'not supported. Use the folder of the original weights.'
     )
+  if named := contents.get('transformers_weights'):
+    raise ValueError(
+        f'{path}: transformers_weights={named!r} is not supported. Give these '
+        'weights their usual name and take the field out.'
+    )
   family = FAMILIES[model_type]
   try:
     hf_config = hf.transformers().AutoConfig.from_pretrained(folder)
