@@ -271,6 +271,13 @@ def test_an_unsupported_architecture_lists_the_supported(tied):
     ({'model_type': 'qwen3_moe', 'mlp_only_layers': [0]}, 'mlp_only_layers'),
     ({'model_type': 'gemma3_text', 'attn_logit_softcapping': 50.0,
       'hidden_activation': 'silu', 'rope_parameters': None}, 'softcapping'),
+    ({'model_type': 'gemma3_text', 'hidden_activation': 'silu',
+      'rope_parameters': {'full_attention': {
+          'rope_type': 'yarn',
+          'factor': 4.0,
+          'original_max_position_embeddings': 16,
+          'truncate': False,
+      }}}, 'truncate=False'),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),
     ({'transformers_weights': 'b.safetensors'}, "='b.safetensors'"),
     (

@@ -28,8 +28,12 @@ class Block(layers.SandwichBlock):
 
 def from_hf_config(hf_config: Any) -> layers.ModelConfig:
   """Sizes from a transformers `Gemma3TextConfig`; refuses what is not built."""
-  # transformers has the field and ignores it.
+  # transformers has the fields and ignores them.
   hf.refuse_unless(hf_config, attn_logit_softcapping=None)
+  if not hf_config.rope_parameters[layers.FULL].get('truncate', True):
+    raise ValueError(
+        f'truncate=False of rope is not supported for {hf_config.model_type}.'
+    )
   local = hf.rope_fields(hf_config.rope_parameters[layers.SLIDING])
   if local['rope_scaling'] is not None:
     raise ValueError(
