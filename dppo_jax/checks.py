@@ -382,12 +382,19 @@ def _check_spread(config):
             'something, too; use another advantage, or '
             f'{field}={type(value)(0)}.'
         )
-  if advantages.compares_the_batch(name) and config.replay.capacity:
-    raise ValueError(
-        f'config.replay.capacity={config.replay.capacity} leaves rows empty '
-        f'while it fills, and config.advantage.name={name!r} would count '
-        'them in the deviation of the batch; use group_zscore, or capacity=0.'
-    )
+  if advantages.compares_the_batch(name):
+    for field, value, leaves in (
+        ('replay.capacity', config.replay.capacity,
+         'leaves rows empty while it fills'),
+        ('drop_groups_without_spread', config.drop_groups_without_spread,
+         'leaves groups out of what a loss is divided by'),
+    ):
+      if value:
+        raise ValueError(
+            f'config.{field}={value} {leaves}, and config.advantage.name='
+            f'{name!r} would count them in the deviation of the batch; use '
+            f'group_zscore, or {field}={type(value)(0)}.'
+        )
 
 
 def microbatch_choices(config: Any, *, num_batch_shards: int) -> list[int]:

@@ -665,7 +665,9 @@ def test_an_impossible_extra_term_is_named_with_its_section(change, message):
     ('raw', {'num_groups': 8}, 'or num_groups=0'),
     ('raw', {'replay.capacity': 2}, 'or replay.capacity=0'),
     ('batch_zscore', {'replay.capacity': 2}, 'leaves rows empty while it '
-     'fills.*use group_zscore, or capacity=0'),
+     'fills.*use group_zscore, or replay.capacity=0'),
+    ('batch_zscore', {'drop_groups_without_spread': True}, 'would count them '
+     'in the deviation.*or drop_groups_without_spread=False'),
 ])
 def test_advantages_that_do_not_go_with_the_choice_of_groups_are_refused(
     advantage, change, message
