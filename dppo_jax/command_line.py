@@ -33,13 +33,17 @@ from dppo_jax import tasks
 from dppo_jax import trust_regions
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', None, 'Config file, for example configs/tv_topk.py.'
+    'config',
+    None,
+    'Config file, for example configs/tv_topk.py. Its options are flags, '
+    '--config.NAME=VALUE; configs/default.py lists them.',
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir',
     None,
     'Directory of the run; runs/NAME_OF_CONFIG if not given, and -ALGORITHM '
-    'behind it where a flag or :NAME says which.',
+    'behind it where a flag or :NAME says which. Without it, evaluate takes '
+    'the model that the config names.',
 )
 _COORDINATOR = flags.DEFINE_string(
     'coordinator',
@@ -61,6 +65,10 @@ _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
     'After so many seconds without a sign of life a process is dead, and all '
     'others end.',
     lower_bound=1,
+)
+_OWN = (
+    'config', 'workdir', 'coordinator', 'num_processes', 'process_id',
+    'heartbeat_timeout_s',
 )
 
 # Sections of a config whose options are those of what `name` says.
@@ -155,6 +163,9 @@ def run(body: Callable[[Any, str | None], bool]) -> None:
     sys.exit(0 if finished else EXIT_INTERRUPTED)
 
   flags.mark_flag_as_required('config')
+  # Else --help would show those alone that the started module defines itself.
+  for name in _OWN:
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
   # Absl turns every library's chatter on; only warnings of others are news.
   for name in ('jax', 'orbax', 'tensorflow_datasets'):
     python_logging.getLogger(name).setLevel(python_logging.WARNING)

@@ -1023,6 +1023,17 @@ def test_a_missing_config_flag_is_named(cli):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('module, own', [
+    ('main', []), ('evaluate', []), ('plan', ['topology']),
+])
+def test_help_lists_the_flags_of_a_command(cli, module, own):
+  done = cli('-m', f'dppo_jax.{module}', '--help')
+  assert 'Traceback' not in done.stderr
+  listed = re.findall(r'^  --(\w+):', done.stdout, re.MULTILINE)
+  assert {'config', 'workdir', 'num_processes', *own} <= set(listed)
+
+
+@pytest.mark.slow
 def test_evaluating_a_directory_without_a_run_is_refused(cli, tmp_path):
   done = cli('-m', 'dppo_jax.evaluate', workdir=tmp_path / 'nothing')
   assert_one_line_error(done, 'no run was saved there. Leave out --workdir')
