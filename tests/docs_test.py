@@ -15,13 +15,16 @@ import pytest
 
 from dppo_jax import diagnostics
 from dppo_jax import tasks
+from dppo_jax import trainable
 from dppo_jax import workdir
+from dppo_jax.models import load
 from dppo_jax.tasks import scoring
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRAINER = ROOT / 'docs' / 'use_in_your_trainer.md'
 TASKS = ROOT / 'docs' / 'tasks.md'
 RUNS = ROOT / 'docs' / 'runs.md'
+MODELS = ROOT / 'docs' / 'models.md'
 METRICS = ROOT / 'docs' / 'metrics.md'
 OWN_PARTS = ROOT / 'docs' / 'own_parts.md'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -147,6 +150,16 @@ def test_every_option_of_a_task_is_on_its_page_with_its_default(name):
       assert f'| `{option}` |' in section, option
     for preset in tasks.math.presets():
       assert f'| `{preset}` |' in section, preset
+
+
+def test_rates_of_the_page_on_models_suit_the_model_that_ships():
+  section = MODELS.read_text().partition('## Frozen layers')[2]
+  lines = re.findall(r'^(.*)--config.learning_rates="(.*)"$', section, re.M)
+  shapes = load.from_pretrained('embedded').params
+  for before, rules in lines:
+    rank = 16 if 'lora.rank=16' in before else 0
+    trainable.make_trainable(shapes, rules=ast.literal_eval(rules), rank=rank)
+  assert len(lines) == 2
 
 
 def test_every_verifier_with_a_name_is_on_the_page():
