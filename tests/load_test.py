@@ -278,6 +278,9 @@ def test_an_unsupported_architecture_lists_the_supported(tied):
           'original_max_position_embeddings': 16,
           'truncate': False,
       }}}, 'truncate=False'),
+    ({'model_type': 'qwen3', 'rope_parameters': {
+        'full_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+     }}, 'rope_parameters with full_attention'),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),
     ({'transformers_weights': 'b.safetensors'}, "='b.safetensors'"),
     (

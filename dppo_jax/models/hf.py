@@ -140,9 +140,13 @@ def rope_fields(parameters: dict[str, Any]) -> dict[str, Any]:
     if missing:
       raise ValueError(f'rope_type={kind!r} needs {", ".join(missing)}.')
     scaling = make(**given)
-  return {
-      'rope_theta': float(parameters['rope_theta']), 'rope_scaling': scaling
-  }
+  theta = parameters.get('rope_theta')
+  if theta is None:
+    found = ', '.join(map(str, parameters))
+    raise ValueError(
+        f'rope_parameters with {found} is not supported, only with rope_theta.'
+    )
+  return {'rope_theta': float(theta), 'rope_scaling': scaling}
 
 
 def rope_parameters(
