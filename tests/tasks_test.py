@@ -413,7 +413,10 @@ def test_jsonl_reads_strings_and_integers(tmp_path):
     ('{"prompt": "a", "answer": true}', 'answer true must be .* in quotes'),
     ('{"prompt": "a", "answer": null}', r'answer null must be .* empty\.$'),
     ('{"prompt": "a", "answer": " "}', r'answer " " must be .* empty\.$'),
-    ('{"prompt": "a", "answer": "Paris"}', "'Paris' does not suit.*exact"),
+    (
+      '{"prompt": "a", "answer": "Paris"}',
+      "'Paris' does not suit.*exact, or your own by config.task.verifier",
+    ),
     (b'{"prompt": "\xff", "answer": "2"}', 'not UTF-8'),
     (
       r'{"prompt": "1+1=\ud800", "answer": "2"}',
@@ -487,7 +490,9 @@ def test_jsonl_files_must_be_given_exist_differ_and_hold_rows(tmp_path):
     build(good, good)
   with pytest.raises(ValueError, match='empty.jsonl has no rows'):
     build(good, empty)
-  with pytest.raises(FileNotFoundError, match='nowhere.jsonl'):
+  with pytest.raises(
+      FileNotFoundError, match='config.task.test_path: .* no file .*nowhere'
+  ):
     build(good, str(tmp_path / 'nowhere.jsonl'))
   with pytest.raises(FileNotFoundError, match='is a folder; give a file in it'):
     build(good, str(tmp_path))

@@ -58,6 +58,10 @@ def jsonl(
         f'Task jsonl has no {option}; give config.task.{option}, '
         'a file with one {"prompt": ..., "answer": ...} a line.'
       )
+    try:
+      base.require_file(_path(path))
+    except FileNotFoundError as error:
+      raise FileNotFoundError(f'config.task.{option}: {error}') from error
   train = read(train_path, score=score)
   test = read(test_path, score=score)
   if os.path.samefile(_path(train_path), _path(test_path)):
@@ -92,10 +96,9 @@ def read(path: str, *, score: scoring.ScoreFn) -> list[dict[str, Any]]:
     a list of {'prompt': str or messages, 'answer': str}.
 
   Raises:
-    FileNotFoundError: no such file, or a folder.
+    OSError: no such file, or a folder.
     ValueError: a malformed row, or no row at all.
   """
-  base.require_file(_path(path))
   rows = []
   for number, line in enumerate(_path(path).read_bytes().splitlines(), 1):
     if line.strip():
@@ -151,7 +154,8 @@ def _row(line: bytes, score: scoring.ScoreFn) -> dict[str, Any]:
   except ValueError as error:
     raise ValueError(
       f'answer {base.shown(answer)} does not suit scorer {score.__name__!r} '
-      f'({error}); use another one: {", ".join(scoring.names())}.'
+      f'({error}); use another one: {", ".join(scoring.names())}, or your own '
+      'by config.task.verifier.'
     ) from error
   return {'prompt': prompt, 'answer': answer}
 
