@@ -243,7 +243,8 @@ def _with_place(error: Exception, config: str) -> str:
   """The error, behind the line of the config file that made it."""
   path = pathlib.Path(config.partition(':')[0]).resolve()
   frames = traceback.extract_tb(error.__traceback__)
-  *_, place = [x for x in frames if pathlib.Path(x.filename) == path] or frames
+  own = [x for x in frames if pathlib.Path(x.filename).resolve() == path]
+  *_, place = own or frames
   return (
       f'{place.filename}, line {place.lineno}: {type(error).__name__}: {error}'
   )

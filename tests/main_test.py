@@ -17,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 
+from absl import app
 from absl import flags
 import jax
 from ml_collections import config_flags
@@ -949,6 +950,23 @@ def test_a_mistake_in_a_config_file_is_named_by_its_line(
   config = tmp_path / 'own.py'
   config.write_text(f'def get_config():\n  {line}\n')
   assert_one_line_error(cli(config=str(config)), message)
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+@pytest.mark.parametrize('folder', ['', './', 'link/'])
+def test_a_mistake_that_a_library_finds_is_named_by_the_config_s_line(
+    monkeypatch, tmp_path, folder
+):
+  (tmp_path / 'link').symlink_to(tmp_path)
+  (tmp_path / 'own.py').write_text(
+      "import os\ndef get_config():\n  os.environ['no such']\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  parser = command_line._WithNamedParts(values['config'].parser)
+  with pytest.raises(app.UsageError, match=r"own.py, line 3: KeyError: 'no "):
+    parser.parse(f'{folder}own.py')
 
 
 # Prints what a run would be given.
