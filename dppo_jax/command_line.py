@@ -214,7 +214,8 @@ class _WithNamedParts(flags.ArgumentParser):
           f'{argument} imports `configs`, a folder of the checkout, and lies '
           'outside: start in the checkout.'
       ) from error
-    except (LookupError, NameError) as error:  # Mistakes of the file's own.
+    # Mistakes of the file's own.
+    except (AttributeError, LookupError, NameError) as error:
       raise app.UsageError(_with_place(error, argument)) from error
     if not isinstance(config, ml_collections.ConfigDict):
       raise app.UsageError(
@@ -300,7 +301,7 @@ def _one_line(error: Exception) -> str:
         'options of another algorithm or task come with a config that has it, '
         'configs/default.py:NAME or configs/jsonl.py.'
     )
-  if unknown := re.match(r'Key "(.*?)" does not exist', message):
+  if unknown := re.search(r'Key "(.*?)" does not exist', message):
     return f'Unknown config field {unknown[1]!r} for this algorithm or task.'
   if 'get_config() takes 0 positional arguments' in message:
     return (

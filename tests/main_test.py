@@ -943,6 +943,11 @@ def test_a_config_outside_a_checkout_is_told_where_to_start(tmp_path):
 @pytest.mark.parametrize('line, message', [
     ("{}['beta']", "own.py, line 2: KeyError: 'beta'"),  # No setting's name.
     ('return confg', "own.py, line 2: NameError: name 'confg' is not defined"),
+    ('return None.x', "own.py, line 2: AttributeError: 'NoneType' object has"),
+    ('from configs import default; default.get_config().update(xyzzy=1)',
+     "Unknown config field 'xyzzy' for this algorithm or task.$"),
+    ('from configs import default; default.get_config().xyzzy = 1',
+     "Unknown config field 'xyzzy' for this algorithm or task.$"),
 ])
 def test_a_mistake_in_a_config_file_is_named_by_its_line(
     cli, tmp_path, line, message
