@@ -262,3 +262,23 @@ def test_a_tokenizer_that_ends_prompts_is_refused_without_a_template():
     open_(True)
   read = next(open_(False)).prompts
   assert words(read.tokens[0][read.mask[0]]) == 'one ?'
+
+
+@pytest.mark.parametrize('prompt', ['1', ''])
+def test_a_tokenizer_may_begin_with_its_end_and_know_digits_only(prompt):
+  fast = tokenizers.Tokenizer(tokenizers.models.BPE(
+      vocab={'<end>': 0, '1': 1}, merges=[]
+  ))
+  fast.post_processor = tokenizers.processors.TemplateProcessing(
+      single='<end> $A', special_tokens=[('<end>', 0)]
+  )
+  digits = transformers.PreTrainedTokenizerFast(
+      tokenizer_object=fast,
+      bos_token='<end>',
+      eos_token='<end>',
+      pad_token='<end>',
+  )
+  read = next(prompts.PromptIterator(
+      task(prompt).train, digits, num_prompts=1, max_prompt_length=8, seed=0
+  )).prompts
+  assert read.tokens[0][read.mask[0]].tolist() == [0, *map(int, prompt)]

@@ -308,11 +308,15 @@ def _checked(
   return digest.hexdigest()[:16]
 
 
-def _require_open_end(tokenizer: Any) -> None:
-  """Raises a ValueError if an end token would stand behind each prompt."""
-  ends, bare = (_tokenize(['a'], tokenizer, x)[0] for x in (True, False))
+def _require_open_end(tokenizer: Any, prompt: str) -> None:
+  """Raises a ValueError if an end token would stand behind each prompt.
+
+  Seen by one of them: of other texts the tokenizer may know no token, and what
+  it begins with, which may be its end token, would stand alone.
+  """
+  ends, bare = (_tokenize([prompt], tokenizer, x)[0] for x in (True, False))
   end = getattr(tokenizer, 'eos_token_id', None)
-  if ends[-1:] == [end] != bare[-1:]:
+  if bare and ends[-1:] == [end] != bare[-1:]:
     raise ValueError(
       f'The tokenizer of this model puts its end {tokenizer.eos_token!r} '
       'behind every text, so completions would follow an end. Take that out '
@@ -493,7 +497,7 @@ class PromptIterator:
       'vocab_size': vocab_size,
     }
     if add_special_tokens:
-      _require_open_end(tokenizer)
+      _require_open_end(tokenizer, source[0]['prompt'])
     digest = _checked(source, tokenizer, **self._encoding)
     # What the order depends on; a position means nothing without it.
     self._identity = {
