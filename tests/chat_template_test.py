@@ -236,6 +236,14 @@ def test_a_text_that_has_its_first_token_gets_no_second(starting, text, tokens):
   assert words(batch.tokens[0][batch.mask[0]]) == tokens
 
 
+def test_a_tokenizer_that_adds_none_keeps_both_of_a_text(
+    starting, monkeypatch
+):
+  monkeypatch.setattr(starting.backend_tokenizer, 'post_processor', None)
+  batch = prompts.encode(['<bos> <bos> one'], starting, max_prompt_length=8)
+  assert words(batch.tokens[0][batch.mask[0]]) == '<bos> <bos> one'
+
+
 def test_a_tokenizer_that_ends_prompts_is_refused_without_a_template():
   fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(
       {word: i for i, word in enumerate(WORDS)}, unk_token='<pad>'

@@ -215,7 +215,10 @@ def _tokenize(
   start = getattr(tokenizer, 'bos_token_id', None)
   if not add_special_tokens or start is None:
     return rows
-  # A text that a template made elsewhere begins with one already.
+  # A text that a template made elsewhere begins with one already. Two that it
+  # has itself are two to a tokenizer that adds none.
+  if not tokenizer.num_special_tokens_to_add():
+    return rows
   return [row[1:] if row[:2] == [start, start] else row for row in rows]
 
 
