@@ -256,6 +256,25 @@ def test_falls_back_past_a_damaged_checkpoint(tmp_path, damage, warnings):
   assert sorted(os.listdir(tmp_path)) == ['1', 'corrupt-2', 'corrupt-2-2']
 
 
+@pytest.mark.parametrize('damage', [
+    flip_a_bit_of_the_host_state,
+    replace_the_manifest,
+    fill_everything_with_garbage,
+    empty_every_file,
+    delete_every_file,
+])
+def test_what_the_newest_has_for_the_host_is_none_if_it_is_damaged(
+    tmp_path, damage
+):
+  with Checkpoints(tmp_path / 'run') as checkpoints:
+    assert checkpoints.latest_host() is None
+    save_steps(tmp_path / 'run', 1, 2)
+    assert checkpoints.latest_host() == HOST | {'step': 2}
+    damage(tmp_path / 'run' / '2')
+    assert checkpoints.latest_host() is None
+  assert sorted(os.listdir(tmp_path / 'run')) == ['1', '2']
+
+
 def test_who_only_reads_falls_back_and_renames_nothing(tmp_path, warnings):
   save_steps(tmp_path, 1, 2)
   truncate(tmp_path / '2')

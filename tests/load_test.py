@@ -319,6 +319,9 @@ def test_null_in_a_rope_scaling_is_as_if_it_were_not_given(tied):
   nulls = dict.fromkeys(['beta_fast', 'beta_slow', 'attention_factor'])
   edit_config(tied, rope_parameters=yarn | nulls)
   assert loaded(tied).config == plain
+  # But null is false where true is what is not given.
+  edit_config(tied, rope_parameters=yarn | {'truncate': None})
+  assert not loaded(tied).config.rope_scaling.truncate
   edit_config(tied, rope_parameters=yarn | {'factor': None})
   with pytest.raises(ValueError, match="rope_type='yarn' needs factor"):
     load.from_pretrained(tied)
@@ -399,6 +402,14 @@ def test_an_index_names_safetensors_of_its_own_folder_only(tied, file):
   index = tied / 'model.safetensors.index.json'
   index.write_text(json.dumps({'weight_map': {FIRST: file}}))
   with pytest.raises(ValueError, match=f'index.json names .{file}'):
+    load.from_pretrained(tied)
+
+
+def test_a_tied_head_of_other_tokens_is_named(tied):
+  edit_tensors(
+      tied, lambda x: x.update({'lm_head.weight': x[EMBEDDING][:-1].copy()})
+  )
+  with pytest.raises(ValueError, match="'lm_head.weight' is not the embedding"):
     load.from_pretrained(tied)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import types
 
 import jax
@@ -11,10 +12,12 @@ import tiny_model
 from configs import default
 from dppo_jax import checkpoint
 from dppo_jax import main
+from dppo_jax import tasks
 from dppo_jax import tracing
 from dppo_jax import trainable
 from dppo_jax import training
 from dppo_jax import workdir
+from dppo_jax.models import load
 
 COMPILED = re.compile(r'Finished XLA compilation of jit\(sample\)')
 SMALL = {
@@ -93,6 +96,7 @@ def test_other_rows_than_those_of_the_run_are_refused_before_it_compiles(
     tmp_path, monkeypatch
 ):
   config = default.get_config()
+  workdir.prepare(tmp_path, config)
   host = {'prompts': {'rows': 3}}
   with checkpoint.Checkpoints(tmp_path / 'checkpoints') as saved:
     saved.save(1, {'x': jax.numpy.ones(1)}, host)
@@ -100,7 +104,33 @@ def test_other_rows_than_those_of_the_run_are_refused_before_it_compiles(
       main.fitting, 'make_program', lambda *_, **__: pytest.fail('compiled')
   )
   with pytest.raises(ValueError, match='saved with rows=3, now it is .* start'):
-    main.build(config, workdir=tmp_path)
+    main.train(config, str(tmp_path))
+
+
+def test_a_prompt_that_the_model_of_a_run_does_not_embed_is_refused(
+    tmp_path, monkeypatch
+):
+  model = tmp_path / 'model'
+  shutil.copytree(load.EMBEDDED, model)
+  size = load.read_config(model)[1].vocab_size
+  tokenizer = load.load_tokenizer('embedded')
+  tokenizer.add_tokens([f'<{i}>' for i in range(len(tokenizer), size + 1)])
+  tokenizer.save_pretrained(model)
+  for name, prompt in (('train', f'<{size}>'), ('test', '1+1=')):
+    row = {'prompt': prompt, 'answer': '2'}
+    (tmp_path / f'{name}.jsonl').write_text(json.dumps(row))
+  config = default.get_config()
+  config.model.name = str(model)
+  config.eval.num_prompts = 1
+  with config.unlocked():
+    config.task = tasks.config('jsonl')
+  config.task.train_path = str(tmp_path / 'train.jsonl')
+  config.task.test_path = str(tmp_path / 'test.jsonl')
+  monkeypatch.setattr(
+      main.fitting, 'make_program', lambda *_, **__: pytest.fail('compiled')
+  )
+  with pytest.raises(ValueError, match=f"holds '<{size}>', token {size} of"):
+    main.build(config)
 
 
 @pytest.mark.slow
