@@ -21,6 +21,7 @@ from dppo_jax import sharding
 from dppo_jax.models import attention
 from dppo_jax.models import attention_kernels
 from dppo_jax.models import decode_kernel
+from dppo_jax.models import platforms
 from dppo_jax.models import products
 
 BLOCK = decode_kernel.BLOCK
@@ -127,6 +128,20 @@ LONG = {
 ], ids=str)
 def test_a_kernel_sees_and_weighs_as_xla_does(options, tolerance):
   assert_close(LONG | options, tolerance)
+
+
+@pytest.mark.parametrize('options', [
+    {'cache_dtype': 'int8'},
+    {'cache_dtype': 'int8', 'window': 24, 'cap': 0.5, 'prompt_length': 40},
+    {'cache_dtype': 'float8_e4m3fn'},
+    {'cache_dtype': 'float32'},
+], ids=str)
+def test_scales_that_a_tpu_leaves_to_scores_and_weights_change_nothing(options):
+  expected = attended(attention.attend_to_cache, **LONG | options)
+  with platforms.traced_for('tpu'):
+    ours = attended(attention.attend_to_cache, **LONG | options)
+  for one, other in zip(ours, expected, strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize('window', [None, 4])

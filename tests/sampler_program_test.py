@@ -131,6 +131,27 @@ def test_weights_are_cast_and_unstacked_before_the_loop_over_tokens(
   assert casts(program) == len(kernels_of())  # Of all layers at once.
 
 
+@pytest.mark.parametrize('dtype', ['int8', 'float8_e4m3fn'])
+def test_for_a_tpu_no_cache_is_multiplied_by_its_scales(dtype):
+  def multiplied(platform):
+    sampler = tiny_model.make_sampler(
+        max_completion_length=LENGTH, cache_dtype=dtype
+    )
+    with platforms.traced_for(platform):
+      program = jax.jit(sampler).trace(*arguments_of('float32')).jaxpr
+    heads, size = CONFIG.num_key_value_heads, CONFIG.head_dim
+    caches = {
+        (rows, heads, *sizes)
+        for rows, length in ((N * G, LENGTH), (N, P))
+        for sizes in ((size, length), (length, size))
+    }
+    return sum(x.outvars[0].aval.shape in caches for x in named('mul', program))
+
+  # Keys and values of prompts and of completions, in each layer.
+  assert multiplied('cpu') == 4 * CONFIG.num_hidden_layers
+  assert multiplied('tpu') == 0
+
+
 # --- what XLA made of it -----------------------------------------------------
 
 SLOTS = pytest.mark.parametrize(

@@ -615,9 +615,13 @@ def attend_to_cache(
     kept = insert(cache, k, v, visible.place)
     batch, _, heads, size = q.shape
     num_keys = k.shape[2]
-    own_keys, own_values, prompt_keys, prompt_values = (
-        quantization.widen(x, q.dtype).astype(q.dtype) for x in (*kept, *prompt)
+    own_keys, own_values, of_own_keys, of_own_values = _factors(kept, q.dtype)
+    prompt_keys, prompt_values, *of_prompts = _factors(prompt, q.dtype)
+    # [N, K, 1, 1, P]
+    of_prompt_keys, of_prompt_values = (
+        None if x is None else x[:, :, None] for x in of_prompts
     )
+    scaled = lambda x, scale: x if scale is None else x * scale
     groups = lambda x: x.reshape(num_prompts, -1, *x.shape[1:])
     rows = lambda x: x.reshape(batch, *x.shape[2:])
     # Of a prompt, what its completions ask stands together: [N, K, G, ...].
@@ -625,8 +629,10 @@ def attend_to_cache(
     by_row = lambda x: rows(jnp.moveaxis(x, 2, 1))
     # The cache is read as it is kept: through a reshape, XLA copies it.
     q = q.reshape(batch, num_keys, heads // num_keys, size)
-    of_prompt = product('nkghe,nkep->nkghp', by_prompt(q), prompt_keys)
-    own = product('bkhe,bkec->bkhc', q, own_keys)
+    of_prompt = scaled(
+        product('nkghe,nkep->nkghp', by_prompt(q), prompt_keys), of_prompt_keys
+    )
+    own = scaled(product('bkhe,bkec->bkhc', q, own_keys), of_own_keys)
     of_prompt = jnp.where(
         visible.prompt[:, None, :, None],
         softcap(of_prompt * scale, cap),
@@ -645,16 +651,34 @@ def attend_to_cache(
     of_prompt = jnp.exp(of_prompt - by_prompt(largest))
     own = jnp.exp(own - largest)
     sums = by_row(over(jnp.sum, of_prompt)) + over(jnp.sum, own)
-    out = by_row(product(
-        'nkghp,nkpe->nkghe', of_prompt.astype(q.dtype), prompt_values
-    ))
-    out += product('bkhc,bkce->bkhe', own.astype(q.dtype), own_values)
+    of_prompt = scaled(of_prompt, of_prompt_values).astype(q.dtype)
+    own = scaled(own, of_own_values).astype(q.dtype)
+    out = by_row(product('nkghp,nkpe->nkghe', of_prompt, prompt_values))
+    out += product('bkhc,bkce->bkhe', own, own_values)
     out = (out / sums).astype(v.dtype).reshape(batch, 1, heads, size)
     log_sum = (largest + jnp.log(sums)).reshape(batch, 1, heads)
     tape.attends(products.Attended(out, log_sum))
     return out, kept
 
   return attend
+
+
+def _factors(cache: Cache, dtype: Any) -> tuple[Any, ...]:
+  """Keys and values in `dtype`, and the scale [B, K, 1, S] of each, or None.
+
+  A TPU multiplies a cache by its scales for longer than it reads it. There, the
+  scales are left: to scores and to weights, of which there are fewer.
+  """
+  # Weights times a small scale would lose their digits in float16.
+  if platforms.current() != 'tpu' or dtype == jnp.float16:
+    keys, values = (quantization.widen(x, dtype).astype(dtype) for x in cache)
+    return keys, values, None, None
+  (keys, of_keys), (values, of_values) = (
+      x if isinstance(x, quantization.Quantized) else (x, None) for x in cache
+  )
+  if of_values is not None:
+    of_values = jnp.swapaxes(of_values, 2, 3)
+  return keys.astype(dtype), values.astype(dtype), of_keys, of_values
 
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
