@@ -320,16 +320,16 @@ def by_tokens(mesh) -> Callable[..., Any] | None:
 
   def spread(fn):
     def map_all(params, *trees):
-      specs = jax.tree.map(
-          lambda x: P(*(axis if axis == 'fsdp' else None for axis in x.spec)),
+      # XLA stumbles over axes of one device that are left to it.
+      names = {*ROW_AXES, *(x for x in AXES if mesh.shape[x] == 1)}
+      of_axes = lambda kept: jax.tree.map(
+          lambda x: P(*(axis if axis in kept else None for axis in x.spec)),
           of_params(params, mesh),
       )
+      specs, rest = of_axes({'fsdp'}), of_axes({*AXES} - names)
       return _over_tokens(
-          lambda params, *trees: fn(_gather(params, specs), *trees),
-          mesh, params, specs, trees,
-          # XLA stumbles over axes of one device that are left to it.
-          axis_names={*ROW_AXES, *(x for x in AXES if mesh.shape[x] == 1)},
-          out_specs=TOKENS,
+          lambda params, *trees: fn(_gather(params, specs, rest), *trees),
+          mesh, params, specs, trees, axis_names=names, out_specs=TOKENS,
       )
 
     return map_all
@@ -414,16 +414,33 @@ def _is_not_gathered(primitive, *_, **__):
   return primitive.name != 'all_gather'
 
 
-def _gather(params, specs):
-  """All of what `specs` say is split over `fsdp`, within a `shard_map`."""
+def _gather(params, specs, rest=None):
+  """All of what `specs` say is split over `fsdp`, within a `shard_map`.
 
-  def gather(x, spec):
+  Args:
+    params: as split.
+    specs: of the axes that are the `shard_map`'s own.
+    rest: of those that are left to the compiler; None for none.
+  """
+
+  def gather(x, spec, left):
     if 'fsdp' not in spec:
       return x
     axis = list(spec).index('fsdp')
-    return jax.lax.all_gather(x, 'fsdp', axis=axis, tiled=True)
+    whole = lambda x: jax.lax.all_gather(x, 'fsdp', axis=axis, tiled=True)
+    names = {x for x in left if x}
+    if names:
+      # Of an axis that is left to it, the compiler gathers all, too, and sums
+      # gradients of all.
+      whole = jax.shard_map(
+          whole, in_specs=left, out_specs=left, axis_names=names,
+          check_vma=False,
+      )
+    return whole(x)
 
-  return jax.tree.map(gather, params, specs)
+  if rest is None:
+    rest = jax.tree.map(lambda _: P(), specs)
+  return jax.tree.map(gather, params, specs, rest)
 
 
 def by_rows_and_heads(

@@ -50,3 +50,50 @@ SCRIPT = """
 @pytest.mark.several_devices
 def test_every_divergence_is_the_same_when_the_vocabulary_is_split():
   assert 'topk_tv' in many_devices.run(SCRIPT)
+
+
+HEAD = """
+    import collectives
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from dppo_jax import sharding
+
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2, expert=1)
+    V, D = 64, 32
+    draw = lambda *shape: jax.random.normal(jax.random.key(len(shape)), shape)
+    hidden = draw(8, 6, D)
+
+    def losses(params, hidden):
+      head = params['embed']['embedding'].T if 'embed' in params else (
+          params['head']['kernel']
+      )
+      return jax.nn.logsumexp(hidden @ head, axis=-1)
+
+    for params in (
+        {'embed': {'embedding': draw(V, D)}}, {'head': {'kernel': draw(D, V)}}
+    ):
+      placed = sharding.of_params(params, mesh)
+      gradient = lambda fn: lambda params, hidden: jax.grad(
+          lambda params: jnp.sum(fn(params, hidden))
+      )(params)
+      split = jax.jit(
+          gradient(sharding.by_tokens(mesh)(losses)),
+          in_shardings=(placed, sharding.tokens(mesh)), out_shardings=placed,
+      )
+      moved = collectives.of(split.lower(params, hidden).compile().as_text())
+      # Half of the vocabulary, of all of the width.
+      assert max(size for _, size in moved) == V * D // 2, moved
+      for one, other in zip(
+          jax.tree.leaves(split(params, hidden)),
+          jax.tree.leaves(jax.jit(gradient(losses))(params, hidden)),
+          strict=True,
+      ):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+      print('as one')
+"""
+
+
+@pytest.mark.several_devices
+def test_of_a_head_no_device_meets_more_than_its_part_of_the_vocabulary():
+  assert many_devices.run(HEAD).count('as one') == 2
