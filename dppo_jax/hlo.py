@@ -436,8 +436,19 @@ def _with_fused(program, instruction):
   yield instruction
   if instruction.opcode == 'fusion':
     for name in instruction.called:
-      for inner in program.computations[name].values():
-        yield from _with_fused(program, inner)
+      within = program.computations[name]
+      for inner in within.values():
+        yield from _with_fused(program, _reduce_scatter(within, inner) or inner)
+
+
+def _reduce_scatter(within, instruction):
+  """What a TPU makes of it: a fused all-reduce of which a part is taken."""
+  if instruction.opcode != 'all-reduce':
+    return None
+  users = [x for x in within.values() if instruction.name in x.operands]
+  if len(users) != 1 or users[0].opcode != 'dynamic-slice':
+    return None
+  return instruction._replace(opcode='reduce-scatter', shape=users[0].shape)
 
 
 def _collective(step, instruction, num_devices):

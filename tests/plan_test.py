@@ -367,6 +367,34 @@ def test_collectives_are_found_in_fusions_loops_and_all_notations():
   assert reduce.sent == 2 * 128 * 3 / 4
 
 
+_SCATTERED = '''HloModule jit_step
+
+%all-reduce-scatter.1 (x: bf16[16,8]) -> bf16[4,8] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %sum = bf16[16,8]{1,0} all-reduce(%x), replica_groups={{0,2,4,6},{1,3,5,7}}, \
+to_apply=%add
+  %first = s32[] constant(4)
+  %zero = s32[] constant(0)
+  ROOT %part = bf16[4,8]{1,0} dynamic-slice(%sum, %first, %zero), \
+dynamic_slice_sizes={4,8}
+}
+
+ENTRY %main.1 (a: bf16[16,8]) -> bf16[4,8] {
+  %a = bf16[16,8]{1,0} parameter(0)
+  ROOT %out = bf16[4,8]{1,0} fusion(%a), kind=kCustom, \
+calls=%all-reduce-scatter.1
+}
+'''
+
+
+def test_a_sum_of_which_a_device_takes_its_part_is_sent_once():
+  program = hlo.parse(_SCATTERED)
+  steps = list(hlo.executed(program))
+  [found] = hlo.collectives(program, steps, num_devices=8)
+  assert (found.kind, found.group, found.payload) == ('reduce-scatter', 4, 256)
+  assert found.sent == 256 * 3 / 4
+
+
 _KERNEL = '''HloModule jit_step
 
 ENTRY %main.1 (a: bf16[4,8]) -> f32[4,8] {
