@@ -116,9 +116,12 @@ def make_topology(name: str) -> Topology:
 
   for variable, value in _COMPILER_ONLY.items():
     os.environ.setdefault(variable, value)
+  options = dict(chip.options)
+  if all(int(x) == 1 for x in sizes):  # Less than a host has.
+    options['chips_per_host_bounds'] = [1, 1, 1]
   try:
     found = topologies.get_topology_desc(
-        platform='tpu', topology_name=name, **chip.options
+        platform='tpu', topology_name=name, **options
     )
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(f'--topology={name}: {error}') from error

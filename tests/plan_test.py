@@ -762,6 +762,14 @@ def test_a_chip_is_a_device(name, shape):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(
+    'name', ['v4:1x1x1', 'v5e:1x1', 'v5p:1x1x1', 'v6e:1x1']
+)
+def test_one_chip_can_be_planned_for(name):
+  assert len(plan_lib.make_topology(name).devices) == 1
+
+
+@needs_libtpu
 def test_an_axis_may_be_a_part_of_two_axes_of_the_torus():
   devices = plan_lib.make_topology('v5p:4x4x4').devices
   mesh = sharding.make_mesh(
