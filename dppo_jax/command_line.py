@@ -66,10 +66,6 @@ _HEARTBEAT_TIMEOUT_S = flags.DEFINE_integer(
     'others end.',
     lower_bound=1,
 )
-_OWN = (
-    'config', 'workdir', 'coordinator', 'num_processes', 'process_id',
-    'heartbeat_timeout_s',
-)
 
 # Sections of a config whose options are those of what `name` says.
 _NAMED = {
@@ -164,8 +160,8 @@ def run(body: Callable[[Any, str | None], bool]) -> None:
 
   flags.mark_flag_as_required('config')
   # Else --help would show those alone that the started module defines itself.
-  for name in _OWN:
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+  for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
   # Absl turns every library's chatter on; only warnings of others are news.
   for name in ('jax', 'orbax', 'tensorflow_datasets'):
     python_logging.getLogger(name).setLevel(python_logging.WARNING)

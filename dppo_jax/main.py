@@ -81,15 +81,16 @@ def build(
   method = make_method(config)
   share = processes.share(rows, config.num_prompts)
   tokenizer = load.load_tokenizer(config.model.name)
+  model = program_lib.architecture(
+      config, *load.read_config(load.resolve(config.model.name))
+  )
   task, prompts, held_out = _read(
       config,
       tokenizer,
       workdir,
+      model.config.vocab_size,
       share=share,
       place=lambda x: processes.place(x, rows, config.num_prompts),
-  )
-  model = program_lib.architecture(
-      config, *load.read_config(load.resolve(config.model.name))
   )
   _warn(config, mesh, model)
   scorer = Scorer(task.score, **config.scoring, total=processes.total)
@@ -147,7 +148,11 @@ def build(
 
 
 def _read(
-    config: Any, tokenizer: Any, workdir: pathlib.Path | None, **where: Any
+    config: Any,
+    tokenizer: Any,
+    workdir: pathlib.Path | None,
+    vocab_size: int,
+    **where: Any,
 ) -> tuple[tasks.Task, PromptIterator, PromptBatch]:
   """The task, its prompts to learn from, and all that are held out.
 
@@ -155,7 +160,6 @@ def _read(
   from those of the run in `workdir`.
   """
   with processes.failing_together():
-    vocab_size = load.read_config(load.resolve(config.model.name))[1].vocab_size
     task = _build(tasks, config, 'task')
     checks.check_verifier(config, may_hang=may_hang(task.score))
     task = prepare(

@@ -28,20 +28,25 @@ WORDS = ['<pad>', '<bos>', '<end>', 'system', 'user', 'assistant', ':',
          'be', 'kind', 'one', 'two', '?', '!']
 
 
-@pytest.fixture(scope='module')
-def tokenizer():
-  """Words; puts <bos> before a text unless told not to."""
+def of_words(text, added):
+  """A tokenizer of words that makes `text` of a text $A, unless told not to."""
   words = tokenizers.Tokenizer(tokenizers.models.WordLevel(
       {word: i for i, word in enumerate(WORDS)}, unk_token='<pad>'
   ))
   words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   words.post_processor = tokenizers.processors.TemplateProcessing(
-      single='<bos> $A', special_tokens=[('<bos>', 1)]
+      single=text, special_tokens=[(added, WORDS.index(added))]
   )
   return transformers.PreTrainedTokenizerFast(
       tokenizer_object=words, pad_token='<pad>', eos_token='<end>',
       chat_template=TEMPLATE,
   )
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  """Words; puts <bos> before a text unless told not to."""
+  return of_words('<bos> $A', '<bos>')
 
 
 @pytest.fixture
@@ -245,16 +250,7 @@ def test_a_tokenizer_that_adds_none_keeps_both_of_a_text(
 
 
 def test_a_tokenizer_that_ends_prompts_is_refused_without_a_template():
-  fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-      {word: i for i, word in enumerate(WORDS)}, unk_token='<pad>'
-  ))
-  fast.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-  fast.post_processor = tokenizers.processors.TemplateProcessing(
-      single='$A <end>', special_tokens=[('<end>', 2)]
-  )
-  ending = transformers.PreTrainedTokenizerFast(
-      tokenizer_object=fast, pad_token='<pad>', eos_token='<end>'
-  )
+  ending = of_words('$A <end>', '<end>')
 
   def open_(add_special_tokens):
     return prompts.PromptIterator(
