@@ -4,6 +4,7 @@ import functools
 import pathlib
 import re
 
+from flax import nnx
 from golden import make_embedded_logits
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,36 @@ def test_the_gradient_of_a_norm_is_that_of_its_formula(norm, dtype, tolerance):
   for argnum in (0, 1):
     alone = tiny_model.jit(jax.grad(ours, argnums=argnum))(x, scale)
     tiny_model.assert_trees_close(alone, actual[argnum], rtol=0, atol=1e-6)
+
+
+def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
+  # Added to 256, a 1 is lost in bfloat16.
+  table = jnp.ones((3, 2), jnp.bfloat16)
+  ids = jnp.zeros((1, 1000), jnp.int32).at[0, 0].set(2)
+  total = lambda table: jnp.sum(
+      layers.rows_of(table, ids).astype(jnp.float32)
+  )
+  found = tiny_model.jit(jax.grad(total))(table)
+  assert found.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+      found.astype(jnp.float32)[:, 0], [999, 0, 1], rtol=2**-8
+  )
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+  graph, params = nnx.split(layers.Linear(1, 2, bias=True, rngs=nnx.Rngs(0)))
+  upstream = jnp.asarray(
+      1 + np.random.RandomState(0).standard_normal((64, 256, 2)), jnp.bfloat16
+  )
+
+  def total(params):
+    out = nnx.merge(graph, params)(jnp.ones((64, 256, 1), jnp.bfloat16))
+    return jnp.sum((out * upstream).astype(jnp.float32))
+
+  found = tiny_model.jit(jax.grad(total))(params)['bias'][...]
+  # Added up in bfloat16, they are a fifth less.
+  expected = np.sum(np.asarray(upstream, np.float64), axis=(0, 1))
+  np.testing.assert_allclose(found, expected, rtol=2**-8)
 
 
 def of_head(product, dtype):

@@ -130,7 +130,7 @@ class Linear(nnx.Module):
     out = times(x, self.kernel[...].astype(x.dtype))
     if self.bias is None:
       return out
-    return out + _over_last(self.bias[...].astype(x.dtype), out)
+    return _shifted(out, self.bias[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -323,6 +323,39 @@ def wide_times(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
   return _wide_times(x, kernel, jnp.dtype(dtype).name)
 
 
+@jax.custom_vjp
+def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Rows of a table, whose gradient is summed in float32, and rounded once.
+
+  That of JAX adds up in the table's type. In bfloat16 a row stops growing when
+  it is 256 times as large as what is added: that of a frequent token soon.
+
+  Args:
+    table: [V, D].
+    ids: [...] int32.
+
+  Returns:
+    [..., D].
+  """
+  return jnp.take(table, ids, axis=0)
+
+
+def _rows_of_forward(table, ids):
+  return rows_of(table, ids), (table, ids)  # Of the table, what it is like.
+
+
+def _rows_of_backward(kept, gradient):
+  table, ids = kept
+  [total] = jax.linear_transpose(
+      lambda table: jnp.take(table, ids, axis=0),
+      jax.ShapeDtypeStruct(table.shape, jnp.float32),
+  )(gradient.astype(jnp.float32))
+  return total.astype(table.dtype), None
+
+
+rows_of.defvjp(_rows_of_forward, _rows_of_backward)
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=['kernel'], meta_fields=[]
 )
@@ -463,6 +496,28 @@ def _scaled_backward(kept, gradient):
 
 
 _scaled.defvjp(_scaled_forward, _scaled_backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _shifted(x: jax.Array, shift: jax.Array) -> jax.Array:
+  """[..., D] plus [D], whose gradient is summed in float32.
+
+  That of a broadcast is summed in its own type, see `rows_of`.
+  """
+  return x + _over_last(shift, x)
+
+
+def _shifted_forward(x, shift):
+  return _shifted(x, shift), None
+
+
+def _shifted_backward(_, gradient):
+  # In float32, as all that `jnp.sum` adds up, and rounded once.
+  of_shift = jnp.sum(gradient, axis=tuple(range(gradient.ndim - 1)))
+  return gradient, of_shift
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
