@@ -61,7 +61,8 @@ def process_logits(
     logits: [..., V].
     temperature: 0 is greedy: all mass on the first largest logit.
     top_p: keep the smallest set of most likely tokens with this mass.
-    top_k: keep that many most likely tokens; 0 keeps all.
+    top_k: keep that many most likely tokens, and all that equal the last of
+      them; 0 keeps all.
 
   Returns:
     [..., V] float32, -inf on tokens that cannot be sampled.
@@ -91,7 +92,9 @@ def categorical(keys: jax.Array, logits: jax.Array) -> jax.Array:
   """A token of each row by its own key, by the softmax of `logits`. [B] int32.
 
   A block of tokens is drawn by the sum of its probabilities, then a token of
-  that block, both by the largest logit plus Gumbel noise. That is exact, and
+  that block, both by the largest logit plus Gumbel noise. That is exact but for
+  the noise's 23 bits, by which what is below 1e-7 comes too rarely: the total
+  variation is 6e-8 (k + V / k) at most, 8e-5 for 128 blocks of 1187 tokens. It
   needs k + V / k random numbers a row for k blocks: V of them cost more than
   all else that a draw does.
 

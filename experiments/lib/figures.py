@@ -15,7 +15,11 @@ STYLES = ('-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1)))
 
 
 def interval(values: Any, draws: int = 10_000) -> np.ndarray:
-  """Bootstrapped 95 % interval of the mean of [n, ...] over n. 2 x [...]."""
+  """Bootstrapped 95 % interval of the mean of [n, ...] over n. 2 x [...].
+
+  By percentiles, which a small n makes too narrow: of normal numbers it holds
+  the mean in 74 % for n = 3, 83 % for 5, 90 % for 10.
+  """
   values = np.asarray(values, float)
   rng = np.random.default_rng(0)
   picks = rng.integers(len(values), size=(draws, len(values)))
