@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import many_devices
 import pytest
 
 from benchmarks import machine
@@ -114,7 +115,10 @@ def run(script, *options, data_dir):
   done = subprocess.run(
       [sys.executable, f'benchmarks/{script}', *options],
       cwd=ROOT,
-      env=os.environ | {'TFDS_DATA_DIR': str(data_dir)},
+      env=os.environ | {
+          'TFDS_DATA_DIR': str(data_dir),
+          'XLA_FLAGS': ' '.join(many_devices.QUICK_FLAGS),
+      },
       capture_output=True,
       text=True,
       check=False,

@@ -405,12 +405,11 @@ def loops_on_eight_devices():
     rows = sharding.batch(mesh)
     of_params = jax.tree.map(lambda x: x.sharding, params)
     jitted = jax.jit(sampler, in_shardings=(of_params, rows, rows))
-    with tiny_model.quick_compilation():
-      text = jitted.lower(
-          params,
-          tiny_model.prompts(NUM_PROMPTS),
-          sampling.row_keys(jax.random.key(3), NUM_PROMPTS),
-      ).compile().as_text()
+    text = jitted.lower(
+        params,
+        tiny_model.prompts(NUM_PROMPTS),
+        sampling.row_keys(jax.random.key(3), NUM_PROMPTS),
+    ).compile(many_devices.QUICK).as_text()
     program = hlo.parse(text)
     steps = hlo.executed(program, num_trips=lambda phase, _: (phase, C))
     gathered = [

@@ -20,6 +20,7 @@ import textwrap
 from absl import app
 from absl import flags
 import jax
+import many_devices
 from ml_collections import config_flags
 import numpy as np
 import pytest
@@ -58,8 +59,7 @@ def cli(tmp_path_factory):
       'HF_HUB_OFFLINE': '1',
       'PYTHONPATH': str(ROOT),
       'TFDS_DATA_DIR': str(shared / 'tfds'),
-      # Half of the compile time.
-      'XLA_FLAGS': '--xla_backend_optimization_level=0',
+      'XLA_FLAGS': ' '.join(many_devices.QUICK_FLAGS),
   }
 
   def run(*command, config='tv_topk.py', workdir=None, **options):

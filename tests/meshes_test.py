@@ -193,8 +193,7 @@ def shardings_on_eight_devices():
   program = whole_step.make_program(config, mesh, tiny_model.MODEL)
   arguments = program_lib.abstract_arguments(config, mesh, program)
   lowered = program.train_step.lower(*arguments)
-  with tiny_model.quick_compilation():
-    compiled = lowered.compile()
+  compiled = lowered.compile(many_devices.QUICK)
   rows, everywhere = sharding.batch(mesh), sharding.replicated(mesh)
   state, rollout, metrics = lowered.out_info
   of = lambda tree, where: jax.tree.map(lambda _: where, tree)

@@ -34,10 +34,9 @@ def compile_learner(mesh, **options):
   config, mesh = whole_step.make_config(**options), whole_step.make_mesh(**mesh)
   program = whole_step.make_program(config, mesh, tiny_model.MODEL)
   state, scored, _ = program_lib.abstract_arguments(config, mesh, program)
-  with tiny_model.quick_compilation():
-    return jax.jit(program.learn).lower(
-        state, scored, jax.random.key(0)
-    ).compile()
+  return jax.jit(program.learn).lower(
+      state, scored, jax.random.key(0)
+  ).compile(many_devices.QUICK)
 
 
 def facts(mesh, row_length):
