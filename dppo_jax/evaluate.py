@@ -11,7 +11,9 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dppo_jax import processes
@@ -58,8 +60,8 @@ def summarize(rewards: np.ndarray) -> dict[str, float]:
 class Program(NamedTuple):
   """What of held-out evaluation is compiled."""
 
-  # (params, prompts, keys) -> tokens, mask, truncated; from `make_sample`.
-  sample: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+  # (params, prompts, keys) -> what `make_sample` says.
+  sample: Callable[..., tuple[jax.Array, ...]]
   # From shapes of the learner's parameters that have shardings.
   lower: Callable[[PyTree], jax.stages.Lowered]
   # Those shapes -> the shapes of the parameters where they are sampled with.
@@ -80,7 +82,7 @@ class Evaluation(NamedTuple):
 
 def make_sample(
     sampler: Callable[..., sampling.Completions], mesh: Any = None
-) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
+) -> Callable[..., tuple[jax.Array, ...]]:
   """A jitted (params, prompts [N, P], keys [N * k]) -> what is sampled.
 
   Args:
@@ -88,7 +90,8 @@ def make_sample(
     mesh: whose devices share the rows.
 
   Returns:
-    of it, tokens [N * k, L] and their mask, and truncated [N * k].
+    of it, tokens [N * k, L] and their mask, truncated [N * k], and whether
+    some log-prob is not finite [N * k].
   """
 
   @functools.partial(
@@ -96,7 +99,11 @@ def make_sample(
   )
   def sample(params, prompts, keys):
     completions = sampler(params, prompts, keys)
-    return completions.tokens, completions.mask, completions.truncated
+    fine = jnp.isfinite(completions.logprobs) | ~completions.mask
+    return (
+        completions.tokens, completions.mask, completions.truncated,
+        ~jnp.all(fine, axis=-1),
+    )
 
   return sample
 
@@ -123,7 +130,7 @@ def _padded(num_prompts: int, mesh: Any) -> int:
 
 def make_evaluate_fn(
     *,
-    sample: Callable[..., tuple[jax.Array, jax.Array, jax.Array]],
+    sample: Callable[..., tuple[jax.Array, ...]],
     batch: PromptBatch,
     num_samples: int,
     verify: VerifyFn,
@@ -147,7 +154,8 @@ def make_evaluate_fn(
   Returns:
     `evaluate_fn(params) -> (metrics, samples)`; samples are lists `prompts`,
     `completions`, `answers` and `rewards`, in the order of the prompts: of this
-    process's rows, which are all N * num_samples if there is no other.
+    process's rows, which are all N * num_samples if there is no other. It
+    raises a FloatingPointError if no completion has finite log-probs.
   """
   prompts, own = batch.prompts, np.arange(len(batch.texts))
   if mesh is not None:
@@ -165,14 +173,16 @@ def make_evaluate_fn(
   own = processes.of_groups(own, num_samples)
 
   def evaluate_fn(params):
-    tokens, mask, truncated = processes.local_rows(
+    tokens, mask, truncated, broken = processes.local_rows(
         sample(params, prompts, keys), own
     )
+    count = len(batch.texts) * num_samples
+    _check_finite(processes.collect(broken, own, count))
     decoded, rewards = verify(
         tokens=tokens, mask=mask, truncated=truncated, answers=answers
     )
     scores, lengths, cut_off = (
-        processes.collect(x, own, len(batch.texts) * num_samples)
+        processes.collect(x, own, count)
         for x in (rewards, mask.sum(-1), truncated)
     )
     metrics = summarize(scores.reshape(-1, num_samples))
@@ -186,6 +196,20 @@ def make_evaluate_fn(
     }
 
   return evaluate_fn
+
+
+def _check_finite(broken: np.ndarray) -> None:
+  """Says how many completions are noise; raises if all are."""
+  if not broken.any():
+    return
+  message = (
+      f'{broken.sum()} of {len(broken)} held-out completions were sampled from '
+      'logits that are not finite. If config.sampling.dtype is float16, which '
+      'ends at 65,504: bfloat16 has the range of float32.'
+  )
+  if broken.all():
+    raise FloatingPointError(message)
+  logging.warning(message)
 
 
 if __name__ == '__main__':

@@ -71,7 +71,8 @@ def process_logits(
   if temperature == 0:
     best = jnp.argmax(logits, axis=-1)
     chosen = jax.nn.one_hot(best, logits.shape[-1], dtype=bool)
-    return jnp.where(chosen, 0.0, -jnp.inf)
+    # 0, or NaN where the largest is not finite: not a certain token.
+    return jnp.where(chosen, logits - logits, -jnp.inf)
   logits = logits / temperature
   if top_k:
     smallest = jax.lax.top_k(logits, top_k)[0][..., -1:]

@@ -472,12 +472,16 @@ def _check_finite(
   if in_a_row < config.max_nonfinite_updates:
     return in_a_row == 0
   kept = _kept(checkpoints)
+  narrow = 'float16' in (config.model.dtype, config.sampling.dtype)
   raise FloatingPointError(
       f'{in_a_row} updates in a row had a loss, gradient or parameters that '
       f'are not finite, up to step {step}; all were skipped. Checkpoint: '
       f'{kept}. Start anew with another --workdir and a lower '
       'config.optimizer.learning_rate or a finite config.loss.ratio_cap, or '
-      'raise config.max_nonfinite_updates to go on.'
+      'raise config.max_nonfinite_updates to go on.' + (
+          ' float16 ends at 65,504, where activations may overflow: bfloat16 '
+          'has the range of float32.' if narrow else ''
+      )
   )
 
 

@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_model
@@ -102,6 +103,40 @@ def test_evaluation_verifies_each_completion_against_its_prompts_answer(
   assert metrics['eval/truncated'] == pytest.approx(
       1 - metrics['eval/avg@2']
   )
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.0])
+def test_a_policy_without_finite_logits_is_an_error(temperature):
+  evaluate_fn = evaluate.make_evaluate_fn(
+      sample=evaluate.make_sample(
+          tiny_model.make_sampler(group_size=2, temperature=temperature)
+      ),
+      batch=PromptBatch(tiny_model.prompts(3), ['a'] * 3, ['1'] * 3),
+      num_samples=2,
+      verify=None,
+      key=jax.random.key(0),
+  )
+  broken = jax.tree.map(lambda x: x * np.float32(np.nan), tiny_model.params())
+  with tiny_model.quick_compilation(), pytest.raises(
+      FloatingPointError, match='6 of 6 held-out completions'
+  ):
+    evaluate_fn(broken)
+
+
+def test_completions_whose_logits_overflowed_are_counted(caplog):
+  of = lambda *values: jnp.array(values)
+  evaluate_fn = evaluate.make_evaluate_fn(
+      sample=lambda *_: (
+          jnp.ones((2, 1), int), jnp.ones((2, 1), bool), of(False, False),
+          of(False, True),
+      ),
+      batch=PromptBatch(tiny_model.prompts(1), ['a'], ['1']),
+      num_samples=2,
+      verify=lambda **_: (['x', 'y'], np.ones(2)),
+      key=jax.random.key(0),
+  )
+  evaluate_fn(None)
+  assert '1 of 2 held-out completions' in caplog.text
 
 
 def test_evaluation_differs_by_its_parameters_only(evaluation):
