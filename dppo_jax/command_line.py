@@ -177,7 +177,8 @@ def _make_configs_importable(argv: list[str]) -> None:
     path = pathlib.Path(value.partition(':')[0]).resolve()
     if not path.is_file():
       raise FileNotFoundError(
-          f'There is no file {str(path)!r}. Configs are in configs/.'
+          f'There is no file {str(path)!r}. Configs are in configs/, which the '
+          'checkout has and an installed package has not.'
       )
     folders = path.parent, *path.parent.parents
     roots = [x.parent for x in folders if x.name == 'configs']
