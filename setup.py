@@ -30,7 +30,7 @@ setuptools.setup(
         'flax>=0.12.8,<0.13',
         # TFDS needs it for builders inside a package, without saying so.
         'importlib-resources>=6.0',
-        'grain>=0.2.12,<0.3',
+        'grain>=0.2.13,<0.3',
         # Renders the chat templates of tokenizers.
         'jinja2>=3.1',
         # 0.10.2 is the newest for Python 3.11, 0.12 needs Python 3.12.
@@ -42,7 +42,7 @@ setuptools.setup(
         'orbax-checkpoint>=0.12.8,<0.13',
         'safetensors>=0.6',
         'tensorboardX>=2.6.2',
-        'tensorflow-datasets>=4.9.9,<5',
+        'tensorflow-datasets>=4.9.10,<5',
         'tqdm>=4.66',
         'transformers>=5.0,<6',
     ],
