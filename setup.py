@@ -44,7 +44,8 @@ setuptools.setup(
         'tensorboardX>=2.6.2',
         'tensorflow-datasets>=4.9.10,<5',
         'tqdm>=4.66',
-        'transformers>=5.0,<6',
+        # The first that says which field of a config has a wrong type.
+        'transformers>=5.4,<6',
     ],
     extras_require={
         'cuda12': ['jax[cuda12]'],
@@ -77,6 +78,7 @@ setuptools.setup(
     classifiers=[
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
 )

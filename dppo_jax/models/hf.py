@@ -141,7 +141,9 @@ def rope_fields(parameters: dict[str, Any]) -> dict[str, Any]:
       raise ValueError(f'rope_type={kind!r} needs {", ".join(missing)}.')
     scaling = make(**given)
   theta = parameters.get('rope_theta')
-  if theta is None:
+  # Those of kinds of layers may have a theta beside them, transformers' own.
+  of_kinds = any(isinstance(x, dict) for x in parameters.values())
+  if theta is None or of_kinds:
     found = ', '.join(map(str, parameters))
     raise ValueError(
         f'rope_parameters with {found} is not supported, only with rope_theta.'
