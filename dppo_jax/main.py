@@ -25,6 +25,7 @@ from dppo_jax import fitting
 from dppo_jax import losses
 from dppo_jax import memory
 from dppo_jax import meshes
+from dppo_jax import metrics as metrics_lib
 from dppo_jax import normalizers
 from dppo_jax import objective
 from dppo_jax import optim
@@ -292,6 +293,8 @@ def train(config: Any, workdir: str) -> bool:
     folder = pathlib.Path(workdir).expanduser()
     with processes.failing_together():  # Before anything compiles.
       if processes.is_main():
+        if config.wandb:
+          metrics_lib.import_wandb()
         workdir_lib.check(workdir, config)
         stack.enter_context(workdir_lib.locked(folder))
     workdir_lib.check_shared(folder)

@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 import sys
 import time
+import types
 from typing import Any
 import uuid
 
@@ -281,18 +282,23 @@ class _TensorBoard:
       self._writer = None
 
 
+def import_wandb() -> types.ModuleType:
+  """The package, which is optional; a run asks before it compiles anything."""
+  try:
+    import wandb
+  except ImportError as error:
+    raise ImportError(
+        'wandb=True needs the package wandb, which is not installed: '
+        "pip install 'dppo_jax[wandb]', or go on without it."
+    ) from error
+  return wandb
+
+
 class _Wandb:
   """One Weights & Biases run per workdir, whose id is kept beside the logs."""
 
   def __init__(self, workdir: Path, run_config: dict[str, Any] | None):
-    try:
-      import wandb
-    except ImportError as error:
-      raise ImportError(
-          'wandb=True needs the package wandb, which is not installed: '
-          "pip install 'dppo_jax[wandb]', or go on without it."
-      ) from error
-    self._run = wandb.init(
+    self._run = import_wandb().init(
         project=os.environ.get('WANDB_PROJECT', 'dppo_jax'),
         name=workdir.resolve().name,
         dir=str(workdir),

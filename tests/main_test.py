@@ -500,6 +500,17 @@ def test_another_config_does_not_touch_the_work_directory(cli, copied):
   assert before == {p: p.read_bytes() for p in copied.rglob('*') if p.is_file()}
 
 
+def test_a_run_without_the_wandb_it_asks_for_leaves_nothing(
+    tmp_path, monkeypatch
+):
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  config = default.get_config()
+  config.wandb = True
+  with pytest.raises(ImportError, match=r"pip install 'dppo_jax\[wandb\]'"):
+    main.train(config, str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.slow
 def test_updates_that_are_not_finite_stop_the_run_and_are_never_saved(
     cli, finished, tmp_path
