@@ -16,6 +16,7 @@ import json
 import math
 import os
 from pathlib import Path
+import re
 import sys
 import time
 import types
@@ -28,6 +29,8 @@ import tqdm
 
 _METRICS = 'metrics.jsonl'
 _SAMPLES = 'samples.jsonl'
+_FLUSH_EVENTS_S = 30.0
+_ODD_IN_A_TAG = re.compile(r'[^-/\w.]')  # To TensorBoard, such as '@'.
 
 
 class MetricsWriter:
@@ -249,37 +252,68 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 class _TensorBoard:
-  """Event files, opened at the first write so that a resume comes first."""
+  """Event files, opened at the first write so that a resume comes first.
+
+  An event holds all values of a line. The library's own writer makes one of
+  each, for a thread to write: if that dies, of a disk that was full for a
+  moment, a run would wait for it for ever.
+  """
 
   def __init__(self, directory: Path):
     self._directory = directory
     self._purge_step: int | None = None
     self._writer: Any = None
+    self._flushed_at = 0.0
 
   def write(self, step: int, values: dict[str, float]) -> None:
     # Imported late: the protobufs it brings take longer than all the rest.
-    import tensorboardX
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.proto import summary_pb2
 
-    if self._writer is None:
-      self._writer = tensorboardX.SummaryWriter(
-          str(self._directory),
-          purge_step=self._purge_step,
-          flush_secs=30,
-          # Its own file names count seconds: a quick resume would overwrite.
-          filename_suffix=f'.{time.time_ns()}',
-      )
-    for key, value in values.items():
-      # TensorBoard knows no '@'; the library would say so at every call.
-      self._writer.add_scalar(key.replace('@', '_'), value, step)
+    scalars = [
+        summary_pb2.Summary.Value(
+            tag=_ODD_IN_A_TAG.sub('_', key), simple_value=float(value)
+        )
+        for key, value in values.items()
+    ]
+    event = event_pb2.Event(
+        wall_time=time.time(),
+        step=step,
+        summary=summary_pb2.Summary(value=scalars),
+    )
+    with _naming(self._directory):
+      if self._writer is None:
+        self._open()
+      self._writer.write_event(event)
+      if time.monotonic() - self._flushed_at > _FLUSH_EVENTS_S:
+        self._writer.flush()
+        self._flushed_at = time.monotonic()
 
   def truncate_after(self, step: int) -> None:
     self.close()
     self._purge_step = step + 1
 
   def close(self) -> None:
-    if self._writer is not None:
-      self._writer.close()
-      self._writer = None
+    writer, self._writer = self._writer, None
+    if writer is not None:
+      with _naming(self._directory):
+        writer.close()
+
+  def _open(self) -> None:
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2
+
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._writer = event_file_writer.EventsWriter(
+        str(self._directory / 'events'),
+        # Its own file names count seconds: a quick resume would overwrite.
+        filename_suffix=f'.{time.time_ns()}',
+    )
+    if self._purge_step is not None:
+      self._writer.write_event(event_pb2.Event(
+          step=self._purge_step,
+          session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+      ))
 
 
 def import_wandb() -> types.ModuleType:

@@ -204,6 +204,31 @@ def test_tensorboard_reads_the_scalars(tmp_path):
   assert scalars == [(1, 'reward/mean', 0.25), (2, 'reward/mean', 0.5)]
 
 
+def test_an_event_has_all_values_of_a_line(tmp_path):
+  with metrics.MetricsWriter(tmp_path) as writer:
+    writer.write(7, {'eval/avg@8': 0.5, 'by_age/2-3/tokens': 3, 'x': math.nan})
+  [event] = [e for e in events_of(tmp_path) if e.summary.value]
+  assert event.step == 7
+  tags, values = zip(*((x.tag, x.simple_value) for x in event.summary.value))
+  assert tags == ('eval/avg_8', 'by_age/2-3/tokens', 'x')
+  np.testing.assert_equal(values, [0.5, 3, math.nan])
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='Needs /dev/full.')
+def test_events_that_a_full_disk_refuses_are_named_and_not_waited_for(
+    tmp_path, monkeypatch
+):
+  from tensorboardX import record_writer
+
+  writer = metrics.MetricsWriter(tmp_path)
+  monkeypatch.setattr(
+      record_writer, 'open_file', lambda _: open('/dev/full', 'wb', buffering=0)
+  )
+  with pytest.raises(OSError, match='tensorboard cannot be written: No space'):
+    writer.write(1, {'loss': 0.5})
+  writer.close()
+
+
 def test_tensorboard_is_told_to_hide_what_a_resume_repeats(tmp_path):
   with metrics.MetricsWriter(tmp_path) as writer:
     for step in (1, 2, 3):
