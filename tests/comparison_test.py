@@ -375,6 +375,23 @@ def test_smoothing_keeps_a_constant_however_early_it_ends(length):
   assert smooth.tolist() == pytest.approx([3.0] * length)
 
 
+def test_a_long_curve_is_smoothed_as_by_all_of_its_points():
+  length = 20_123
+  rng = np.random.default_rng(0)
+  values = np.sin(np.arange(length) / 1_000) + rng.normal(0, 1, length)
+  values[5_000:5_100] = NAN
+  distance = np.arange(-1_200, 1_201) / (length / 50)
+  kernel = np.exp(-0.5 * distance**2)
+  finite = np.isfinite(values)
+  total, weight = (
+      np.convolve(x, kernel, mode='same')
+      for x in (np.where(finite, values, 0.0), finite.astype(float))
+  )
+  smooth = drawing.smooth(values, length)
+  assert smooth.shape == values.shape
+  np.testing.assert_allclose(smooth, total / weight, atol=0.01)
+
+
 def test_the_band_reaches_from_the_lowest_to_the_highest_seed(tmp_path):
   for seed, value in enumerate((1.0, 2.0, 6.0)):
     values = [value] * 20

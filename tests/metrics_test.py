@@ -6,6 +6,7 @@ import math
 import re
 import struct
 import sys
+import tracemalloc
 import types
 
 from absl import logging
@@ -117,6 +118,43 @@ def test_a_torn_last_line_is_dropped_and_does_not_swallow_the_next(tmp_path):
   assert steps_of(tmp_path) == [1, 2]
   write_steps(tmp_path, 3, 4)
   assert steps_of(tmp_path) == [1, 2, 3, 4]
+
+
+def test_columns_are_the_rows_key_by_key(tmp_path):
+  with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    writer.write(2, {'loss': 2.0, 'eval/avg@8': 0.5})
+    writer.write(1, {'loss': math.nan})
+    writer.write(2, {'loss': 3.0})
+    writer.write(3, {'tokens': 7})
+  steps, series = metrics.read_columns(tmp_path)
+  assert steps.tolist() == [1, 2, 3]
+  for key in ('loss', 'eval/avg@8', 'tokens'):
+    rows = [row for row in metrics.read(tmp_path) if key in row]
+    logged, values = series.pop(key)
+    assert logged.tolist() == [row['step'] for row in rows]
+    np.testing.assert_equal(values, [row[key] for row in rows])
+  assert not series
+
+
+def test_no_resume_holds_a_long_log_in_memory(tmp_path):
+  row = {f'some/metric_{i}': 0.123456789 for i in range(100)}
+  path = tmp_path / 'metrics.jsonl'
+  lines = [json.dumps({'step': i} | row) for i in range(2_000)]
+  path.write_text('\n'.join(lines) + '\n{"step": 2000, "so')
+  size = path.stat().st_size
+  tracemalloc.start()
+  try:
+    with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+      writer.truncate_after(1_499)
+    _, peak = tracemalloc.get_traced_memory()
+    assert peak < size / 10
+    tracemalloc.reset_peak()
+    metrics.read_columns(tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    assert peak < size
+  finally:
+    tracemalloc.stop()
+  assert lines_of(tmp_path) == lines[:1_500]
 
 
 def test_a_bad_line_elsewhere_is_named(tmp_path):

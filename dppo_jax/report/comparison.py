@@ -9,6 +9,7 @@ from typing import NamedTuple
 from absl import logging
 import numpy as np
 
+from dppo_jax import metrics
 from dppo_jax.report import clouds
 from dppo_jax.report import drawing
 from dppo_jax.report import groups as groups_lib
@@ -69,7 +70,7 @@ def _read(
   for directory in map(Path, directories):
     for workdir in groups_lib.find(directory):
       run = runs_lib.read(workdir)
-      if run.rows:
+      if len(run.log.steps):
         runs.append(run)
       elif workdir != directory:  # Of a sweep that goes on.
         logging.warning('Left out, no step logged yet: %s', workdir)
@@ -84,8 +85,12 @@ def _read(
   return runs, waiting
 
 
-def _all_rows(groups: Sequence[Group]) -> list[dict]:
-  return [row for group in groups for run in group.runs for row in run.rows]
+def _logs(groups: Sequence[Group]) -> list[metrics.Columns]:
+  return [run.log for group in groups for run in group.runs]
+
+
+def _last_step(run: Run) -> int:
+  return int(run.log.steps[-1])
 
 
 # --- What is said of all ----------------------------------------------------
@@ -138,7 +143,7 @@ def _notes(groups: Sequence[Group], waiting: Sequence[Path]) -> str:
       )
   ]
   for group in groups:
-    ends = [run.rows[-1]['step'] for run in group.runs]
+    ends = [_last_step(run) for run in group.runs]
     early = ' and '.join(
         f'{seed} at step {end}'
         for seed, end in zip(group.seeds, ends, strict=True)
@@ -160,7 +165,7 @@ def _list(groups: Sequence[Group]) -> str:
   cells = [
       [
           page.escape(text)
-          for text in (group.name, seed, run.rows[-1]['step'], run.workdir)
+          for text in (group.name, seed, _last_step(run), run.workdir)
       ]
       for group in groups
       for seed, run in zip(group.seeds, group.runs, strict=True)
@@ -192,9 +197,9 @@ _CAPTION = (
 
 def _results(groups: Sequence[Group]) -> str:
   """What each group reached: a row a group, mean and range over seeds."""
-  key = runs_lib.accuracy_key(_all_rows(groups))
+  key = runs_lib.accuracy_key(_logs(groups))
   columns = [
-      _Column('Last step', lambda run: run.rows[-1]['step'], ',.0f'),
+      _Column('Last step', _last_step, ',.0f'),
       *_accuracies(key),
       _Column(
           'Reward, last tenth',
@@ -204,7 +209,7 @@ def _results(groups: Sequence[Group]) -> str:
       _Column('Masked', lambda run: _mean(_of(run, 'mask/fraction')), '.2%'),
       _Column('Skipped updates', _total('optimizer/skipped'), ',.0f'),
       _Column('Tokens sampled', _total('tokens/sampled'), ',.0f'),
-      _Column('Minutes', lambda run: runs_lib.wall_minutes(run.rows), ',.1f'),
+      _Column('Minutes', lambda run: runs_lib.wall_minutes(run.log), ',.1f'),
   ]
   cells = [
       [name, str(len(group.runs))]
@@ -249,7 +254,7 @@ def _accuracies(key: str) -> list[_Column]:
 
 
 def _of(run: Run, key: str) -> np.ndarray:
-  return runs_lib.finite(run.rows, key)
+  return runs_lib.finite(run.log, key)
 
 
 def _mean(values: np.ndarray) -> float:
@@ -351,11 +356,7 @@ def _figures(
     plot: plots.Plot, pattern: str, groups: Sequence[Group]
 ) -> list[str]:
   """A figure for each logged key, with a line for each group."""
-  rows = _all_rows(groups)
-  keys = [
-      key for key in runs_lib.matching(pattern, rows)
-      if len(runs_lib.finite(rows, key))
-  ]
+  keys = runs_lib.matching(pattern, _logs(groups))
   note = ''
   if len(keys) > MAX_KEYS:
     chosen = np.linspace(0, len(keys) - 1, MAX_KEYS).round().astype(int)
@@ -390,7 +391,9 @@ def _figure(
       lines,
       title=title,
       caption=plot.caption + note,
-      steps=drawing.span([row['step'] for row in _all_rows(groups)]),
+      steps=drawing.span(
+          [int(x) for log in _logs(groups) for x in log.steps[[0, -1]]]
+      ),
       thresholds=_thresholds(groups) if plot.threshold else (),
   )
 
@@ -399,7 +402,7 @@ def _line(
     plot: plots.Plot, key: str, name: str, i: int, logged: Sequence[Run]
 ) -> drawing.Line:
   """Mean, range and seeds of a key in group number i."""
-  seeds = [runs_lib.series(run.rows, key) for run in logged]
+  seeds = [runs_lib.series(run.log, key) for run in logged]
   least = min(drawing.least(values) for _, values in seeds)
   if not plot.markers:
     longest = max(len(steps) for steps, _ in seeds)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dppo_jax import metrics
 from dppo_jax.report import drawing
 from dppo_jax.report import page
 from dppo_jax.report import plots
@@ -54,14 +55,14 @@ def write_report(
 
 def _header(title: str, run: runs.Run) -> str:
   """Title, headline numbers, and where the run comes from."""
-  rows, config = run.rows, run.config
+  log, config = run.log, run.config
   described = runs.as_dict(config.get('run'))
-  speeds = runs.finite(rows, 'tokens/s')
-  minutes = runs.wall_minutes(rows)
+  speeds = runs.finite(log, 'tokens/s')
+  minutes = runs.wall_minutes(log)
   tiles = [
-      _accuracy_tile(rows),
-      page.tile('Reward', _before_after(runs.finite(rows, 'reward/mean'))),
-      page.tile('Steps', f'{rows[-1]["step"]:,}' if rows else '0'),
+      _accuracy_tile(log),
+      page.tile('Reward', _before_after(runs.finite(log, 'reward/mean'))),
+      page.tile('Steps', f'{max(log.steps, default=0):,}'),
       page.tile('Tokens/s', f'{np.median(speeds):,.0f}' if len(speeds) else ''),
       page.tile('Wall time', f'{minutes:,.1f} min' if minutes else ''),
       page.tile('Device', described.get('device')),
@@ -87,10 +88,10 @@ def _provenance(run: dict) -> str:
   return text + f'<p class="note">{page.escape(" · ".join(facts))}</p>'
 
 
-def _accuracy_tile(rows: list[dict]) -> str:
+def _accuracy_tile(log: metrics.Columns) -> str:
   """Held-out accuracy before and after."""
-  key = runs.accuracy_key(rows)
-  values = runs.finite(rows, key)
+  key = runs.accuracy_key([log])
+  values = runs.finite(log, key)
   ends = values[[0, -1]] if len(values) > 1 else values
   text = ' → '.join(f'{value:.1%}' for value in ends)
   return page.tile(f'Held-out {key.removeprefix("eval/")}', text, 'strong')
@@ -123,14 +124,11 @@ def _figure(plot: plots.Plot, run: runs.Run) -> str:
   lines: list[drawing.Line] = []
   missing = []
   for pattern in plot.curves:
-    keys = [
-        key for key in runs.matching(pattern, run.rows)
-        if len(runs.finite(run.rows, key))
-    ]
+    keys = runs.matching(pattern, [run.log])
     missing += [] if keys else [pattern]
     for key in keys:
       color = f'c{len(lines) % page.NUM_CURVE_COLORS}'
-      lines.append(_line(plot, plot.label(pattern, key), color, run.rows, key))
+      lines.append(_line(plot, plot.label(pattern, key), color, run.log, key))
   if not lines:
     return ''
   note = f' Not logged: {", ".join(missing)}.' if missing else ''
@@ -140,17 +138,17 @@ def _figure(plot: plots.Plot, run: runs.Run) -> str:
       lines,
       title=plot.title,
       caption=plot.caption + note,
-      steps=drawing.span([row['step'] for row in run.rows]),
+      steps=drawing.span(run.log.steps[[0, -1]].tolist()),
       thresholds=[drawing.Threshold(level) for level in levels],
       stacked=plot.stacked,
   )
 
 
 def _line(
-    plot: plots.Plot, label: str, color: str, rows: list[dict], key: str
+    plot: plots.Plot, label: str, color: str, log: metrics.Columns, key: str
 ) -> drawing.Line:
   """A key as it was logged, thin, and smoothed."""
-  steps, raw = runs.series(rows, key)
+  steps, raw = runs.series(log, key)
   smooth = raw if plot.markers else drawing.smooth(raw, len(raw))
   faint = () if smooth is raw or plot.stacked else ((steps, raw),)
   return drawing.Line(

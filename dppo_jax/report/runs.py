@@ -1,6 +1,6 @@
 """What a run has left in its workdir, and the numbers a page takes from it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import fnmatch
 import json
@@ -23,7 +23,7 @@ class Run:
   """The logs of a workdir; what is not there is empty."""
 
   workdir: Path
-  rows: list[dict[str, Any]]  # One a step, from metrics.jsonl.
+  log: metrics.Columns  # From metrics.jsonl.
   config: dict[str, Any]
   samples: list[dict[str, Any]]
   masked_tokens: dict[str, list]  # Sign of the advantage: [text, count] pairs.
@@ -39,7 +39,7 @@ def read(workdir: str | os.PathLike[str]) -> Run:
   workdir = Path(workdir)
   return Run(
       workdir,
-      metrics.read(workdir),
+      metrics.read_columns(workdir),
       as_dict(_read_json(workdir / 'config.json')),
       metrics.read_samples(workdir),
       as_dict(_read_json(workdir / 'masked_tokens.json')),
@@ -59,38 +59,29 @@ def _read_json(path: Path) -> Any:
     ) from error
 
 
-def matching(pattern: str, rows: Sequence[dict]) -> list[str]:
-  """The logged keys that `pattern` means, pass@8 before pass@16."""
-  known = {key for row in rows for key in row}
+def matching(pattern: str, logs: Iterable[metrics.Columns]) -> list[str]:
+  """The keys that `pattern` means and that have a value, pass@8 before @16."""
+  known = {key for log in logs for key in log.series if len(finite(log, key))}
   found = fnmatch.filter(known, pattern)
   return sorted(found, key=lambda key: (len(key), key))
 
 
-def values(rows: Sequence[dict], key: str) -> np.ndarray:
-  """[number of rows] float64, NaN where a row has no finite such value."""
-  numbers = np.array([row.get(key, math.nan) for row in rows], np.float64)
-  return np.where(np.isfinite(numbers), numbers, math.nan)
+def series(log: metrics.Columns, key: str) -> tuple[np.ndarray, np.ndarray]:
+  """The steps that logged `key`, and its values, NaN where not finite."""
+  steps, values = log.series.get(key, (np.zeros(0, np.int64), np.zeros(0)))
+  return steps, np.where(np.isfinite(values), values, math.nan)
 
 
-def finite(rows: Sequence[dict], key: str) -> np.ndarray:
-  """[at most number of rows] float64: the finite ones of `values`."""
-  numbers = values(rows, key)
-  return numbers[np.isfinite(numbers)]
+def finite(log: metrics.Columns, key: str) -> np.ndarray:
+  """[at most number of steps] float64: the finite values of `key`."""
+  _, values = series(log, key)
+  return values[np.isfinite(values)]
 
 
-def series(rows: Sequence[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-  """The steps that logged `key`, and its `values` there."""
-  logged = [row for row in rows if key in row]
-  return np.array([row['step'] for row in logged]), values(logged, key)
-
-
-def accuracy_key(rows: Sequence[dict]) -> str:
+def accuracy_key(logs: Sequence[metrics.Columns]) -> str:
   """The first held-out accuracy that has a value, '' if none has."""
-  for pattern in ('eval/avg@*', 'eval/pass@*'):
-    for key in matching(pattern, rows):
-      if len(finite(rows, key)):
-        return key
-  return ''
+  keys = matching('eval/avg@*', logs) or matching('eval/pass@*', logs)
+  return keys[0] if keys else ''
 
 
 def last_tenth(numbers: np.ndarray) -> np.ndarray:
@@ -108,17 +99,16 @@ def thresholds(config: dict) -> list[float]:
   return sorted(float(v) for v in numbers if 0 < v < math.inf)
 
 
-def wall_minutes(rows: Sequence[dict]) -> float:
+def wall_minutes(log: metrics.Columns) -> float:
   """Compilation, steps and evaluations.
 
   The time of a logged step stands for all steps since the one logged before.
   """
-  per_step = values(rows, 'time/step_s')
+  steps, per_step = series(log, 'time/step_s')
   timed = np.isfinite(per_step)
-  steps = np.array([row['step'] for row in rows], np.float64)[timed]
-  seconds = np.sum(np.diff(steps, prepend=0) * per_step[timed])
+  seconds = np.sum(np.diff(steps[timed], prepend=0) * per_step[timed])
   for key in ('time/compile_s', 'time/eval_s'):
-    seconds += np.sum(finite(rows, key))
+    seconds += np.sum(finite(log, key))
   return float(seconds) / 60
 
 
