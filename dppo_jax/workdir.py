@@ -175,13 +175,32 @@ def prepare(folder: str | os.PathLike, config: Any) -> pathlib.Path:
   check(folder, config)
   folder = pathlib.Path(folder).expanduser()
   path = folder / 'config.json'
+  run = describe_run()
+  if path.exists() and not _has_only_failed(folder):
+    if before := _before(_read(path).get('run'), run):
+      run['before'] = before
   _make(folder)
-  described = json.dumps(to_json(config) | {'run': describe_run()}, indent=2)
+  described = json.dumps(to_json(config) | {'run': run}, indent=2)
   # Replaced in one go: a kill in between must not leave half a file.
   temporary = path.with_suffix('.tmp')
   temporary.write_text(described + '\n')
   temporary.replace(path)
   return folder
+
+
+def _before(theirs: Any, ours: dict[str, Any]) -> list[dict[str, Any]]:
+  """What earlier starts of a run were, if of other code or machines.
+
+  Args:
+    theirs: what the last one wrote of itself, with those before it.
+    ours: of this one.
+  """
+  theirs = dict(theirs) if isinstance(theirs, dict) else {}
+  before = theirs.pop('before', [])
+  names = ('commit', 'device', 'num_processes', 'versions')
+  if not theirs or all(theirs.get(x) == ours[x] for x in names):
+    return before
+  return [*before, theirs]
 
 
 def _make(folder: pathlib.Path) -> None:

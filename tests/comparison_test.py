@@ -28,6 +28,7 @@ from dppo_jax.report import page
 from dppo_jax.report import plots
 from dppo_jax.report import runs
 from dppo_jax.report import write_comparison
+from dppo_jax.report import write_report
 
 NAN = math.nan
 
@@ -337,6 +338,19 @@ def test_seeds_of_two_commits_are_one_group_and_the_page_says_so(tmp_path):
   differs = html[html.index('<h2>What differs') :]
   assert row_of(differs, 'commit') == 'commit abc / def'
   assert '<p class="note">device cpu</p>' in html
+
+
+def test_what_was_otherwise_at_earlier_starts_is_said(tmp_path):
+  now = {'commit': 'new', 'device': 'cpu', 'versions': {'jax': '2', 'x': '1'}}
+  before = [now | {'commit': c, 'versions': {'jax': '1', 'x': '1'}}
+            for c in ('old', 'older')]
+  run = now | {'before': before}
+  log(tmp_path / 'a', [1.0], config=changed(seed=0, run=run))
+  log(tmp_path / 'b', [1.0], config=changed(seed=1, run=now))
+  told = 'commit old, jax 1, commit older'
+  html = page_of(tmp_path / 'a', tmp_path / 'b')
+  assert row_of(html, 'before') == f'before {told} / –'
+  assert f'earlier starts: {told}' in write_report(tmp_path / 'a').read_text()
 
 
 # --- Mean and range ---------------------------------------------------------

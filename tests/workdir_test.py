@@ -48,6 +48,27 @@ def test_the_same_config_may_come_back(tmp_path):
   workdir.prepare(tmp_path, default.get_config())
 
 
+def test_a_run_that_other_code_goes_on_with_keeps_what_began_it(
+    tmp_path, monkeypatch
+):
+  def start(commit):
+    monkeypatch.setattr(workdir, '_commit', lambda: commit)
+    workdir.prepare(tmp_path, default.get_config())
+    log.write_text('{"step": 0}\n')
+    run = json.loads((tmp_path / 'config.json').read_text())['run']
+    return run['commit'], [each['commit'] for each in run.get('before', [])]
+
+  log = tmp_path / 'metrics.jsonl'
+  log.touch()
+  assert start('failed') == ('failed', [])
+  log.write_text('')  # It failed before its first line.
+  assert start('a') == ('a', [])
+  assert start('a') == ('a', [])
+  assert start('b') == ('b', ['a'])
+  assert start('b') == ('b', ['a'])
+  assert start('c') == ('c', ['a', 'b'])
+
+
 @pytest.mark.parametrize('name, value', [
     ('seed', 1),
     ('divergence.threshold', 0.3),

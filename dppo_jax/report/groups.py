@@ -139,8 +139,22 @@ def _by_seed(run: Run) -> tuple[int, str]:
 
 
 def provenance(run: Run) -> dict[str, str]:
-  """What a run comes from, by name: 'commit', 'versions.jax'."""
+  """What a run comes from, by name: 'commit', 'versions.jax'.
+
+  'before' is what was otherwise at earlier starts: 'commit abc, jax 0.9'.
+  """
   described = runs_lib.as_dict(run.config.get('run'))
+  last = _origin(described)
+  starts = map(_origin, described.get('before', []))
+  others = dict.fromkeys(
+      f'{name.removeprefix("versions.")} {value}'
+      for start in starts for name, value in start.items()
+      if last.get(name) != value
+  )
+  return last | ({'before': ', '.join(others)} if others else {})
+
+
+def _origin(described: Mapping[str, Any]) -> dict[str, str]:
   return _flat({k: described[k] for k in _PROVENANCE if k in described})
 
 

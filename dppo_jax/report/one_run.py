@@ -12,6 +12,7 @@ import numpy as np
 
 from dppo_jax import metrics
 from dppo_jax.report import drawing
+from dppo_jax.report import groups
 from dppo_jax.report import page
 from dppo_jax.report import plots
 from dppo_jax.report import runs
@@ -75,16 +76,18 @@ def _header(title: str, run: runs.Run) -> str:
   if facts['algorithm'] in title:
     del facts['algorithm']
   subtitle = ' · '.join(f'{k} {v}' for k, v in facts.items() if v)
-  return page.header(title, subtitle, tiles, _provenance(described))
+  before = groups.provenance(run).get('before', '')
+  return page.header(title, subtitle, tiles, _provenance(described, before))
 
 
-def _provenance(run: dict) -> str:
-  """Command, commit and versions, as far as known."""
+def _provenance(run: dict, before: str) -> str:
+  """Command, commit and versions, as far as known, also of earlier starts."""
   text = ''
   if run.get('command'):
     text = f'<pre class="command">{page.escape(run["command"])}</pre>'
   facts = [f'commit {str(run["commit"])[:12]}'] if run.get('commit') else []
   facts += [f'{k} {v}' for k, v in runs.as_dict(run.get('versions')).items()]
+  facts += [f'earlier starts: {before}'] if before else []
   return text + f'<p class="note">{page.escape(" · ".join(facts))}</p>'
 
 
