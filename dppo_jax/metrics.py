@@ -165,9 +165,20 @@ def read_columns(workdir: str | os.PathLike[str]) -> Columns:
   return Columns(np.unique(np.array(steps, np.int64)), series)
 
 
-def read_samples(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Rows of `write_samples` in the order written."""
-  return [row for _, row in _read_lines(Path(workdir) / _SAMPLES)]
+def read_samples(
+    workdir: str | os.PathLike[str], *, step: int | None = None
+) -> list[dict[str, Any]]:
+  """Rows of `write_samples` in the order written, those of a step if given."""
+  return [
+      row for _, row in _read_lines(Path(workdir) / _SAMPLES)
+      if step is None or row['step'] == step
+  ]
+
+
+def steps_with_samples(workdir: str | os.PathLike[str]) -> list[int]:
+  """The steps that `read_samples` has rows of, ascending."""
+  rows = _read_lines(Path(workdir) / _SAMPLES)
+  return sorted({row['step'] for _, row in rows})
 
 
 class Progress:

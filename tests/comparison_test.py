@@ -424,6 +424,21 @@ def test_the_band_reaches_from_the_lowest_to_the_highest_seed(tmp_path):
   assert text_of(legend).endswith('grpo 3')
 
 
+def test_the_band_of_a_long_run_is_small_and_keeps_every_spike(tmp_path):
+  key = 'eval/avg@8'  # Drawn as it was logged.
+  for seed in range(2):
+    values = np.full(3_000, 0.5)
+    values[1_234] = seed
+    log(tmp_path / 'runs' / str(seed), values, config=changed(seed=seed),
+        key=key)
+  svg = plot_of(page_of(tmp_path / 'runs'), 'Held-out accuracy: avg@8')
+  band = band_heights(svg, 'c0')
+  assert len(band) < 1_000
+  lines = heights(svg, 'c0')
+  assert min(band) == pytest.approx(min(lines), abs=0.02)
+  assert max(band) == pytest.approx(max(lines), abs=0.02)
+
+
 def test_a_group_of_one_seed_has_a_line_and_no_band(tmp_path):
   log(tmp_path / 'a', [1.0, 2.0], config=GRPO)
   log(tmp_path / 'b', [3.0, 4.0], config=changed(staleness=2))

@@ -157,6 +157,14 @@ def test_no_resume_holds_a_long_log_in_memory(tmp_path):
   assert lines_of(tmp_path) == lines[:1_500]
 
 
+def test_samples_of_a_step_are_read_alone(tmp_path):
+  write_steps(tmp_path, 3, 5)
+  write_steps(tmp_path, 4, 4)
+  assert metrics.steps_with_samples(tmp_path) == [3, 4, 5]
+  rows = metrics.read_samples(tmp_path, step=4)
+  assert rows == [{'step': 4, **sample('completion 4')}] * 2
+
+
 def test_a_bad_line_elsewhere_is_named(tmp_path):
   write_steps(tmp_path, 1, 3)
   path = tmp_path / 'metrics.jsonl'

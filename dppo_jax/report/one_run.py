@@ -47,7 +47,7 @@ def write_report(
       _plots(run),
       _scatter(run.points),
       _masked_tokens(run.masked_tokens),
-      _samples(run.samples),
+      _samples(run),
       _config(run.config),
   ]
   path = Path(output) if output else run.workdir / 'report.html'
@@ -216,12 +216,11 @@ def _token_table(title: str, counts: Sequence, color: str) -> str:
   return rows and f'<table class="tokens">{caption}{rows}</table>'
 
 
-def _samples(samples: list[dict]) -> str:
+def _samples(run: runs.Run) -> str:
   """Completions of the first and of the last step that has some."""
   text = ''
-  steps = {row['step'] for row in samples}
-  for step in sorted({min(steps), max(steps)}) if steps else ():
-    rows = [row for row in samples if row['step'] == step]
+  for step in dict.fromkeys(run.sampled[:1] + run.sampled[-1:]):
+    rows = runs.samples(run, step)
     shown = rows[:MAX_SAMPLES]
     more = f', the first {len(shown)} shown' if len(shown) < len(rows) else ''
     names = ('Prompt', 'Completion', 'Answer', 'Reward')

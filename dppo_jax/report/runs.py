@@ -25,7 +25,7 @@ class Run:
   workdir: Path
   log: metrics.Columns  # From metrics.jsonl.
   config: dict[str, Any]
-  samples: list[dict[str, Any]]
+  sampled: list[int]  # Steps in samples.jsonl, ascending.
   masked_tokens: dict[str, list]  # Sign of the advantage: [text, count] pairs.
   points: list[list[float]]  # Of tokens: mu, ratio, |pi - mu|, dropped.
 
@@ -41,10 +41,15 @@ def read(workdir: str | os.PathLike[str]) -> Run:
       workdir,
       metrics.read_columns(workdir),
       as_dict(_read_json(workdir / 'config.json')),
-      metrics.read_samples(workdir),
+      metrics.steps_with_samples(workdir),
       as_dict(_read_json(workdir / 'masked_tokens.json')),
       _read_json(workdir / 'scatter.json') or [],
   )
+
+
+def samples(run: Run, step: int) -> list[dict[str, Any]]:
+  """Rows of samples.jsonl; a page shows a step or two of what may be many."""
+  return metrics.read_samples(run.workdir, step=step)
 
 
 def _read_json(path: Path) -> Any:

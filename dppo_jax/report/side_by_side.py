@@ -30,7 +30,7 @@ def section(groups: Sequence[Group]) -> str:
     chosen, note = _one_run_each(groups)
   step = _last_common_step(chosen)
   if step is None:
-    if not any(run.samples for run in chosen):
+    if not any(run.sampled for run in chosen):
       return ''
     return _wrap('', 'There is no step at which all have logged samples.')
   samples = [_by_key(run, step) for run in chosen]
@@ -72,14 +72,15 @@ def _one_run_each(groups: Sequence[Group]) -> tuple[list[Run], str]:
 
 
 def _last_common_step(runs: Sequence[Run]) -> int | None:
-  steps = [{row['step'] for row in run.samples} for run in runs]
-  return max(set.intersection(*steps), default=None)
+  return max(
+      set.intersection(*(set(run.sampled) for run in runs)), default=None
+  )
 
 
 def _by_key(run: Run, step: int) -> dict[_Key, dict]:
   """Samples of a step, held-out ones first, in the order logged."""
   found: dict[_Key, dict] = {}
-  rows = [row for row in run.samples if row['step'] == step]
+  rows = runs_lib.samples(run, step)
   for row in sorted(rows, key=lambda row: row.get('split') != 'test'):
     split, prompt, number = row.get('split', ''), row.get('prompt', ''), 0
     while (key := (split, prompt, number)) in found:
