@@ -145,7 +145,8 @@ class Columns(NamedTuple):
 
 def read_columns(workdir: str | os.PathLike[str]) -> Columns:
   """The steps that were logged, and the values of each key."""
-  steps, columns = array.array('q'), {}
+  steps = array.array('q')
+  columns: dict[str, tuple[array.array, array.array]] = {}
   for _, row in _read_lines(Path(workdir) / _METRICS):
     step = row.pop('step')
     steps.append(step)

@@ -404,12 +404,20 @@ def policy(parts: Parts, state: TrainState) -> Any:
   """The parameters of the policy: the state's own, or merged with the rest."""
   if parts.trainable is trainable_lib.EVERYTHING:
     return state.params  # A compiled function would copy them.
-  shapes = trainable_lib.placed_policy(
-      parts.trainable, state.params, state.frozen, parts.mesh
+  shapes, treedef = jax.tree.flatten(
+      sharding.shapes((state.params, state.frozen))
   )
-  where = jax.tree.map(lambda x: x.sharding, shapes)
-  merge = jax.jit(parts.trainable.merge, out_shardings=where)
+  merge = _make_merge(
+      parts.trainable.merge, parts.mesh, treedef, tuple(shapes)
+  )
   return merge(state.params, state.frozen)
+
+
+@functools.lru_cache(maxsize=8)
+def _make_merge(merge, mesh, treedef, shapes):
+  """Made once: JAX keeps something of each `jax.eval_shape` of a closure."""
+  policy = jax.eval_shape(merge, *jax.tree.unflatten(treedef, shapes))
+  return jax.jit(merge, out_shardings=sharding.of_params(policy, mesh))
 
 
 def _note_samples(

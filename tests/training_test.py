@@ -12,6 +12,7 @@ import tiny_model
 from configs import default
 from dppo_jax import checkpoint
 from dppo_jax import main
+from dppo_jax import meshes
 from dppo_jax import tasks
 from dppo_jax import tracing
 from dppo_jax import trainable
@@ -208,6 +209,26 @@ def test_who_never_ends_within_the_limit_is_told_what_it_costs(
   said = 'No held-out completion of step 7 ended' in caplog.text
   assert said == heard
   assert ('config.max_completion_length' in caplog.text) == heard
+
+
+def test_no_evaluation_leaves_a_program_behind():
+  loaded = tiny_model.params()
+  mesh = meshes.make_mesh(default.get_config())
+  adapted = trainable.make_trainable(loaded, rank=2)
+  params, frozen = adapted.split(loaded, jax.random.key(0))
+  parts = types.SimpleNamespace(trainable=adapted, mesh=mesh)
+  state = types.SimpleNamespace(params=params, frozen=frozen)
+  first = training.policy(parts, state)
+
+  def refuse(*args, **options):
+    raise AssertionError('traced again')
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, 'jit', refuse)
+    patch.setattr(jax, 'eval_shape', refuse)
+    second = training.policy(parts, state)
+  tiny_model.assert_trees_equal(second, first)
+  tiny_model.assert_trees_equal(first, adapted.merge(params, frozen))
 
 
 def test_a_run_too_short_for_its_trace_says_so(tmp_path, caplog):
