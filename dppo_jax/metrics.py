@@ -444,7 +444,8 @@ def _read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
       try:
         row = json.loads(line)
       except ValueError as error:
-        if not file.read(1):
+        # What has no end yet is the last, though more may come meanwhile.
+        if not line.endswith(b'\n') or not file.read(1):
           return
         raise ValueError(
             f'{path}:{number} is not JSON ({line[:60]!r}); remove the line.'

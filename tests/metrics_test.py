@@ -120,6 +120,25 @@ def test_a_torn_last_line_is_dropped_and_does_not_swallow_the_next(tmp_path):
   assert steps_of(tmp_path) == [1, 2, 3, 4]
 
 
+def test_a_line_that_grows_while_it_is_read_is_no_bad_one(
+    tmp_path, monkeypatch
+):
+  write_steps(tmp_path, 1, 2)
+  path = tmp_path / 'metrics.jsonl'
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-5])
+  parse = json.loads
+
+  def loads(line):
+    if not line.endswith(b'\n'):
+      path.write_bytes(whole)  # The run writes the rest.
+    return parse(line)
+
+  monkeypatch.setattr(metrics.json, 'loads', loads)
+  assert steps_of(tmp_path) == [1]
+  assert steps_of(tmp_path) == [1, 2]
+
+
 def test_columns_are_the_rows_key_by_key(tmp_path):
   with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
     writer.write(2, {'loss': 2.0, 'eval/avg@8': 0.5})

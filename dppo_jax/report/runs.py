@@ -66,8 +66,10 @@ def _read_json(path: Path) -> Any:
 
 def matching(pattern: str, logs: Iterable[metrics.Columns]) -> list[str]:
   """The keys that `pattern` means and that have a value, pass@8 before @16."""
-  known = {key for log in logs for key in log.series if len(finite(log, key))}
-  found = fnmatch.filter(known, pattern)
+  found = {
+      key for log in logs for key in fnmatch.filter(log.series, pattern)
+      if len(finite(log, key))
+  }
   return sorted(found, key=lambda key: (len(key), key))
 
 
