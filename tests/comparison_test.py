@@ -66,12 +66,17 @@ def text_of(html):
 
 def band_heights(svg, color):
   """As `heights` of the corners of the bands of that color."""
+  return [y for _, y in band_corners(svg, color)]
+
+
+def band_corners(svg, color):
+  """(x, y) of the bands of that color."""
   bands = re.findall(
       r'd="([^"]*)"\s*/>\s*</defs>\s*<g[^>]*>\s*'
       rf'<use[^>]* y="([\d.]+)" style="fill: var.--{color}', svg
   )
-  return [float(y) + float(offset) for d, offset in bands
-          for y in re.findall(r'[ML] \S+ (\S+)', d)]
+  return [(float(x), float(y) + float(offset)) for d, offset in bands
+          for x, y in re.findall(r'[ML] (\S+) (\S+)', d)]
 
 
 def row_of(html, name):
@@ -437,6 +442,20 @@ def test_the_band_of_a_long_run_is_small_and_keeps_every_spike(tmp_path):
   lines = heights(svg, 'c0')
   assert min(band) == pytest.approx(min(lines), abs=0.02)
   assert max(band) == pytest.approx(max(lines), abs=0.02)
+
+
+def test_the_band_of_a_long_run_reaches_from_its_first_to_its_last_step(
+    tmp_path
+):
+  def ends(length):
+    folder = tmp_path / str(length)
+    for seed in range(2):
+      log(folder / str(seed), np.full(length, seed), config=changed(seed=seed))
+    svg = plot_of(page_of(folder), 'Reward')
+    across = [x for x, _ in band_corners(svg, 'c0')]
+    return min(across), max(across)
+
+  assert ends(3_000) == pytest.approx(ends(100), abs=0.02)
 
 
 def test_a_group_of_one_seed_has_a_line_and_no_band(tmp_path):
