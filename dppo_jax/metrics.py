@@ -107,8 +107,9 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Flushes and closes everything; may be called twice."""
-    for sink in self._sinks:
-      sink.close()
+    with contextlib.ExitStack() as stack:  # All of them, if one fails, too.
+      for sink in reversed(self._sinks):
+        stack.callback(sink.close)
 
   def __enter__(self) -> 'MetricsWriter':
     return self

@@ -204,6 +204,7 @@ def test_a_full_disk_is_named_by_file_with_a_way_out(tmp_path):
     writer.write(1, {'loss': 0.5})
   with pytest.raises(OSError, match=message):  # Not by a bare number either.
     writer.close()
+  assert writer._samples._file.closed  # What comes after it, too.
 
 
 def test_a_run_without_logs_reads_as_empty(tmp_path):
