@@ -202,7 +202,7 @@ def _start(
     state = arrays['state']
     backlog.set_state(arrays['pending'])
     parts.prompts.set_state(host['prompts'])
-    writer.truncate_after(step)
+    _forget_after(step, writer)
     logging.info('Continuing after step %d.', step)
     products = state.products  # Of the rollout that waits.
     # Warming up writes over those of the start.
@@ -218,7 +218,7 @@ def _start(
     state = state._replace(products=products)
     logbook.set_state(host['masked_tokens'])
   else:
-    writer.truncate_after(-1)  # A run killed before its first checkpoint.
+    _forget_after(-1, writer)  # A run killed before its first checkpoint.
     state = fill(config, parts, state, blank, backlog, rollout, batch)
     logbook.add_scalars(0, {'time/compile_s': times['compile_s']})
     _note_samples(parts, logbook, 0, backlog.newest())
@@ -226,6 +226,12 @@ def _start(
     logbook.add_scalars(0, parts.scorer.take_counts() | backlog.take_seconds())
     logbook.flush()
   return _Run(state, backlog, logbook)
+
+
+def _forget_after(step: int, writer: MetricsWriter) -> None:
+  """Nobody goes on alone if a log cannot be read, or written anew."""
+  with processes.failing_together():
+    writer.truncate_after(step)
 
 
 def fill(config, parts, state, blank, backlog, rollout, batch) -> TrainState:
