@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import many_devices
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,6 +72,7 @@ def test_runs_from_top_to_bottom(path, tmp_path):
       'PYTHONPATH': str(ROOT),
       'TFDS_DATA_DIR': str(tmp_path / 'data'),
       'TMPDIR': str(tmp_path),
+      'XLA_FLAGS': ' '.join(many_devices.QUICK_FLAGS),
   }
   done = subprocess.run(
       [sys.executable, '-c', f'exec(open({str(script)!r}).read(), {{}})'],
