@@ -295,7 +295,7 @@ def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
   table = jnp.ones((3, 2), jnp.bfloat16)
   ids = jnp.zeros((1, 1000), jnp.int32).at[0, 0].set(2)
   total = lambda table: jnp.sum(
-      layers.rows_of(table, ids).astype(jnp.float32)
+      layers.lookup(table, ids).astype(jnp.float32)
   )
   found = tiny_model.jit(jax.grad(total))(table)
   assert found.dtype == jnp.bfloat16

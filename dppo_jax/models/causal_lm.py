@@ -463,7 +463,7 @@ class CausalLM:
 
   def _embed(self, params: PyTree, tokens: jax.Array) -> jax.Array:
     embedding = params['embed']['embedding']
-    x = layers.rows_of(embedding, tokens).astype(self.dtype)
+    x = layers.lookup(embedding, tokens).astype(self.dtype)
     return x * jnp.asarray(self.config.embedding_multiplier, self.dtype)
 
   def _rotation(

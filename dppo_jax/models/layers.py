@@ -324,7 +324,7 @@ def wide_times(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
 
 
 @jax.custom_vjp
-def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
   """Rows of a table, whose gradient is summed in float32, and rounded once.
 
   That of JAX adds up in the table's type. In bfloat16 a row stops growing when
@@ -340,11 +340,11 @@ def rows_of(table: jax.Array, ids: jax.Array) -> jax.Array:
   return jnp.take(table, ids, axis=0)
 
 
-def _rows_of_forward(table, ids):
-  return rows_of(table, ids), (table, ids)  # Of the table, what it is like.
+def _lookup_forward(table, ids):
+  return lookup(table, ids), (table, ids)  # Of the table, what it is like.
 
 
-def _rows_of_backward(kept, gradient):
+def _lookup_backward(kept, gradient):
   table, ids = kept
   [total] = jax.linear_transpose(
       lambda table: jnp.take(table, ids, axis=0),
@@ -353,7 +353,7 @@ def _rows_of_backward(kept, gradient):
   return total.astype(table.dtype), None
 
 
-rows_of.defvjp(_rows_of_forward, _rows_of_backward)
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 @functools.partial(
@@ -502,7 +502,7 @@ _scaled.defvjp(_scaled_forward, _scaled_backward, symbolic_zeros=True)
 def _shifted(x: jax.Array, shift: jax.Array) -> jax.Array:
   """[..., D] plus [D], whose gradient is summed in float32.
 
-  That of a broadcast is summed in its own type, see `rows_of`.
+  That of a broadcast is summed in its own type, see `lookup`.
   """
   return x + _over_last(shift, x)
 
